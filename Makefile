@@ -1,0 +1,53 @@
+# Python and make are all that a fresh machine needs: every target below first sees to .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per process: the tiny models of the tests lose more to thread hand-over than they win, and pytest runs
+# one process per core.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test fast check format bench clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+demo: $(STAMP)  ## Train the embedded tiny model and show what a frozen context gives
+	$(BIN)/frozen-peft demo
+
+test: check  ## Lint, then every test that needs no accelerator
+	@echo "== tests"
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --durations 10
+
+fast: $(STAMP)  ## The tests that take seconds
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not slow" -n $(WORKERS)
+
+check: $(STAMP)  ## Style, spelling, types
+	@echo "== ruff"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo "== codespell"
+	$(BIN)/codespell
+	@echo "== mypy"
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Apply ruff's formatting and safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## Step time and memory against SFTTrainer, written to docs/benchmarks
+	$(BIN)/python -m tests.benchmarks
+
+clean:  ## Remove the environment, caches and outputs
+	rm -rf $(VENV) build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is newer than both files exactly while the environment matches them.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	@echo "== installing into $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
