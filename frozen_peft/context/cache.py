@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen context: a read-only cache that decisions continue from.
+
+How a layer of a transformers model uses a cache, and what a read-only layer answers:
+
+1. Attention calls `update(keys, values)` and attends to what comes back. A read-only layer returns the context's
+   keys and values with the new ones and stores nothing. The new ones keep their gradient; the context's are
+   constants. Where attention can read two segments (see `segments`), only the new ones are returned and the
+   context's ride along, so that no second copy of them is ever made.
+2. Linear attention (Gated DeltaNet, Mamba-2, short convolutions) calls `get_conv_state`, `get_recurrent_state`,
+   `update_conv_state` and `update_recurrent_state`. A read-only layer returns the context's state, and for the
+   updates what the caller needs to go on, again without storing anything.
+
+Because nothing is stored, running a layer twice gives the same result twice: recomputing it in the backward pass
+(gradient checkpointing) is as legitimate as without a cache.
+
+Samples in a batch are kept as separate rows, each of its own length and without padding, so that they can be shared
+between batches. Towards the mask builders of transformers a batch looks like left-padded contexts of one common
+length, the longest.
+
+Shapes: B samples, H key/value heads, C context tokens of a sample, D decision tokens, E head dimension.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+
+from .handover import Segment, give_segment, mark_frozen_length
+
+__all__ = ["AttentionState", "EncodedContext", "FrozenContext", "LayerState", "LinearState"]
+
+StateKind = Literal["keys_values", "conv", "recurrent"]
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """Keys and values of one sample in one attention layer.
+
+    Attributes:
+        keys: Shape `(1, H, kept tokens, E)`; a sliding-window layer keeps the last `sliding_window - 1` tokens.
+        values: Shape `(1, H, kept tokens, value head dimension)`.
+        sliding_window: Window of the layer in tokens, None for full attention.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True)
+class LinearState:
+    """State of one sample in one linear-attention layer; most have one of each kind, some no recurrent state.
+
+    Attributes:
+        conv: Last inputs of the short convolution by state index, shape `(1, channels, kernel size)` each.
+        recurrent: Recurrent state by state index, shape `(1, value heads, key dim, value dim)` or as the
+            architecture lays it out.
+    """
+
+    conv: dict[int, torch.Tensor]
+    recurrent: dict[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What one layer keeps of a context: attention state, linear-attention state, both or (an MLP layer) none."""
+
+    attention: AttentionState | None = None
+    linear: LinearState | None = None
+
+
+@dataclass(frozen=True)
+class EncodedContext:
+    """One encoded context: the unit that is stored and shared.
+
+    Attributes:
+        num_tokens: Tokens in the context.
+        layers: One state per decoder layer; empty when the context has no tokens.
+    """
+
+    num_tokens: int
+    layers: tuple[LayerState, ...]
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        for layer in self.layers:
+            if layer.attention is not None:
+                yield layer.attention.keys
+                yield layer.attention.values
+            if layer.linear is not None:
+                yield from layer.linear.conv.values()
+                yield from layer.linear.recurrent.values()
+
+
+class _FrozenAttention(CacheLayerMixin):
+    """Read-only attention layer over the rows of a batch."""
+
+    def __init__(self, states: list[AttentionState], num_tokens: int, segmented: bool):
+        CacheLayerMixin.__init__(self)
+        self.attention_states = states
+        self.num_tokens = num_tokens
+        self.segmented = segmented
+        self.sliding_window = states[0].sliding_window
+        self.is_sliding = self.sliding_window is not None
+        self.is_initialized = True
+        self.padded_length = max(state.keys.shape[-2] for state in states)
+
+    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
+        raise RuntimeError("A frozen context is read-only and cannot be initialized again.")
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The decision's keys and values, `(B, H, D, E)`, together with the context's. Nothing is stored."""
+        keys = tuple(state.keys for state in self.attention_states)
+        values = tuple(state.values for state in self.attention_states)
+        if self.segmented:
+            give_segment(key_states, Segment(keys, values, self.padded_length))
+            return key_states, value_states
+        key_states = torch.cat([self._padded(keys), key_states], dim=-2)
+        value_states = torch.cat([self._padded(values), value_states], dim=-2)
+        for tensor in (key_states, value_states):
+            mark_frozen_length(tensor, self.padded_length)
+        return key_states, value_states
+
+    def _padded(self, rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Rows padded on the left with zeros to a common length, shape `(B, H, padded_length, E)`."""
+        if len(rows) == 1:
+            return rows[0]
+        batch = rows[0].new_zeros(len(rows), rows[0].shape[1], self.padded_length, rows[0].shape[-1])
+        for index, row in enumerate(rows):
+            batch[index, :, self.padded_length - row.shape[-2] :] = row[0]
+        return batch
+
+    def get_seq_length(self) -> int:
+        return self.num_tokens
+
+    def get_max_length(self) -> int:
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of the mask (kept context and decision), and the index of its first column."""
+        return self.padded_length + query_length, self.num_tokens - self.padded_length
+
+
+class _FrozenLinear(LinearAttentionCacheLayerMixin):
+    """Read-only linear-attention layer over the rows of a batch."""
+
+    def __init__(self, states: list[LinearState]):
+        state = states[0]
+        num_states = 1 + max(*state.conv, *state.recurrent, 0, 0)
+        LinearAttentionCacheLayerMixin.__init__(self, number_of_states=num_states)
+        self.linear_states = states
+        for index in range(num_states):
+            self.has_previous_state[index] = True
+            self.is_conv_states_initialized[index] = index in state.conv
+            self.is_recurrent_states_initialized[index] = index in state.recurrent
+        # With this flag a layer takes its chunked path even for few tokens, which leaves the conv state alone.
+        self.record_past = True
+
+    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
+        raise RuntimeError("A frozen context is read-only and cannot be initialized again.")
+
+    def conv_state(self, state_idx: int) -> torch.Tensor | None:
+        """Conv states of the batch, shape `(B, channels, kernel size)`."""
+        return _stacked([state.conv.get(state_idx) for state in self.linear_states])
+
+    def recurrent_state(self, state_idx: int) -> torch.Tensor | None:
+        """Recurrent states of the batch, shape `(B, ...)`; None where the layer has only a convolution."""
+        return _stacked([state.recurrent.get(state_idx) for state in self.linear_states])
+
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: object) -> torch.Tensor:
+        """The convolution's input after the context's last inputs, `(B, channels, kernel size + D)`."""
+        past = self.conv_state(state_idx)
+        assert past is not None
+        return torch.cat([past.to(conv_states.dtype), conv_states], dim=-1)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: object
+    ) -> torch.Tensor:
+        return recurrent_states
+
+
+class _FrozenHybrid(_FrozenLinear, _FrozenAttention):
+    """Read-only layer of both kinds (Falcon-H1)."""
+
+    def __init__(
+        self, linear: list[LinearState], attention: list[AttentionState], num_tokens: int, segmented: bool
+    ):
+        _FrozenAttention.__init__(self, attention, num_tokens, segmented)
+        _FrozenLinear.__init__(self, linear)
+
+    get_max_length = _FrozenAttention.get_max_length
+
+
+def _stacked(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Rows `(1, ...)` as one batch `(B, ...)`; a single row is not copied."""
+    if any(row is None for row in rows):
+        return None
+    return rows[0] if len(rows) == 1 else torch.cat(rows)  # type: ignore[arg-type]
+
+
+class FrozenContext(Cache):
+    """A read-only cache of one or more encoded contexts, one row each.
+
+    Pass it as `past_key_values` to a forward of the decisions inside `decision_forward(model)`. Any number of
+    forwards may use it, in any order: its tensors never change.
+
+    Args:
+        rows: The contexts, at least one of them with tokens.
+        segmented: The model's attention reads context and decision as two segments (see
+            `use_segmented_attention`); otherwise keys and values are concatenated for each forward.
+    """
+
+    def __init__(self, rows: list[EncodedContext], *, segmented: bool = False):
+        if not any(row.num_tokens for row in rows):
+            raise ValueError("A frozen context needs at least one sample with context tokens; all of them are empty.")
+        self.rows = rows
+        self.segmented = segmented
+        template = next(row for row in rows if row.num_tokens)
+        self._filled = [row if row.num_tokens else _empty_like(template) for row in rows]
+        longest = max(row.num_tokens for row in rows)
+        layers = [self._layer(index, longest) for index in range(len(template.layers))]
+        super().__init__(layers=layers)
+
+    def _layer(self, index: int, num_tokens: int) -> CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer:
+        states = [row.layers[index] for row in self._filled]
+        attention = [state.attention for state in states if state.attention is not None]
+        linear = [state.linear for state in states if state.linear is not None]
+        if attention and linear:
+            return _FrozenHybrid(linear, attention, num_tokens, self.segmented)
+        if attention:
+            return _FrozenAttention(attention, num_tokens, self.segmented)
+        return _FrozenLinear(linear) if linear else DummyLayer()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Context tokens of each row."""
+        return [row.num_tokens for row in self.rows]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all states, counting a storage that rows share once."""
+        storages = {}
+        for row in self.rows:
+            for tensor in row.tensors():
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(storages.values())
+
+    def attention_mask(self, decision_mask: torch.Tensor) -> torch.Tensor:
+        """Mask over left-padded contexts and decisions.
+
+        Args:
+            decision_mask: 1 on decision tokens, 0 on padding, shape `(B, D)`.
+
+        Returns:
+            Shape `(B, longest context + D)`, dtype and device of `decision_mask`.
+        """
+        lengths = torch.tensor(self.lengths, device=decision_mask.device)
+        columns = torch.arange(int(lengths.max()), device=decision_mask.device)
+        context_mask = columns[None, :] >= lengths.max() - lengths[:, None]
+        return torch.cat([context_mask.to(decision_mask.dtype), decision_mask], dim=-1)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self._linear_layer(layer_idx).conv_state(state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self._linear_layer(layer_idx).recurrent_state(state_idx)
+
+    def _linear_layer(self, layer_idx: int) -> _FrozenLinear:
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, _FrozenLinear), f"layer {layer_idx} is a {type(layer).__name__}"
+        return layer
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [
+            isinstance(layer, _FrozenLinear) and not isinstance(layer, _FrozenAttention) for layer in self.layers
+        ]
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    def mutated(self, kind: StateKind, change: Callable[[torch.Tensor], torch.Tensor]) -> "FrozenContext":
+        """A copy in which every state of one kind is replaced by `change(state)`.
+
+        For checks that a lost or mixed-up state does not go unnoticed; this context stays as it is.
+        """
+        return FrozenContext([_mutated_row(row, kind, change) for row in self.rows], segmented=self.segmented)
+
+
+def _mutated_row(
+    row: EncodedContext, kind: StateKind, change: Callable[[torch.Tensor], torch.Tensor]
+) -> EncodedContext:
+    layers = []
+    for state in row.layers:
+        attention, linear = state.attention, state.linear
+        if attention is not None and kind == "keys_values":
+            attention = replace(attention, keys=change(attention.keys), values=change(attention.values))
+        if linear is not None and kind == "conv":
+            linear = replace(linear, conv={i: change(s) for i, s in linear.conv.items()})
+        if linear is not None and kind == "recurrent":
+            linear = replace(linear, recurrent={i: change(s) for i, s in linear.recurrent.items()})
+        layers.append(LayerState(attention, linear))
+    return EncodedContext(row.num_tokens, tuple(layers))
+
+
+def _empty_like(template: EncodedContext) -> EncodedContext:
+    """The states of a model that has seen nothing: no keys, and linear-attention states of zeros."""
+    layers = []
+    for state in template.layers:
+        attention, linear = state.attention, state.linear
+        if attention is not None:
+            attention = replace(attention, keys=attention.keys[..., :0, :], values=attention.values[..., :0, :])
+        if linear is not None:
+            linear = LinearState(
+                {index: torch.zeros_like(s) for index, s in linear.conv.items()},
+                {index: torch.zeros_like(s) for index, s in linear.recurrent.items()},
+            )
+        layers.append(LayerState(attention, linear))
+    return EncodedContext(0, tuple(layers))

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses how a model's attention reads a frozen context."""
+
+import logging
+
+import torch
+
+from ..errors import ContextMismatchError
+from .decision import decision_forward
+from .models import get_decoder, get_pretrained_model
+from .prefill import encode_context, without_dropout
+from .segments import IMPLEMENTATION, is_segmented
+
+__all__ = ["use_segmented_attention"]
+
+logger = logging.getLogger(__name__)
+
+# Layer types of `config.layer_types` whose masks are causal, causal in a window, or none at all.
+SEGMENTED_LAYER_TYPES = {
+    "full_attention", "sliding_attention", "linear_attention", "conv", "hybrid", "hybrid_sliding", "mlp", "moe",
+}  # fmt: skip
+
+
+def use_segmented_attention(model: torch.nn.Module) -> bool:
+    """Switches a model from SDPA to attention over two segments, where that is exact.
+
+    The switch stays for the model's life, since the backward pass may run layers again; forwards without a frozen
+    context go to SDPA as before. A model that keeps its own attention concatenates context and decision instead,
+    which is as exact and costs a copy of each layer's keys and values.
+
+    Args:
+        model: A causal language model of transformers, or a `PeftModel` of one.
+
+    Returns:
+        Whether the model's attention reads two segments now.
+    """
+    pretrained = get_pretrained_model(model)
+    if is_segmented(pretrained):
+        return True
+    decoder = get_decoder(pretrained)
+    reason = _reason_against(pretrained)
+    if reason is None:
+        decoder.set_attn_implementation(IMPLEMENTATION)
+        try:
+            _probe(model)
+        except ContextMismatchError:
+            decoder.set_attn_implementation("sdpa")
+            reason = "its attention computes new keys from those of the cache"
+    if reason is not None:
+        logger.info(
+            "%s keeps its own attention, because %s. Each layer copies the context's keys and values while it runs.",
+            type(pretrained).__name__,
+            reason,
+        )
+    return reason is None
+
+
+def _reason_against(model: torch.nn.Module) -> str | None:
+    config = get_decoder(model).config
+    if config._attn_implementation != "sdpa":
+        return f"it was loaded with attn_implementation={config._attn_implementation!r} and not 'sdpa'"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"attention_dropout is {config.attention_dropout}"
+    unknown = set(getattr(config, "layer_types", None) or ()) - SEGMENTED_LAYER_TYPES
+    if unknown:
+        return f"it has layers of type {', '.join(sorted(unknown))}"
+    return None
+
+
+@torch.no_grad()
+def _probe(model: torch.nn.Module) -> None:
+    """Runs a decision of two tokens over a context of two: `decision_forward` tells whether all was read."""
+    device = get_pretrained_model(model).get_input_embeddings().weight.device
+    tokens = torch.zeros(2, dtype=torch.long, device=device)
+    frozen = encode_context(model, [tokens])
+    with without_dropout(model), decision_forward(model):
+        get_decoder(get_pretrained_model(model))(
+            input_ids=tokens[None],
+            position_ids=torch.tensor([[2, 3]], device=device),
+            past_key_values=frozen,
+            use_cache=False,
+        )

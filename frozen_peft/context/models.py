@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this side needs to know about a model: its parts, and whether its cache can be trusted."""
+
+import inspect
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ..errors import ContextMismatchError, UnsupportedArchitectureError
+
+__all__ = ["get_decoder", "get_pretrained_model", "require_exact_continuation"]
+
+# Architectures that transformers itself continues inexactly from a cache, with the error seen in the decision's
+# log-probabilities (transformers 5.23.0). An entry goes when transformers continues it exactly.
+INEXACT_ARCHITECTURES = {"bamba": 2e-3, "jamba": 6e-4, "recurrent_gemma": 5e-2}
+
+
+def get_pretrained_model(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside `model`, which may be wrapped by PEFT."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise UnsupportedArchitectureError(
+            f"Expected a transformers `PreTrainedModel` or a `PeftModel` of one, found {type(base).__name__}."
+        )
+    return base
+
+
+def get_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The text decoder below the language-model head (and below a vision-language wrapper)."""
+    return model.get_decoder()
+
+
+def require_exact_continuation(model: PreTrainedModel) -> None:
+    """Refuses models that cannot continue a context.
+
+    Raises:
+        UnsupportedArchitectureError: The model has no cache that a decision could continue from.
+        ContextMismatchError: The architecture is known to continue inexactly.
+    """
+    model_type = model.config.get_text_config().model_type
+    ways_out = "Train it with `tier: 1` (or `gradient_horizon: -1`), which needs no cache, or use another architecture"
+    if model.config.is_encoder_decoder or "past_key_values" not in inspect.signature(get_decoder(model).forward).parameters:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} (model type `{model_type}`) takes no `past_key_values`: it has no cache that a "
+            f"frozen context could live in. {ways_out}."
+        )
+    if model_type in INEXACT_ARCHITECTURES:
+        raise ContextMismatchError(
+            f"transformers does not continue `{model_type}` exactly from a cache: the decision's log-probabilities "
+            f"are off by {INEXACT_ARCHITECTURES[model_type]:.0e}, where 1e-05 is expected. {ways_out}, or a newer "
+            "transformers."
+        )

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over two segments, the frozen context and the decision, without a copy of the context.
+
+The obvious read-only cache concatenates the context's keys and values with the decision's in every layer: a second
+copy of the cache, its gradient, and an expansion for grouped heads. Here a decision attends to both segments where
+they lie:
+
+1. Scores against blocks of keys are reduced with an online softmax in float32, first over the context (every sample
+   against its own, unpadded), then over the decision itself. The result is the softmax over both segments.
+2. The backward pass needs the output and the log-sum-exp only. Against the context it computes the gradient of the
+   queries and nothing else, since keys and values are constants there; against the decision also those of its own
+   keys and values.
+3. Grouped query heads are folded into the query length, so that keys and values are never repeated.
+
+(Online softmax and its backward: FlashAttention, arXiv 2205.14135; merging of segments: ring attention, arXiv
+2310.01889.)
+
+In prefill the filled part of a buffer is one contiguous segment, and a chunk of queries sits at its lower right end.
+
+Shapes: B samples, H query heads, K key/value heads, G = H / K, D decision tokens, C context tokens of a sample,
+E head dimension, V value head dimension.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+from .handover import CONTIGUOUS, Segment, current_forward, get_segment
+from .models import get_decoder
+
+__all__ = ["IMPLEMENTATION", "is_segmented"]
+
+IMPLEMENTATION = "frozen_peft_segments"
+# Scores held at a time, in numbers: 16 MiB in float32.
+SCORE_BLOCK = 1 << 22
+MIN_KEY_BLOCK = 256
+# Queries per call on a CPU, where PyTorch's lower-right causal bias is materialized for all queries at once.
+CPU_QUERY_BLOCK = 128
+
+
+def is_segmented(model: PreTrainedModel) -> bool:
+    """Whether the model's attention reads two segments."""
+    return get_decoder(model).config._attn_implementation == IMPLEMENTATION
+
+
+def segmented_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention function of `AttentionInterface`: SDPA, unless the keys carry a frozen segment.
+
+    Args:
+        module: The attention module.
+        query: Shape `(B, H, D, E)`.
+        key: Shape `(B, K, D, E)`; in prefill `(B, K, context so far, E)`.
+        value: As `key`, with head dimension V.
+        attention_mask: True where a query may look, shape `(B, 1, D, context columns + D)`; None: causal.
+        dropout: Must be 0 where a segment is read.
+        scaling: Factor on the scores, by default `E ** -0.5`.
+        **kwargs: Passed on to SDPA.
+
+    Returns:
+        Shape `(B, D, H, V)`, and None for the attention weights, which are never built.
+    """
+    segment = get_segment(key)
+    if segment is CONTIGUOUS and attention_mask is None and query.shape[-2] < key.shape[-2]:
+        output = _lower_right_attention(query, key, value, scaling)
+    elif isinstance(segment, Segment):
+        assert dropout == 0.0, "segments are only used where attention has no dropout"
+        if (record := current_forward()) is not None:
+            record.num_read += 1
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = _TwoSegmentAttention.apply(query, key, value, segment, attention_mask, scale)
+    else:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def segmented_mask(*, mask_function: Any, allow_is_causal_skip: bool = True, **kwargs: Any) -> torch.Tensor | None:
+    """Mask function of `AttentionMaskInterface`: SDPA's, without plain causal masks in a segmented forward.
+
+    There each sample's context is read without padding, and the decision's padding lies behind its tokens, so a
+    causal mask says nothing that attention does not know. Any other pattern (a sliding window) is built.
+    """
+    segmented = current_forward() is not None
+    if segmented and allow_is_causal_skip and mask_function is causal_mask_function:
+        return None
+    return sdpa_mask(
+        mask_function=mask_function, allow_is_causal_skip=allow_is_causal_skip and not segmented, **kwargs
+    )
+
+
+AttentionInterface.register(IMPLEMENTATION, segmented_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, segmented_mask)
+
+
+def _lower_right_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Causal attention of the last queries of a sequence, shape `(B, H, queries, V)`. No gradient is asked for."""
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    if query.device.type != "cpu":
+        bias = causal_lower_right(num_queries, num_keys)
+        return attend(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True)
+    output = query.new_empty(*query.shape[:-1], value.shape[-1])
+    for start in range(0, num_queries, CPU_QUERY_BLOCK):
+        stop = min(start + CPU_QUERY_BLOCK, num_queries)
+        visible = num_keys - num_queries + stop
+        mask = torch.ones(stop - start, visible, dtype=torch.bool).tril(diagonal=visible - (stop - start))
+        output[:, :, start:stop] = attend(
+            query[:, :, start:stop],
+            key[:, :, :visible],
+            value[:, :, :visible],
+            attn_mask=mask,
+            scale=scaling,
+            enable_gqa=True,
+        )
+    return output
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block of scores: the queries `start:stop` of one sample against one block of keys.
+
+    Attributes:
+        keys: Shape `(K, keys, E)`.
+        values: Shape `(K, keys, V)`.
+        hidden: True where a query may not look, shape `(queries, keys)`; None: it may look everywhere.
+        decision: The decision tokens that the keys belong to; None for context keys.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    hidden: torch.Tensor | None
+    decision: slice | None
+
+
+def _blocks(
+    row: int,
+    queries: slice,
+    num_groups: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segment: Segment,
+    mask: torch.Tensor | None,
+) -> Iterator[_Block]:
+    """Blocks of keys that a block of queries of one sample looks at: context first, then decision."""
+    num_queries = queries.stop - queries.start
+    size = max(SCORE_BLOCK // (key.shape[1] * num_groups * num_queries), MIN_KEY_BLOCK)
+    context_keys, context_values = segment.keys[row][0], segment.values[row][0]
+    num_context = context_keys.shape[-2]
+    first_column = segment.padded_length - num_context
+    for start in range(0, num_context, size):
+        stop = min(start + size, num_context)
+        hidden = None if mask is None else ~mask[row, 0, queries, first_column + start : first_column + stop]
+        yield _Block(context_keys[:, start:stop], context_values[:, start:stop], hidden, None)
+    positions = torch.arange(queries.start, queries.stop, device=key.device)[:, None]
+    for start in range(0, queries.stop, size):
+        stop = min(start + size, queries.stop)
+        hidden = torch.arange(start, stop, device=key.device)[None, :] > positions
+        if mask is not None:
+            columns = slice(segment.padded_length + start, segment.padded_length + stop)
+            hidden = ~mask[row, 0, queries, columns]
+        yield _Block(key[row, :, start:stop], value[row, :, start:stop], hidden, slice(start, stop))
+
+
+def _query_blocks(num_tokens: int, num_heads: int) -> Iterator[slice]:
+    size = max(SCORE_BLOCK // (num_heads * MIN_KEY_BLOCK), 1)
+    yield from (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
+
+
+def _accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _folded(tensor: torch.Tensor, num_kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """Heads of one sample `(H, queries, E)` as `(K, G * queries, E)`."""
+    return tensor.to(dtype).reshape(num_kv_heads, -1, tensor.shape[-1])
+
+
+def _scores(query: torch.Tensor, block: _Block, scale: float) -> torch.Tensor:
+    """Scaled scores of folded queries, shape `(K, G * queries, keys)`, `-inf` where a query may not look."""
+    scores = torch.matmul(query, block.keys.to(query.dtype).transpose(-1, -2)).mul_(scale)
+    if block.hidden is not None:
+        num_queries, num_keys = block.hidden.shape
+        scores.view(scores.shape[0], -1, num_queries, num_keys).masked_fill_(block.hidden, float("-inf"))
+    return scores
+
+
+class _TwoSegmentAttention(torch.autograd.Function):
+    """Softmax attention of decision queries over a frozen context and the decision itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segment: Segment,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        dtype = _accumulation_dtype(query)
+        num_kv_heads, num_groups = key.shape[1], query.shape[1] // key.shape[1]
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        logsumexp = query.new_empty(query.shape[:-1], dtype=dtype)
+        for row in range(query.shape[0]):
+            for queries in _query_blocks(query.shape[-2], query.shape[1]):
+                folded = _folded(query[row, :, queries], num_kv_heads, dtype)
+                peak = folded.new_full(folded.shape[:-1], float("-inf"))
+                total = folded.new_zeros(folded.shape[:-1])
+                weighted = folded.new_zeros(*folded.shape[:-1], value.shape[-1])
+                for block in _blocks(row, queries, num_groups, key, value, segment, mask):
+                    scores = _scores(folded, block, scale)
+                    new_peak = torch.maximum(peak, scores.amax(-1))
+                    # A query that has seen no key yet has no peak; any finite one will do.
+                    safe_peak = new_peak.masked_fill(new_peak == float("-inf"), 0.0)
+                    weights = scores.sub_(safe_peak[..., None]).exp_()
+                    decayed = (peak - safe_peak).exp_()
+                    total = total.mul_(decayed).add_(weights.sum(-1))
+                    weighted.mul_(decayed[..., None]).add_(weights @ block.values.to(dtype))
+                    peak = new_peak
+                shape = (query.shape[1], queries.stop - queries.start)
+                output[row, :, queries] = (weighted / total[..., None]).view(*shape, -1).to(output.dtype)
+                logsumexp[row, :, queries] = (peak + total.log()).view(shape)
+        ctx.save_for_backward(query, key, value, output, logsumexp, mask)
+        ctx.segment, ctx.scale = segment, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, output, logsumexp, mask = ctx.saved_tensors
+        dtype, scale = logsumexp.dtype, ctx.scale
+        num_kv_heads, num_groups = key.shape[1], query.shape[1] // key.shape[1]
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(tensor, dtype=dtype) for tensor in (key, value))
+        for row in range(query.shape[0]):
+            for queries in _query_blocks(query.shape[-2], query.shape[1]):
+                folded, folded_output, folded_grad = (
+                    _folded(tensor[row, :, queries], num_kv_heads, dtype) for tensor in (query, output, grad_output)
+                )
+                normalizer = logsumexp[row, :, queries].reshape(num_kv_heads, -1, 1)
+                delta = (folded_grad * folded_output).sum(-1, keepdim=True)
+                folded_grad_query = torch.zeros_like(folded)
+                for block in _blocks(row, queries, num_groups, key, value, ctx.segment, mask):
+                    weights = _scores(folded, block, scale).sub_(normalizer).exp_()
+                    grad_scores = (folded_grad @ block.values.to(dtype).transpose(-1, -2)).sub_(delta).mul_(weights)
+                    grad_scores.mul_(scale)
+                    folded_grad_query += grad_scores @ block.keys.to(dtype)
+                    if block.decision is not None:
+                        grad_key[row, :, block.decision] += grad_scores.transpose(-1, -2) @ folded
+                        grad_value[row, :, block.decision] += weights.transpose(-1, -2) @ folded_grad
+                shape = (query.shape[1], queries.stop - queries.start, query.shape[-1])
+                grad_query[row, :, queries] = folded_grad_query.view(shape).to(query.dtype)
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None

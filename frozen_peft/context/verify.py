@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks on one sample that a decision over a frozen context is what one plain forward would have given.
+
+Two things are compared with plain forwards over context and decision: the decision's log-probabilities, and how they
+move when the context is changed. The second catches a lost context also where the model hardly uses it. The sample
+is cut to a bounded length that still exercises every kind of layer, a sliding window included, and logits are
+computed at the compared positions only.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..errors import ContextMismatchError
+from .decision import decision_forward
+from .models import get_decoder, get_pretrained_model, require_exact_continuation
+from .prefill import adapters_active, encode_context, without_dropout
+
+__all__ = ["ContextCheck", "verify_context"]
+
+# Mean absolute difference of log-probabilities per token, in nats.
+TOLERANCE_FLOAT32 = 1e-3
+TOLERANCE_LOW_PRECISION = 5e-2
+# In float32 rounding is far below what a context does to a decision, so the error must be as well.
+FLOAT32_NOISE = 5e-5
+MAX_SHARE_OF_EFFECT = 0.1
+# Enough context for several chunks of the chunked kernels (64 tokens each) and a remainder.
+MIN_CONTEXT_TOKENS = 200
+MAX_DECISION_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class ContextCheck:
+    """What a check found; all figures are mean absolute differences of log-probabilities per token, in nats.
+
+    Attributes:
+        error: Frozen context against plain forward.
+        error_changed: The same with a changed context.
+        effect: What changing the context does to the plain forward.
+        frozen_effect: What it does to the decision over the frozen context.
+        tolerance: The largest error allowed.
+        num_context_tokens: Context tokens compared.
+        num_decision_tokens: Decision tokens compared.
+    """
+
+    error: float
+    error_changed: float
+    effect: float
+    frozen_effect: float
+    tolerance: float
+    num_context_tokens: int
+    num_decision_tokens: int
+
+
+@torch.no_grad()
+def verify_context(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    boundary: int,
+    *,
+    chunk_size: int = 2048,
+    adapters: bool = True,
+) -> ContextCheck:
+    """Compares a decision over a frozen context with plain forwards.
+
+    Args:
+        model: A causal language model of transformers, or a `PeftModel` of one; its modes are left as they are.
+        input_ids: Tokens of one sample, shape `(tokens,)`, int64.
+        boundary: Number of context tokens, at least 1 and less than the number of tokens.
+        chunk_size: Context tokens per prefill forward; made smaller so that the context takes at least two.
+        adapters: Whether adapters are active, in both.
+
+    Returns:
+        The differences found.
+
+    Raises:
+        ContextMismatchError: A difference is beyond tolerance (1e-3 in float32, 5e-2 in 16 bit or on a 4-bit base),
+            or the decision does not react to its context.
+        ValueError: There is no context or no decision to compare.
+    """
+    if not 0 < boundary < len(input_ids) - 1:
+        raise ValueError(
+            f"`boundary` must leave at least one context token and two decision tokens, found {boundary} in a sample "
+            f"of {len(input_ids)} tokens."
+        )
+    pretrained = get_pretrained_model(model)
+    require_exact_continuation(pretrained)
+    kept = _context_tokens_needed(pretrained)
+    context = input_ids[max(boundary - kept, 0) : boundary]
+    decision = input_ids[boundary : boundary + MAX_DECISION_TOKENS]
+    changed = _changed_context(context, pretrained)
+    chunk_size = min(chunk_size or len(context), max(len(context) // 2, 1))
+
+    with adapters_active(model, adapters):
+        plain, plain_changed = (_plain_logprobs(model, tokens, decision) for tokens in (context, changed))
+        frozen, frozen_changed = (
+            _frozen_logprobs(model, tokens, decision, chunk_size) for tokens in (context, changed)
+        )
+    error, error_changed, effect, frozen_effect = (
+        (left - right).abs().mean().item()
+        for left, right in (
+            (frozen, plain), (frozen_changed, plain_changed), (plain_changed, plain), (frozen_changed, frozen)
+        )  # fmt: skip
+    )
+    check = ContextCheck(
+        error, error_changed, effect, frozen_effect, _tolerance(pretrained, effect), len(context), len(decision)
+    )
+    _require_match(check, pretrained)
+    return check
+
+
+def _require_match(check: ContextCheck, model: PreTrainedModel) -> None:
+    model_type = model.config.get_text_config().model_type
+    ways_out = (
+        "Train with `tier: 1` (or `gradient_horizon: -1`), which needs no cache, use another architecture, or a newer "
+        "transformers."
+    )
+    # Negated, so that a NaN is an error as well.
+    if not max(check.error, check.error_changed) <= check.tolerance:
+        raise ContextMismatchError(
+            f"`{model_type}` does not continue exactly from a frozen context: over {check.num_context_tokens} context "
+            f"and {check.num_decision_tokens} decision tokens the mean error of the decision's log-probabilities is "
+            f"{check.error:.2e} ({check.error_changed:.2e} with a changed context), where {check.tolerance:.2e} is "
+            f"allowed; changing the context moves them by {check.effect:.2e}. {ways_out}"
+        )
+    if check.effect > 0.0 and check.frozen_effect == 0.0:
+        raise ContextMismatchError(
+            f"`{model_type}` has lost its context: changing {check.num_context_tokens} context tokens moves the "
+            f"decision's log-probabilities by {check.effect:.2e} in a plain forward, and not at all over the frozen "
+            f"context. {ways_out}"
+        )
+
+
+def _tolerance(model: PreTrainedModel, effect: float) -> float:
+    low_precision = model.dtype in (torch.bfloat16, torch.float16) or getattr(model, "is_loaded_in_4bit", False)
+    device_type = get_decoder(model).get_input_embeddings().weight.device.type
+    if low_precision or getattr(model, "is_loaded_in_8bit", False) or torch.is_autocast_enabled(device_type):
+        return TOLERANCE_LOW_PRECISION
+    return min(TOLERANCE_FLOAT32, max(FLOAT32_NOISE, MAX_SHARE_OF_EFFECT * effect))
+
+
+def _context_tokens_needed(model: PreTrainedModel) -> int:
+    """Context tokens that overflow every sliding window and fill several chunks of the chunked kernels."""
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
+    return MIN_CONTEXT_TOKENS + max(windows)
+
+
+def _changed_context(context: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """The context in reverse; where that is no change, other tokens."""
+    changed = context.flip(0)
+    if torch.equal(changed, context):
+        changed = (context + 1) % model.config.get_text_config().vocab_size
+    return changed
+
+
+def _plain_logprobs(model: torch.nn.Module, context: torch.Tensor, decision: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the decision after its first token by one forward, shape `(decision tokens - 1,)`."""
+    pretrained = get_pretrained_model(model)
+    with without_dropout(model):
+        hidden = get_decoder(pretrained)(
+            input_ids=torch.cat([context, decision])[None],
+            position_ids=torch.arange(len(context) + len(decision), device=context.device)[None],
+            use_cache=False,
+        ).last_hidden_state
+    return _logprobs(pretrained, hidden[0, len(context) :], decision)
+
+
+def _frozen_logprobs(
+    model: torch.nn.Module, context: torch.Tensor, decision: torch.Tensor, chunk_size: int
+) -> torch.Tensor:
+    """The same over the frozen context, with gradient checkpointing as it is set for training."""
+    pretrained = get_pretrained_model(model)
+    frozen = encode_context(model, [context], chunk_size=chunk_size)
+    positions = torch.arange(len(context), len(context) + len(decision), device=context.device)
+    with without_dropout(model, keep_checkpointing=True), decision_forward(model):
+        hidden = get_decoder(pretrained)(
+            input_ids=decision[None], position_ids=positions[None], past_key_values=frozen, use_cache=False
+        ).last_hidden_state
+    return _logprobs(pretrained, hidden[0], decision)
+
+
+def _logprobs(model: PreTrainedModel, hidden: torch.Tensor, decision: torch.Tensor) -> torch.Tensor:
+    head = model.get_output_embeddings()
+    logits = head(hidden[:-1].to(head.weight.dtype)).float()
+    return torch.log_softmax(logits, dim=-1).gather(-1, decision[1:, None]).squeeze(-1)
