@@ -187,9 +187,7 @@ class _FrozenLinear(LinearAttentionCacheLayerMixin):
 class _FrozenHybrid(_FrozenLinear, _FrozenAttention):
     """Read-only layer of both kinds (Falcon-H1)."""
 
-    def __init__(
-        self, linear: list[LinearState], attention: list[AttentionState], num_tokens: int, segmented: bool
-    ):
+    def __init__(self, linear: list[LinearState], attention: list[AttentionState], num_tokens: int, segmented: bool):
         _FrozenAttention.__init__(self, attention, num_tokens, segmented)
         _FrozenLinear.__init__(self, linear)
 
@@ -277,9 +275,7 @@ class FrozenContext(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        return [
-            isinstance(layer, _FrozenLinear) and not isinstance(layer, _FrozenAttention) for layer in self.layers
-        ]
+        return [isinstance(layer, _FrozenLinear) and not isinstance(layer, _FrozenAttention) for layer in self.layers]
 
     @property
     def is_compileable(self) -> bool:

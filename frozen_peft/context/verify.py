@@ -100,7 +100,10 @@ def verify_context(
     error, error_changed, effect, frozen_effect = (
         (left - right).abs().mean().item()
         for left, right in (
-            (frozen, plain), (frozen_changed, plain_changed), (plain_changed, plain), (frozen_changed, frozen)
+            (frozen, plain),
+            (frozen_changed, plain_changed),
+            (plain_changed, plain),
+            (frozen_changed, frozen),
         )  # fmt: skip
     )
     check = ContextCheck(

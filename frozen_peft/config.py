@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of `FrozenContextTrainer`: `SFTConfig` and what a frozen context adds to it."""
+
+from dataclasses import dataclass, field, fields
+from typing import Self
+
+from transformers import TrainingArguments
+from transformers.utils import logging
+from trl import SFTConfig
+
+__all__ = ["TIERS", "FrozenContextConfig"]
+
+logger = logging.get_logger(__name__)
+
+# The `gradient_horizon` of each tier. Tier 3 is tier 1 with recomputation, which TRL turns on by default; what a recipe
+# of tier 3 adds is how (`checkpoint_every`).
+TIERS = {1: -1, 2: 0, 3: -1}
+
+
+@dataclass
+class FrozenContextConfig(SFTConfig):
+    """Configuration of `FrozenContextTrainer`.
+
+    All fields of `SFTConfig` are here too and mean the same, but for `max_length`, whose default is None. The fields
+    below are described by their `help`, which `docs/configuration.md` and `frozen-peft train --help` are made from.
+
+    Raises:
+        ValueError: A field is out of range, or two fields contradict each other.
+        NotImplementedError: A field names something that this version does not have yet.
+    """
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS
+
+    tier: int | None = field(
+        default=None,
+        metadata={
+            "help": "Preset of the fields below. 1: short corrections, full gradient. 2: behaviour, frozen context. "
+            "3: deep changes, full gradient with recomputation. A field that is given wins over its tier.",
+            "choices": [1, 2, 3],
+        },
+    )
+    gradient_horizon: int | None = field(
+        default=None,
+        metadata={
+            "help": "Context tokens just before the decision that carry gradient; 0: none, -1: the whole context. "
+            "Defaults to what the tier says, and to 0 without one."
+        },
+    )
+    context_adapters: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether adapters are active while the context is encoded. True: the trained model is the merged "
+            "model. False: the context is encoded by the base model (PEFT's activated LoRA); exact at inference only "
+            "when served the same way."
+        },
+    )
+    decision_mode: str = field(
+        default="tail",
+        metadata={
+            "help": "'tail': everything from the first supervised label on is one decision.",
+            "choices": ["tail", "turns"],
+        },
+    )
+    prefill_chunk_size: int = field(
+        default=2048,
+        metadata={
+            "help": "Context tokens per prefill forward, which bounds the memory of activations; 0: one forward."
+        },
+    )
+    max_context_length: int | None = field(
+        default=None,
+        metadata={"help": "Keep only this many context tokens, dropping the oldest. The decision is never cut."},
+    )
+    context_cache_size: str = field(
+        default="0", metadata={"help": "Memory for frozen contexts kept for reuse, such as '8GiB'."}
+    )
+    context_cache_dir: str | None = field(default=None, metadata={"help": "Directory for frozen contexts on disk."})
+    max_context_staleness: int = field(
+        default=0,
+        metadata={"help": "Optimizer steps a frozen context may be reused for when `context_adapters=True`."},
+    )
+    sequence_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Exact full-gradient backward with one chunk of the sequence in memory at a time."},
+    )
+    checkpoint_every: int = field(
+        default=1,
+        metadata={"help": "Layers per activation checkpoint when gradient checkpointing is on."},
+    )
+    verify_context: str = field(
+        default="first_batch",
+        metadata={
+            "help": "When to compare the decision's log-probabilities with a plain full forward, on one sample cut to "
+            "a bounded length. A difference is a `ContextMismatchError`.",
+            "choices": ["first_batch", "always", "never"],
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest sample in tokens. A longer one loses its oldest context tokens, and is an error when its "
+            "decision alone is longer; a sample without context is cut at its end as `SFTTrainer` does."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._apply_tier()
+        super().__post_init__()
+        self._check_ranges()
+        self._check_not_implemented()
+        if self.checkpoint_every > 1:
+            self._check_checkpointing()
+
+    @classmethod
+    def from_training_arguments(cls, args: TrainingArguments) -> Self:
+        """Converts a plain `SFTConfig` or `TrainingArguments`, keeping every field it has.
+
+        `SFTConfig` cuts samples at 1024 tokens unless told otherwise, which would cut off decisions behind long
+        contexts: that default becomes None here. A `max_length` other than 1024 is kept.
+        """
+        known = {f.name for f in fields(cls) if f.init}
+        values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
+        # The old names mirror the new ones and would warn if they were passed as well.
+        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            values.pop(name, None)
+        if isinstance(args, SFTConfig):
+            default = next(f.default for f in fields(SFTConfig) if f.name == "max_length")
+            if values["max_length"] == default:
+                logger.info(
+                    f"`max_length={default}` is the default of SFTConfig, where it cuts decisions off; "
+                    "FrozenContextTrainer uses None instead. Use FrozenContextConfig to set it."
+                )
+                values["max_length"] = None
+        return cls(**values)
+
+    def _apply_tier(self) -> None:
+        if self.tier is not None and self.tier not in TIERS:
+            raise ValueError(f"`tier` must be 1, 2 or 3, found {self.tier!r}.")
+        if self.gradient_horizon is None:
+            self.gradient_horizon = 0 if self.tier is None else TIERS[self.tier]
+
+    def _check_ranges(self) -> None:
+        assert self.gradient_horizon is not None
+        _require(self.gradient_horizon >= -1, "gradient_horizon", self.gradient_horizon, "-1, 0 or a number of tokens")
+        _require(self.prefill_chunk_size >= 0, "prefill_chunk_size", self.prefill_chunk_size, "0 or more tokens")
+        _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "1 layer or more")
+        _require(self.max_context_staleness >= 0, "max_context_staleness", self.max_context_staleness, "0 or more")
+        for name in ("max_context_length", "max_length"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "1 token or more, or None")
+        for name in ("decision_mode", "verify_context"):
+            choices = next(f for f in fields(self) if f.name == name).metadata["choices"]
+            _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
+
+    def _check_not_implemented(self) -> None:
+        not_implemented = {
+            "decision_mode": "tail",
+            "context_cache_size": "0",
+            "context_cache_dir": None,
+            "max_context_staleness": 0,
+            "sequence_chunk_size": None,
+        }
+        for name, only in not_implemented.items():
+            value = getattr(self, name)
+            if value != only and str(value) != str(only):
+                raise NotImplementedError(f"`{name}={value!r}` is not there yet; leave `{name}` at {only!r}.")
+
+    def _check_checkpointing(self) -> None:
+        kwargs = self.gradient_checkpointing_kwargs or {}
+        if not self.gradient_checkpointing:
+            raise ValueError(
+                f"`checkpoint_every={self.checkpoint_every}` has no effect with `gradient_checkpointing=False`. Turn "
+                "that on, or leave `checkpoint_every` at 1."
+            )
+        for name in ("use_reentrant", "selective"):
+            if kwargs.get(name):
+                raise ValueError(
+                    f"`checkpoint_every={self.checkpoint_every}` needs non-reentrant checkpoints over whole layers; "
+                    f"remove `{name}` from `gradient_checkpointing_kwargs`, or leave `checkpoint_every` at 1."
+                )
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"`{name}` must be {expected}, found {value!r}.")
