@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Roles of projections per architecture, LoRA presets on them, and the 4-bit base."""
+
+from frozen_peft.adapters.lora import PRESETS, RoleLoraConfig, lora_config
+from frozen_peft.adapters.quantization import (
+    QuantizationReport,
+    WeightGroup,
+    keep_linear4bit_trainable,
+    log_quantization,
+    quantization_config,
+    quantization_report,
+)
+from frozen_peft.adapters.roles import RoleMatch, find_roles
+from frozen_peft.adapters.rows import adapted_weights_summary, restrict_adapter_rows
+from frozen_peft.adapters.table import ROLES, Role
+
+__all__ = [
+    "PRESETS",
+    "ROLES",
+    "QuantizationReport",
+    "Role",
+    "RoleLoraConfig",
+    "RoleMatch",
+    "WeightGroup",
+    "adapted_weights_summary",
+    "find_roles",
+    "keep_linear4bit_trainable",
+    "log_quantization",
+    "lora_config",
+    "quantization_config",
+    "quantization_report",
+    "restrict_adapter_rows",
+]
