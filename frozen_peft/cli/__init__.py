@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `frozen-peft COMMAND`.
+
+Each command is one module of this package with a function `run(arguments)`. Modules are imported when their command
+is called, so that `frozen-peft --help` answers at once.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from frozen_peft.cli.errors import CommandError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "demo": "train the embedded tiny model and show what a frozen context gives; minutes on two cores",
+    "train": "train adapters from a recipe",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments without the program's name; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit status: 0, or 2 where the user can mend what went wrong, after one message on standard error.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f"frozen-peft: no command {name!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(f"frozen_peft.cli.{name}").run(rest)
+    except CommandError as error:
+        print(f"frozen-peft {name}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "usage: frozen-peft COMMAND [arguments]",
+            "",
+            "Train how a model responds in long contexts, without the backward pass through them.",
+            "",
+            "commands:",
+            *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
+            "",
+            "frozen-peft COMMAND --help explains a command.",
+        ]
+    )

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which errors the command line shows as one message, and which keep their traceback."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+__all__ = ["CommandError", "reported"]
+
+
+class CommandError(Exception):
+    """What the user can mend, in one message."""
+
+
+@contextmanager
+def reported(raised_in: str = "") -> Iterator[None]:
+    """Turns errors that a library raises on purpose into `CommandError`.
+
+    Args:
+        raised_in: Only errors raised by this package, for stretches in which an error from below would be a bug whose
+            traceback is needed. Empty: by any, for stretches that only read and check what the user gave.
+
+    Raises:
+        CommandError: With the message of the `ValueError`, `TypeError`, `RuntimeError` (which `NotImplementedError`
+            is) or `OSError` (which a missing file or dataset is) that was raised.
+    """
+    kinds = (ValueError, NotImplementedError, OSError) if not raised_in else (ValueError, RuntimeError, OSError)
+    try:
+        yield
+    except kinds as error:
+        if raised_in and _raising_package(error.__traceback__) != raised_in:
+            raise
+        raise CommandError(str(error) or type(error).__name__) from error
+
+
+def _raising_package(traceback: TracebackType | None) -> str:
+    """Returns the top-level package of the innermost frame, empty where there is none."""
+    package = ""
+    while traceback is not None:
+        package = traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+        traceback = traceback.tb_next
+    return package

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`frozen-peft train`: adapters from a recipe."""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import SFTConfig
+
+from frozen_peft.adapters import PRESETS, ROLES, lora_config, quantization_config
+from frozen_peft.cli.demo import DEMO_DIR
+from frozen_peft.cli.errors import reported
+from frozen_peft.cli.recipe import RecipeParser
+from frozen_peft.config import FrozenContextConfig
+from frozen_peft.data import has_split, load_samples
+from frozen_peft.trainer import FrozenContextTrainer
+
+__all__ = ["AdapterArguments", "DataArguments", "ModelArguments", "make_parser", "run"]
+
+# As a model or dataset name: the demo's own, built on first use.
+DEMO_NAME = "demo"
+
+# The inherited fields that most runs set. `--help` shows these, `--help-all` the other hundred too.
+_COMMON_TRAINING_FIELDS = (
+    "output_dir",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "bf16",
+    "optim",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "loss_type",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "logging_steps",
+    "eval_strategy",
+    "eval_on_start",
+    "save_strategy",
+    "save_steps",
+    "resume_from_checkpoint",
+    "trust_remote_code",
+    "report_to",
+    "seed",
+)
+
+
+@dataclass
+class ModelArguments:
+    """The base model and how it is loaded. Fields that TRL's `ModelConfig` has too are named and mean the same."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of the base model; `demo`: the demo's own tiny hybrid, trained on first use."
+        },
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the hub."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the loaded weights: by default the checkpoint's own where only adapters are trained, "
+            "float32 where the weights themselves are.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={
+            "help": "Quantize the base to 4 bit (NF4, double quantization) and keep small, sensitive projections in "
+            "16 bit."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation of transformers, such as `flash_attention_2`."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What is trained and evaluated on. Fields that TRL's `ScriptArguments` has too are named and mean the same."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training samples: a .jsonl, .json or .parquet file, a hub id, or `demo`: questions about the "
+            "standard library's documentation."
+        },
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Held-out samples, if not the test split of `dataset_name`; a file or hub id as above."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on, if the dataset has it."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read samples while training instead of before."})
+
+
+@dataclass
+class AdapterArguments:
+    """Which adapters are trained. Fields that TRL's `ModelConfig` has too are named and mean the same."""
+
+    use_peft: bool = field(default=True, metadata={"help": "Train adapters; false trains the weights themselves."})
+    lora_preset: str = field(
+        default="response",
+        metadata={
+            "help": "Roles that get adapters: `response` (query, output, gate, beta, decay, gdn_output, which decide "
+            "how a context is used), `response+mlp` or `all-linear`.",
+            "choices": list(PRESETS),
+        },
+    )
+    lora_roles: list[str] | None = field(
+        default=None, metadata={"help": f"Roles in place of a preset: {', '.join(ROLES)}."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters, divided by the rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters in the decision."})
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Trains, evaluates where there is held-out data, saves, and prints what happened.
+
+    Args:
+        arguments: Command-line arguments after `train`.
+
+    Raises:
+        CommandError: A field, file, model or dataset cannot be used.
+    """
+    parser = make_parser()
+    if not arguments or set(arguments) & {"-h", "--help", "--help-all"}:
+        print(parser.help(every_field="--help-all" in arguments))
+        return
+    # trl 1.16 itself sets this field, whose new name is `activation_checkpointing`; a user cannot heed the warning.
+    warnings.filterwarnings("ignore", r"`gradient_checkpointing\w*` is deprecated", FutureWarning)
+    with reported():
+        model, data, adapter, config = parser.parse(arguments)
+        _require(model, data)
+    with reported(raised_in="frozen_peft"):
+        _resolve_demo(model, data)
+    with reported():
+        trainer = _build_trainer(model, data, adapter, config)
+    start = time.monotonic()
+    with reported(raised_in="frozen_peft"):
+        trainer.train(resume_from_checkpoint=_checkpoint(config.resume_from_checkpoint))
+    train_seconds = time.monotonic() - start
+    if trainer.eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        print(_summary(trainer, train_seconds))
+
+
+def make_parser() -> RecipeParser:
+    """Returns the parser of `train`: model, data, adapter and trainer fields in one recipe."""
+    groups = (ModelArguments, DataArguments, AdapterArguments)
+    inherited = {item.name: item for item in dataclasses.fields(SFTConfig)}
+    ours = dataclasses.fields(FrozenContextConfig)
+    # What SFTConfig lacks, then what it has with another default.
+    own = [item.name for item in ours if item.name not in inherited]
+    own += [item.name for item in ours if item.name in inherited and item.default != inherited[item.name].default]
+    names = [[item.name for item in dataclasses.fields(group)] for group in groups]
+    parser = RecipeParser(
+        (*groups, FrozenContextConfig),
+        prog="frozen-peft train",
+        description="Trains a model's response to its context from a recipe, a flat YAML file of the fields below. A "
+        "field on the command line wins over the recipe.",
+        sections={
+            "frozen context": own,
+            "model": names[0],
+            "data": names[1],
+            "adapters": names[2],
+            "training": [name for name in _COMMON_TRAINING_FIELDS if name not in own],
+        },
+        inherited=("training",),
+    )
+    # SFTConfig's own defaults ask for bfloat16 and pinned memory. Without an accelerator the first fails, the second
+    # warns; there, float32 and ordinary memory.
+    parser.set_defaults(bf16=is_torch_bf16_gpu_available(), dataloader_pin_memory=torch.accelerator.is_available())
+    parser.describe(
+        output_dir="Where adapter, checkpoints and metrics are written.",
+        bf16="Compute in bfloat16; on by default where an accelerator does.",
+        eval_on_start="Evaluate before the first step too, for a loss before and after.",
+        resume_from_checkpoint="Checkpoint folder to go on from; true: the latest in `output_dir`.",
+    )
+    return parser
+
+
+def _require(model: ModelArguments, data: DataArguments) -> None:
+    for name, value in (
+        ("model_name_or_path", model.model_name_or_path),
+        ("dataset_name", data.dataset_name),
+    ):
+        if value is None:
+            raise ValueError(f"`{name}` is needed, in the recipe or as --{name}")
+    if data.dataset_name == DEMO_NAME and data.dataset_streaming:
+        raise ValueError("`dataset_streaming` has no use with `dataset_name: demo`, a small local file")
+
+
+def _resolve_demo(model: ModelArguments, data: DataArguments) -> None:
+    """Puts the paths of the demo's model and data where its name stands."""
+    if DEMO_NAME not in (model.model_name_or_path, data.dataset_name, data.eval_dataset_name):
+        return
+    from frozen_peft.demo import ensure_demo_assets
+
+    assets = ensure_demo_assets(DEMO_DIR)
+    if model.model_name_or_path == DEMO_NAME:
+        model.model_name_or_path = str(assets.model_dir)
+    if data.eval_dataset_name == DEMO_NAME or (data.dataset_name == DEMO_NAME and data.eval_dataset_name is None):
+        data.eval_dataset_name = str(assets.test_file)
+    if data.dataset_name == DEMO_NAME:
+        data.dataset_name = str(assets.train_file)
+
+
+def _build_trainer(
+    model: ModelArguments, data: DataArguments, adapter: AdapterArguments, config: FrozenContextConfig
+) -> FrozenContextTrainer:
+    assert model.model_name_or_path is not None  # _require
+    if model.load_in_4bit and not adapter.use_peft:
+        raise ValueError("`load_in_4bit` needs `use_peft: true`: 4-bit weights cannot be trained themselves")
+    base_config = AutoConfig.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=config.trust_remote_code
+    )
+    given = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
+    config.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype or ("auto" if adapter.use_peft else "float32"),
+        **given,
+    }
+    train_dataset, eval_dataset = _load_data(data, config)
+    return FrozenContextTrainer(
+        model=model.model_name_or_path,
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=quantization_config(base_config) if model.load_in_4bit else None,
+        peft_config=_peft_config(base_config, adapter),
+    )
+
+
+def _peft_config(base_config: Any, adapter: AdapterArguments) -> Any:
+    if not adapter.use_peft:
+        return None
+    return lora_config(
+        base_config,
+        preset=adapter.lora_preset,
+        roles=adapter.lora_roles,
+        r=adapter.lora_r,
+        lora_alpha=adapter.lora_alpha,
+        lora_dropout=adapter.lora_dropout,
+    )
+
+
+def _load_data(data: DataArguments, config: FrozenContextConfig) -> tuple[Any, Any]:
+    """Returns the training samples and, where there are any, the held-out samples."""
+    assert data.dataset_name is not None  # _require
+    options = {
+        "config": data.dataset_config,
+        "streaming": data.dataset_streaming,
+        "text_field": config.dataset_text_field,
+    }
+    train = load_samples(data.dataset_name, data.dataset_train_split, **options)
+    if data.eval_dataset_name is not None:
+        return train, load_samples(data.eval_dataset_name, data.dataset_test_split, **options)
+    if has_split(data.dataset_name, data.dataset_test_split, data.dataset_config):
+        return train, load_samples(data.dataset_name, data.dataset_test_split, **options)
+    return train, None
+
+
+def _checkpoint(value: str | None) -> str | bool | None:
+    """Reads `resume_from_checkpoint`: a folder, or true for the latest in `output_dir`."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _summary(trainer: FrozenContextTrainer, train_seconds: float) -> str:
+    """Says where the results are and what changed, in aligned lines."""
+    rows = [("results", str(Path(trainer.args.output_dir).resolve()))]
+    trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+    rows.append(("trained", f"{trainable:,} weights, {trainer.state.global_step} steps, {train_seconds:.0f} s"))
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if logged:
+        rows.append(("training loss", f"{logged[0]['loss']:.4f} first logged, {logged[-1]['loss']:.4f} last"))
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if evaluated:
+        before = f"{evaluated[0]['eval_loss']:.4f} before, " if evaluated[0]["step"] == 0 else ""
+        rows.append(("held-out loss", f"{before}{evaluated[-1]['eval_loss']:.4f} after"))
+    if torch.cuda.is_available():
+        rows.append(("peak memory", f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"))
+    width = max(len(title) for title, _ in rows)
+    return "\n" + "\n".join(f"  {title:<{width}}  {text}" for title, text in rows)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every recipe parses, says what it must, trains for two steps and goes on from its checkpoint."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from frozen_peft.cli import main
+from frozen_peft.cli.recipe import read_recipe
+from frozen_peft.cli.train import make_parser
+from frozen_peft.demo.tokenizer import train_tokenizer
+from tests.tiny_models import tiny_model
+
+RECIPE_DIR = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(RECIPE_DIR.rglob("*.yaml"))
+
+every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(RECIPE_DIR)))
+
+
+def test_there_is_a_recipe_for_every_tier() -> None:
+    tiers = {read_recipe(path)[0].get("tier") for path in RECIPES}
+    assert {1, 2, 3} <= tiers
+
+
+@every_recipe
+def test_recipe_parses(path: Path) -> None:
+    values, _ = read_recipe(path)
+    model, data, adapter, config = make_parser().parse([str(path)])
+    parsed = {**vars(model), **vars(data), **vars(adapter), **vars(config)}
+    assert {name: parsed[name] for name in ("model_name_or_path", "dataset_name", "lora_r", "max_steps")} == {
+        name: values[name] for name in ("model_name_or_path", "dataset_name", "lora_r", "max_steps")
+    }
+
+
+@every_recipe
+def test_recipe_takes_the_large_model_on_the_command_line(path: Path) -> None:
+    arguments = [str(path), "--model_name_or_path", "Qwen/Qwen3.5-27B", "--load_in_4bit", "true"]
+    model, *_ = make_parser().parse(arguments)
+    assert model.model_name_or_path == "Qwen/Qwen3.5-27B"
+    assert model.load_in_4bit is True
+
+
+@every_recipe
+def test_recipe_header_gives_command_hardware_and_expectation(path: Path) -> None:
+    header = path.read_text(encoding="utf-8").partition("\n\n")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert f"frozen-peft train recipes/{path.relative_to(RECIPE_DIR)}\n" in header
+    assert "# Hardware: " in header
+    assert "# Expect: " in header
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A tiny hybrid with a tokenizer, and samples with contexts of some hundred tokens."""
+    folder = tmp_path_factory.mktemp("assets")
+    rows = [
+        {
+            "prompt": [
+                {"role": "system", "content": " ".join(f"entry {number * 7 % 31}" for number in range(20 + row))},
+                {"role": "user", "content": f"what is {row}?"},
+            ],
+            "completion": [{"role": "assistant", "content": f"entry {row} of many"}],
+        }
+        for row in range(12)
+    ]
+    tokenizer: PreTrainedTokenizerFast = train_tokenizer([str(rows)], vocab_size=320)
+    model = tiny_model("qwen3_5_text", vocab_size=len(tokenizer))
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    samples = folder / "samples.jsonl"
+    samples.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(folder / "model"), str(samples)
+
+
+@every_recipe
+@pytest.mark.slow
+def test_recipe_trains_two_steps_and_resumes(
+    path: Path, assets: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_dir, samples = assets
+    output_dir = tmp_path / "run"
+    arguments = ["train", str(path), "--model_name_or_path", model_dir, "--dataset_name", samples]
+    arguments += ["--eval_dataset_name", samples, "--output_dir", str(output_dir), "--save_steps", "2"]
+    arguments += ["--gradient_accumulation_steps", "1", "--logging_steps", "1"]
+
+    assert main([*arguments, "--max_steps", "2"]) == 0
+    summary = capsys.readouterr().out
+    assert str(output_dir) in summary
+    assert "held-out loss" in summary
+    assert (output_dir / "checkpoint-2" / "trainer_state.json").is_file()
+    first = (output_dir / "adapter_model.safetensors").read_bytes()
+
+    assert main([*arguments, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    # Two steps from the first run, one from the second: it went on instead of beginning anew.
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
+    assert (output_dir / "adapter_model.safetensors").read_bytes() != first
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(assets: tuple[str, str], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model_dir, samples = assets
+    arguments = ["train", str(RECIPE_DIR / "tier2_behavior.yaml"), "--model_name_or_path", model_dir]
+    arguments += ["--dataset_name", samples, "--eval_on_start", "false", "--gradient_accumulation_steps", "1"]
+    arguments += ["--max_steps", "4", "--save_steps", "2", "--save_total_limit", "5"]
+
+    assert main([*arguments, "--output_dir", str(tmp_path / "whole")]) == 0
+    half = str(tmp_path / "whole" / "checkpoint-2")
+    assert main([*arguments, "--output_dir", str(tmp_path / "rest"), "--resume_from_checkpoint", half]) == 0
+    whole, resumed = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "rest"))
+    assert whole.keys() == resumed.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=1e-6, atol=1e-8)
