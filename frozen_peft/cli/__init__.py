@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: `frozen-peft COMMAND`.
 
-Each command is one module of this package with a function `run(arguments)`. Modules are imported when their command
-is called, so that `frozen-peft --help` answers at once.
+Each command is one module of this package with a function `run(arguments)`, imported when the command is called.
 """
 
 import importlib

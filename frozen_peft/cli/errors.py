@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from frozen_peft.errors import ContextMismatchError
+
 __all__ = ["CommandError", "reported"]
 
 
@@ -21,13 +23,12 @@ def reported(raised_in: str = "") -> Iterator[None]:
             traceback is needed. Empty: by any, for stretches that only read and check what the user gave.
 
     Raises:
-        CommandError: With the message of the `ValueError`, `TypeError`, `RuntimeError` (which `NotImplementedError`
-            is) or `OSError` (which a missing file or dataset is) that was raised.
+        CommandError: With the message of the `ValueError`, `NotImplementedError`, `ContextMismatchError` or `OSError`
+            (which a missing file or dataset is) that was raised.
     """
-    kinds = (ValueError, NotImplementedError, OSError) if not raised_in else (ValueError, RuntimeError, OSError)
     try:
         yield
-    except kinds as error:
+    except (ValueError, NotImplementedError, ContextMismatchError, OSError) as error:
         if raised_in and _raising_package(error.__traceback__) != raised_in:
             raise
         raise CommandError(str(error) or type(error).__name__) from error

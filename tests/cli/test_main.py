@@ -5,6 +5,7 @@ import pytest
 
 from frozen_peft.cli import COMMANDS, main
 from frozen_peft.cli.errors import CommandError, reported
+from frozen_peft.errors import ContextMismatchError
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +37,11 @@ def test_errors_from_below_keep_their_traceback_while_training() -> None:
 def test_errors_while_reading_input_are_reported() -> None:
     with pytest.raises(CommandError, match="invalid literal"), reported():
         int("seven")
+
+
+def test_a_lost_context_is_reported() -> None:
+    with pytest.raises(CommandError, match="off by 3"), reported():
+        raise ContextMismatchError("off by 3")
 
 
 def test_demo_help(capsys: pytest.CaptureFixture[str]) -> None:
