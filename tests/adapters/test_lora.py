@@ -126,7 +126,7 @@ def test_kimi_pattern_tells_layers_of_the_two_kinds_apart() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"preset": "respons"}, r"`preset` must be one of .*got 'respons'\. Did you mean 'response'\?"),
+        ({"preset": "responsemlp"}, r"`preset` must be one of .*got 'responsemlp'\. Did you mean 'response\+mlp'\?"),
         ({"roles": ["quary"]}, r"`roles` must be taken from .*got 'quary'\. Did you mean 'query'\?"),
         ({"roles": "query"}, r"`roles` must be a list"),
         ({"roles": []}, r"`roles` must be a list of at least one"),
