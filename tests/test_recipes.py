@@ -2,6 +2,7 @@
 """Every recipe parses, says what it must, trains for two steps and goes on from its checkpoint."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -89,11 +90,12 @@ def test_recipe_trains_two_steps_and_resumes(
     assert main([*arguments, "--max_steps", "2"]) == 0
     summary = capsys.readouterr().out
     assert str(output_dir) in summary
-    assert "held-out loss" in summary
+    assert re.search(r"held-out loss +\d+\.\d+ before, \d+\.\d+ after", summary)
     assert (output_dir / "checkpoint-2" / "trainer_state.json").is_file()
     first = (output_dir / "adapter_model.safetensors").read_bytes()
 
     assert main([*arguments, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
+    assert re.search(r"held-out loss +\d+\.\d+ after", capsys.readouterr().out)
     state = json.loads((output_dir / "trainer_state.json").read_text())
     assert state["global_step"] == 3
     # Two steps from the first run, one from the second: it went on instead of beginning anew.
@@ -107,7 +109,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(assets: tuple[str, st
 
     model_dir, samples = assets
     arguments = ["train", str(RECIPE_DIR / "tier2_behavior.yaml"), "--model_name_or_path", model_dir]
-    arguments += ["--dataset_name", samples, "--eval_on_start", "false", "--gradient_accumulation_steps", "1"]
+    arguments += ["--dataset_name", samples, "--eval_dataset_name", samples, "--gradient_accumulation_steps", "1"]
     arguments += ["--max_steps", "4", "--save_steps", "2", "--save_total_limit", "5"]
 
     assert main([*arguments, "--output_dir", str(tmp_path / "whole")]) == 0
@@ -117,3 +119,44 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(assets: tuple[str, st
     assert whole.keys() == resumed.keys()
     for name, weight in whole.items():
         torch.testing.assert_close(resumed[name], weight, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_held_out_data_is_optional(
+    assets: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_dir, samples = assets
+    arguments = ["train", str(RECIPE_DIR / "tier2_behavior.yaml"), "--model_name_or_path", model_dir]
+    arguments += ["--dataset_name", samples, "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    assert main(arguments) == 0
+    assert "held-out" not in capsys.readouterr().out
+    assert main([*arguments, "--eval_on_start", "true"]) == 2
+    assert "`eval_on_start` needs held-out samples" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_malformed_dataset_is_refused_before_training(
+    assets: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_dir, samples = assets
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(Path(samples).read_text() + "{not json}\n")
+    arguments = ["train", str(RECIPE_DIR / "tier2_behavior.yaml"), "--model_name_or_path", model_dir]
+    assert main([*arguments, "--dataset_name", str(broken), "--output_dir", str(tmp_path / "run")]) == 2
+    assert f"{broken}, line 13, column 2: not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_four_bit_base_trains_on_a_cpu(assets: tuple[str, str], tmp_path: Path) -> None:
+    model_dir, samples = assets
+    arguments = ["train", str(RECIPE_DIR / "tier2_behavior.yaml"), "--model_name_or_path", model_dir]
+    arguments += ["--dataset_name", samples, "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    assert main([*arguments, "--load_in_4bit", "true"]) == 0
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_four_bit_weights_cannot_be_trained(assets: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    model_dir, samples = assets
+    arguments = ["train", "--model_name_or_path", model_dir, "--dataset_name", samples, "--output_dir", "unused"]
+    assert main([*arguments, "--load_in_4bit", "true", "--use_peft", "false"]) == 2
+    assert "`load_in_4bit` needs `use_peft: true`" in capsys.readouterr().err

@@ -45,7 +45,6 @@ _COMMON_TRAINING_FIELDS = (
     "assistant_only_loss",
     "logging_steps",
     "eval_strategy",
-    "eval_on_start",
     "save_strategy",
     "save_steps",
     "resume_from_checkpoint",
@@ -99,7 +98,10 @@ class DataArguments:
     )
     eval_dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Held-out samples, if not the test split of `dataset_name`; a file or hub id as above."},
+        metadata={
+            "help": "Held-out samples, if not the test split of `dataset_name`; a file or hub id as above. Their loss "
+            "is taken before and after training."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
@@ -129,7 +131,7 @@ class AdapterArguments:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Trains, evaluates where there is held-out data, saves, and prints what happened.
+    """Trains, evaluates before and after where there is held-out data, saves, and prints what happened.
 
     Args:
         arguments: Command-line arguments after `train`.
@@ -150,16 +152,18 @@ def run(arguments: Sequence[str]) -> None:
         _resolve_demo(model, data)
     with reported():
         trainer = _build_trainer(model, data, adapter, config)
-    start = time.monotonic()
+    checkpoint = _checkpoint(config.resume_from_checkpoint)
     with reported(raised_in="frozen_peft"):
-        trainer.train(resume_from_checkpoint=_checkpoint(config.resume_from_checkpoint))
-    train_seconds = time.monotonic() - start
-    if trainer.eval_dataset is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
+        # A run that goes on from a checkpoint has no loss before training to show.
+        before = None if checkpoint else _evaluate(trainer, "eval_before")
+        start = time.monotonic()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        train_seconds = time.monotonic() - start
+        after = _evaluate(trainer, "eval")
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        print(_summary(trainer, train_seconds))
+        print(_summary(trainer, train_seconds, before, after))
 
 
 def make_parser() -> RecipeParser:
@@ -191,7 +195,6 @@ def make_parser() -> RecipeParser:
     parser.describe(
         output_dir="Where adapter, checkpoints and metrics are written.",
         bf16="Compute in bfloat16; on by default where an accelerator does.",
-        eval_on_start="Evaluate before the first step too, for a loss before and after.",
         resume_from_checkpoint="Checkpoint folder to go on from; true: the latest in `output_dir`.",
     )
     return parser
@@ -240,6 +243,8 @@ def _build_trainer(
         **given,
     }
     train_dataset, eval_dataset = _load_data(data, config)
+    if config.eval_on_start and eval_dataset is None:
+        raise ValueError("`eval_on_start` needs held-out samples: give `eval_dataset_name`, or remove it")
     return FrozenContextTrainer(
         model=model.model_name_or_path,
         args=config,
@@ -279,23 +284,32 @@ def _load_data(data: DataArguments, config: FrozenContextConfig) -> tuple[Any, A
     return train, None
 
 
+def _evaluate(trainer: FrozenContextTrainer, name: str) -> float | None:
+    """Returns the held-out loss and writes all metrics to `{name}_results.json`; None without held-out samples."""
+    if trainer.eval_dataset is None:
+        return None
+    metrics = trainer.evaluate()
+    trainer.save_metrics(name, metrics, combined=False)
+    return metrics["eval_loss"]
+
+
 def _checkpoint(value: str | None) -> str | bool | None:
     """Reads `resume_from_checkpoint`: a folder, or true for the latest in `output_dir`."""
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def _summary(trainer: FrozenContextTrainer, train_seconds: float) -> str:
+def _summary(trainer: FrozenContextTrainer, train_seconds: float, before: float | None, after: float | None) -> str:
     """Says where the results are and what changed, in aligned lines."""
     rows = [("results", str(Path(trainer.args.output_dir).resolve()))]
     trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     rows.append(("trained", f"{trainable:,} weights, {trainer.state.global_step} steps, {train_seconds:.0f} s"))
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if logged:
-        rows.append(("training loss", f"{logged[0]['loss']:.4f} first logged, {logged[-1]['loss']:.4f} last"))
-    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    if evaluated:
-        before = f"{evaluated[0]['eval_loss']:.4f} before, " if evaluated[0]["step"] == 0 else ""
-        rows.append(("held-out loss", f"{before}{evaluated[-1]['eval_loss']:.4f} after"))
+        rows.append(("training loss", f"{logged[0]:.4f} first logged, {logged[-1]:.4f} last"))
+    if after is not None:
+        rows.append(
+            ("held-out loss", f"{after:.4f} after" if before is None else f"{before:.4f} before, {after:.4f} after")
+        )
     if torch.cuda.is_available():
         rows.append(("peak memory", f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"))
     width = max(len(title) for title, _ in rows)
