@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test-wide settings: offline, quiet, one thread and fixed seeds, so that every figure repeats."""
+
+import os
+
+# Both libraries read these at import, so they come before either is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TQDM_DISABLE"] = "1"
+
+import pytest
+import torch
+import transformers
+
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Start every test from the same random state, whatever ran before it."""
+    transformers.set_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let PEFT 0.21 read an attribute that transformers 5.23 deprecates; goes with the next PEFT."""
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
