@@ -12,8 +12,8 @@ __all__ = ["TIERS", "FrozenContextConfig"]
 
 logger = logging.get_logger(__name__)
 
-# The `gradient_horizon` of each tier. Tier 3 is tier 1 with recomputation, which TRL turns on by default; what a recipe
-# of tier 3 adds is how (`checkpoint_every`).
+# The `gradient_horizon` of each tier. Tier 3 is tier 1 with recomputation, which TRL turns on by default; what a
+# recipe of tier 3 adds is how (`checkpoint_every`).
 TIERS = {1: -1, 2: 0, 3: -1}
 
 

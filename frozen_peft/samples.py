@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-from .context.boundary import IGNORED_LABEL
+from frozen_peft.context.boundary import IGNORED_LABEL
 
-__all__ = ["SampleLengths", "check_samples", "limit_length", "measure_samples", "require_rows"]
+__all__ = ["SampleLengths", "SampleLimits", "check_samples", "limit_length", "measure_samples", "require_rows"]
 
 ROWS_PER_BATCH = 1000
 
@@ -45,9 +45,7 @@ def require_rows(dataset: Dataset | IterableDataset | None, name: str) -> None:
         return
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(
-            f"The {name} dataset is empty: there is nothing to train on. Check its file, split or filter."
-        )
+        raise ValueError(f"The {name} dataset is empty. Check its file, split or filter.")
     if "image" in first or "images" in first:
         raise ValueError(
             f"The {name} dataset has an image column, which frozen contexts do not carry yet. Remove the images, or "
@@ -67,24 +65,30 @@ def measure_samples(dataset: Dataset) -> SampleLengths:
     )
 
 
-def check_samples(
-    dataset: Dataset | IterableDataset,
-    name: str,
-    *,
-    frozen: bool,
-    flattened: bool,
-    max_positions: int | None,
-    max_length: int | None,
-) -> Dataset | IterableDataset:
-    """Checks every sample of a prepared dataset.
+@dataclass(frozen=True)
+class SampleLimits:
+    """What samples must keep to.
+
+    Attributes:
+        frozen: Contexts will be frozen.
+        flattened: Samples will be packed or flattened into one row.
+        max_positions: Positions that the model has; None where that is unknown.
+        max_length: The longest sample in tokens, which `limit_length` cut to where it could.
+    """
+
+    frozen: bool
+    flattened: bool
+    max_positions: int | None
+    max_length: int | None
+
+
+def check_samples(dataset: Dataset | IterableDataset, name: str, limits: SampleLimits) -> Dataset | IterableDataset:
+    """Checks every sample of a prepared dataset; of a stream, samples are checked as they come.
 
     Args:
-        dataset: A prepared dataset; of a stream, samples are checked as they come.
+        dataset: A prepared dataset.
         name: What to call it in messages, such as `train`.
-        frozen: Whether contexts will be frozen.
-        flattened: Whether samples will be packed or flattened into one row.
-        max_positions: Positions that the model has; None where that is unknown.
-        max_length: The longest sample allowed, which `limit_length` cut to where it could.
+        limits: What its samples must keep to.
 
     Returns:
         The dataset.
@@ -93,17 +97,16 @@ def check_samples(
         ValueError: A sample has no supervised label, a decision longer than `max_length`, more tokens than the model
             has positions, or a context although samples are flattened.
     """
-    limits = {"frozen": frozen, "flattened": flattened, "max_positions": max_positions, "max_length": max_length}
     if isinstance(dataset, IterableDataset):
 
         def check_one(sample: dict[str, Any], index: int) -> dict[str, Any]:
             table = pa.table({key: [sample[key]] for key in ("input_ids", "labels", "seq_lengths") if key in sample})
             rows, totals, boundaries, _ = _measure_table(table)
-            _require_sound(SampleLengths(rows + index, totals, boundaries), name, **limits)
+            _require_sound(SampleLengths(rows + index, totals, boundaries), name, limits)
             return sample
 
         return dataset.map(check_one, with_indices=True)
-    _require_sound(measure_samples(dataset), name, **limits)
+    _require_sound(measure_samples(dataset), name, limits)
     return dataset
 
 
@@ -152,44 +155,38 @@ def _measure_table(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     return rows, totals, boundaries, table.num_rows
 
 
-def _require_sound(
-    samples: SampleLengths,
-    name: str,
-    *,
-    frozen: bool,
-    flattened: bool,
-    max_positions: int | None,
-    max_length: int | None,
-) -> None:
+def _require_sound(samples: SampleLengths, name: str, limits: SampleLimits) -> None:
     contexts, totals = samples.boundaries, samples.totals
-    if (found := _first_row(samples, contexts < 0)) is not None:
+    decisions = totals - np.maximum(contexts, 0)
+    if (found := _first(samples, contexts < 0)) is not None:
         raise ValueError(
-            f"Sample {found[0]} of the {name} dataset has no supervised label in its {totals[found[1]]} tokens, so it "
-            "has no decision to train. Drop it, or check `completion_only_loss`, `assistant_only_loss` and the chat "
-            "template."
+            f"Sample {samples.rows[found]} of the {name} dataset has no supervised label in its {totals[found]} "
+            "tokens, so it has no decision to train. Drop it, or check `completion_only_loss`, `assistant_only_loss` "
+            "and the chat template."
         )
-    if flattened and frozen and (found := _first_row(samples, contexts > 0)) is not None:
+    if limits.flattened and limits.frozen and (found := _first(samples, contexts > 0)) is not None:
         raise ValueError(
-            f"Sample {found[0]} of the {name} dataset has a context of {contexts[found[1]]} tokens, and `packing` and "
-            "`padding_free` put samples into one row, where contexts cannot be told apart. Set both to False (decisions "
-            "are short, so little padding is left), or train with `tier: 1`."
+            f"Sample {samples.rows[found]} of the {name} dataset has a context of {contexts[found]} tokens, and "
+            "`packing` and `padding_free` put samples into one row, where contexts cannot be told apart. Set both to "
+            "False (decisions are short: little is padded), or train with `tier: 1`."
         )
-    if max_length is not None and not flattened:
-        if (found := _first_row(samples, totals - np.maximum(contexts, 0) > max_length)) is not None:
-            raise ValueError(
-                f"Sample {found[0]} of the {name} dataset has a decision of "
-                f"{totals[found[1]] - contexts[found[1]]} tokens, which is longer than `max_length={max_length}`, and "
-                "a decision is never cut. Raise `max_length` (None: no limit), or shorten the sample."
-            )
-    if max_positions is not None and (found := _first_row(samples, totals > max_positions)) is not None:
+    limit = limits.max_length
+    if limit is not None and not limits.flattened and (found := _first(samples, decisions > limit)) is not None:
         raise ValueError(
-            f"Sample {found[0]} of the {name} dataset has {totals[found[1]]} tokens ({contexts[found[1]]} of them "
-            f"context), and the model has {max_positions} positions. Set `max_context_length` or `max_length`, or "
-            "use a model with longer contexts."
+            f"Sample {samples.rows[found]} of the {name} dataset has a decision of {decisions[found]} tokens. That "
+            f"is longer than `max_length={limit}`, and a decision is never cut. Raise `max_length` (None: no limit), or "
+            "shorten the sample."
+        )
+    positions = limits.max_positions
+    if positions is not None and (found := _first(samples, totals > positions)) is not None:
+        raise ValueError(
+            f"Sample {samples.rows[found]} of the {name} dataset has {totals[found]} tokens, {contexts[found]} of "
+            f"them context, and the model has {positions} positions. Set `max_context_length` or `max_length`, or use a "
+            "model with longer contexts."
         )
 
 
-def _first_row(samples: SampleLengths, matches: np.ndarray) -> tuple[int, int] | None:
-    """Row and index of the first sample that matches."""
+def _first(samples: SampleLengths, matches: np.ndarray) -> int | None:
+    """Index of the first sample that matches."""
     indices = np.flatnonzero(matches)
-    return (int(samples.rows[indices[0]]), int(indices[0])) if len(indices) else None
+    return int(indices[0]) if len(indices) else None

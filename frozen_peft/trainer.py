@@ -3,7 +3,7 @@
 
 import copy
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from .adapters import keep_linear4bit_trainable, log_quantization, restrict_adapter_rows
-from .config import FrozenContextConfig
-from .context import (
+from frozen_peft.adapters import keep_linear4bit_trainable, log_quantization, restrict_adapter_rows
+from frozen_peft.config import FrozenContextConfig
+from frozen_peft.context import (
     FrozenContext,
     SplitBatch,
     decision_forward,
@@ -23,10 +23,10 @@ from .context import (
     use_segmented_attention,
     verify_context,
 )
-from .context.kernels import choose_kernels
-from .context.models import get_decoder, get_pretrained_model, require_exact_continuation
-from .gradient import group_checkpoints
-from .samples import check_samples, limit_length, require_rows
+from frozen_peft.context.kernels import choose_kernels
+from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
+from frozen_peft.gradient import group_checkpoints
+from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
 
 __all__ = ["FrozenContextTrainer"]
 
@@ -58,7 +58,7 @@ class FrozenContextTrainer(SFTTrainer):
         UnsupportedArchitectureError: The model has no cache to continue from.
     """
 
-    _tag_names = ["trl", "sft", "frozen-context"]
+    _tag_names: ClassVar[list[str]] = ["trl", "sft", "frozen-context"]
 
     def __init__(
         self,
@@ -158,14 +158,13 @@ class FrozenContextTrainer(SFTTrainer):
         packing: bool = False,
     ) -> Dataset | IterableDataset:
         args = args or self.args
-        return check_samples(
-            dataset,
-            name,
+        limits = SampleLimits(
             frozen=args.gradient_horizon != -1,
             flattened=packing or self.padding_free,
             max_positions=None if args.max_context_length is not None else self._max_positions,
             max_length=args.max_length,
         )
+        return check_samples(dataset, name, limits)
 
     def _require_adapters_to_switch(self) -> None:
         if not self.args.context_adapters and not isinstance(self.model, PeftModel):

@@ -29,7 +29,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
-from .handover import Segment, give_segment, mark_frozen_length
+from frozen_peft.context.handover import Segment, give_segment, mark_frozen_length
 
 __all__ = ["AttentionState", "EncodedContext", "FrozenContext", "LayerState", "LinearState"]
 

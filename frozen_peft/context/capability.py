@@ -5,11 +5,11 @@ import logging
 
 import torch
 
-from ..errors import ContextMismatchError
-from .decision import decision_forward
-from .models import get_decoder, get_pretrained_model
-from .prefill import encode_context, without_dropout
-from .segments import IMPLEMENTATION, is_segmented
+from frozen_peft.context.decision import decision_forward
+from frozen_peft.context.models import get_decoder, get_pretrained_model
+from frozen_peft.context.prefill import encode_context, without_dropout
+from frozen_peft.context.segments import IMPLEMENTATION, is_segmented
+from frozen_peft.errors import ContextMismatchError
 
 __all__ = ["use_segmented_attention"]
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..errors import ContextMismatchError
-from .boundary import MIN_DECISION_TOKENS
-from .cache import FrozenContext
-from .handover import SegmentedForward, frozen_length, segmented_forward
-from .models import get_decoder, get_pretrained_model
-from .segments import is_segmented
+from frozen_peft.context.boundary import MIN_DECISION_TOKENS
+from frozen_peft.context.cache import FrozenContext
+from frozen_peft.context.handover import SegmentedForward, frozen_length, segmented_forward
+from frozen_peft.context.models import get_decoder, get_pretrained_model
+from frozen_peft.context.segments import is_segmented
+from frozen_peft.errors import ContextMismatchError
 
 __all__ = ["decision_forward"]
 
@@ -64,9 +64,11 @@ def _mask_context_and_decision(
     frozen = kwargs.get("past_key_values")
     if not isinstance(frozen, FrozenContext):
         return None
-    tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    tokens = args[0] if tokens is None and args else tokens
-    if tokens is not None and tokens.shape[1] < MIN_DECISION_TOKENS:
+    # By keyword or first by position, as token ids `(B, D)` or, from a vision-language wrapper, embeddings `(B, D, E)`.
+    tokens = next(
+        value for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if value is not None
+    )
+    if tokens.shape[1] < MIN_DECISION_TOKENS:
         raise ValueError(
             f"A decision over a frozen context needs at least {MIN_DECISION_TOKENS} tokens, found {tokens.shape[1]}: "
             "one token runs kernels that write their state in place and have no backward. Pad it on the right."

@@ -70,6 +70,7 @@ def segmented_forward() -> Iterator[SegmentedForward]:
 
 
 def current_forward() -> SegmentedForward | None:
+    """The record of the segmented forward that is running, None outside of one."""
     return _forward.get()
 
 
@@ -81,6 +82,7 @@ def give_segment(key_states: torch.Tensor, segment: Segment) -> None:
 
 
 def mark_contiguous(key_states: torch.Tensor) -> None:
+    """Notes that the last queries of a sequence will meet these keys, which are all keys up to them."""
     setattr(key_states, SEGMENT_ATTRIBUTE, CONTIGUOUS)
 
 
@@ -95,4 +97,5 @@ def mark_frozen_length(states: torch.Tensor, length: int) -> None:
 
 
 def frozen_length(states: torch.Tensor) -> int:
+    """How many positions at the beginning of these states are the context's."""
     return getattr(states, FROZEN_LENGTH_ATTRIBUTE, 0)

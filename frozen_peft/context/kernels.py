@@ -52,12 +52,13 @@ class KernelChoice:
 
     def __init__(self, accelerated: Kernel, reference: Kernel):
         functools.update_wrapper(self, reference)
+        self.name = reference.__name__
         self.accelerated, self.reference = accelerated, reference
         self._parameters = inspect.signature(reference).parameters
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-        if device.type != "cpu" and (not torch.is_grad_enabled() or has_right_backward(self.__name__, device)):
+        if device.type != "cpu" and (not torch.is_grad_enabled() or has_right_backward(self.name, device)):
             return self.accelerated(*args, **kwargs)
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in self._parameters.values())
         return self.reference(*args, **{k: v for k, v in kwargs.items() if takes_any or k in self._parameters})
@@ -100,13 +101,14 @@ def _choose_in(modeling_file: ModuleType) -> list[str]:
     for name, function in list(vars(modeling_file).items()):
         if isinstance(function, KernelChoice):
             chosen.append(name)
-        elif inspect.isfunction(function) and _binds_kernel(function):
-            setattr(modeling_file, name, KernelChoice(function, function.__wrapped__))
+        elif (reference := _reference_of(function)) is not None:
+            setattr(modeling_file, name, KernelChoice(function, reference))
             chosen.append(name)
     return [f"{modeling_file.__name__.rsplit('.', 1)[-1]}.{name}" for name in chosen]
 
 
-def _binds_kernel(function: Any) -> bool:
-    """Whether transformers' `use_kernel_func_from_hub_with_fallback` made this function."""
-    code_file = function.__code__.co_filename
-    return hasattr(function, "__wrapped__") and code_file.endswith("hub_kernels.py")
+def _reference_of(function: object) -> Kernel | None:
+    """The PyTorch function inside what transformers' `use_kernel_func_from_hub_with_fallback` made; else None."""
+    if inspect.isfunction(function) and function.__code__.co_filename.endswith("hub_kernels.py"):
+        return getattr(function, "__wrapped__", None)
+    return None

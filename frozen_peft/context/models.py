@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..errors import ContextMismatchError, UnsupportedArchitectureError
+from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
 
 __all__ = ["get_decoder", "get_pretrained_model", "require_exact_continuation"]
 

@@ -28,10 +28,10 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .cache import AttentionState, EncodedContext, FrozenContext, LayerState, LinearState
-from .handover import mark_contiguous, segmented_forward
-from .models import get_decoder, get_pretrained_model, require_exact_continuation
-from .segments import is_segmented
+from frozen_peft.context.cache import AttentionState, EncodedContext, FrozenContext, LayerState, LinearState
+from frozen_peft.context.handover import mark_contiguous, segmented_forward
+from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
+from frozen_peft.context.segments import is_segmented
 
 __all__ = ["adapters_active", "encode_context", "without_dropout"]
 
@@ -107,6 +107,7 @@ class _BufferedLayer(DynamicLayer):
 
     def __init__(self, capacity: int, segmented: bool):
         super().__init__()
+        self.is_initialized = False
         self.capacity, self.segmented, self.num_filled = capacity, segmented, 0
 
     def update(

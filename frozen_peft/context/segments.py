@@ -32,8 +32,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from .handover import CONTIGUOUS, Segment, current_forward, get_segment
-from .models import get_decoder
+from frozen_peft.context.handover import CONTIGUOUS, Segment, current_forward, get_segment
+from frozen_peft.context.models import get_decoder
 
 __all__ = ["IMPLEMENTATION", "is_segmented"]
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import ContextMismatchError
-from .decision import decision_forward
-from .models import get_decoder, get_pretrained_model, require_exact_continuation
-from .prefill import adapters_active, encode_context, without_dropout
+from frozen_peft.context.decision import decision_forward
+from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
+from frozen_peft.context.prefill import adapters_active, encode_context, without_dropout
+from frozen_peft.errors import ContextMismatchError
 
 __all__ = ["ContextCheck", "verify_context"]
 
@@ -97,20 +97,17 @@ def verify_context(
         frozen, frozen_changed = (
             _frozen_logprobs(model, tokens, decision, chunk_size) for tokens in (context, changed)
         )
-    error, error_changed, effect, frozen_effect = (
-        (left - right).abs().mean().item()
-        for left, right in (
-            (frozen, plain),
-            (frozen_changed, plain_changed),
-            (plain_changed, plain),
-            (frozen_changed, frozen),
-        )  # fmt: skip
-    )
+    error, error_changed = _distance(frozen, plain), _distance(frozen_changed, plain_changed)
+    effect, frozen_effect = _distance(plain_changed, plain), _distance(frozen_changed, frozen)
     check = ContextCheck(
         error, error_changed, effect, frozen_effect, _tolerance(pretrained, effect), len(context), len(decision)
     )
     _require_match(check, pretrained)
     return check
+
+
+def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
+    return (left - right).abs().mean().item()
 
 
 def _require_match(check: ContextCheck, model: PreTrainedModel) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The live side: how activations are kept for the backward pass."""
 
-from .checkpoint import group_checkpoints
+from frozen_peft.gradient.checkpoint import group_checkpoints
 
 __all__ = ["group_checkpoints"]
