@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job: tier 2 on the tiny model, with the held-out decision loss before and after."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from frozen_peft.demo.assets import AssetSettings, DemoAssets, ensure_demo_assets
+from frozen_peft.demo.conversations import Conversation, read_jsonl, shuffle_contexts
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "tier2_behavior.yaml"
+RIGHT, SHUFFLED = "right", "shuffled"
+
+
+def run_demo(
+    output_dir: Path,
+    seed: int = 0,
+    *,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
+    settings: AssetSettings | None = None,
+) -> dict[str, Any]:
+    """Builds the assets if needed, runs the tier 2 recipe on them, and prints and saves what it did.
+
+    Args:
+        output_dir: Where assets, adapter and `demo.json` are written.
+        seed: Decides everything random.
+        recipe: The recipe; by default the checkout's `recipes/tier2_behavior.yaml`.
+        overrides: Further arguments of `frozen-peft train`, such as `["--max_steps", "2"]`.
+        settings: Of the assets.
+
+    Returns:
+        What is written to `demo.json`: the losses, seconds, counts and paths of this run.
+
+    Raises:
+        FileNotFoundError: There is no recipe.
+    """
+    from frozen_peft.cli import train
+
+    recipe = recipe or RECIPE
+    if not recipe.is_file():
+        raise FileNotFoundError(
+            f"The demo runs the recipe {recipe}, which is not there: recipes are part of the repository, not of the "
+            "installed package. Run the demo from a checkout installed with `pip install -e .`, or pass `recipe`."
+        )
+    seconds: dict[str, float] = {}
+    start = time.monotonic()
+    assets = ensure_demo_assets(output_dir, seed=seed, settings=settings)
+    seconds["assets"] = time.monotonic() - start
+
+    right = read_jsonl(assets.test_file)
+    samples = {RIGHT: right, SHUFFLED: shuffle_contexts(right, seed=seed)}
+    adapter_dir = output_dir / "tier2_behavior"
+    start = time.monotonic()
+    before = _decision_losses(assets, None, samples, output_dir)
+    seconds["evaluation_before"] = time.monotonic() - start
+
+    start = time.monotonic()
+    train.run(
+        [
+            str(recipe),
+            *("--model_name_or_path", str(assets.model_dir)),
+            *("--dataset_name", str(assets.train_file)),
+            *("--eval_dataset_name", str(assets.test_file)),
+            *("--output_dir", str(adapter_dir)),
+            *("--seed", str(seed)),
+            *overrides,
+        ]
+    )
+    seconds["tier_2"] = time.monotonic() - start
+
+    start = time.monotonic()
+    after = _decision_losses(assets, adapter_dir, samples, output_dir)
+    seconds["evaluation_after"] = time.monotonic() - start
+
+    results = {
+        "held_out_decision_loss": {"before": before, "after": after},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "assets": assets.facts,
+        "model_dir": str(assets.model_dir.resolve()),
+        "adapter_dir": str(adapter_dir.resolve()),
+        "recipe": str(recipe.resolve()),
+        "overrides": list(overrides),
+        "seed": seed,
+    }
+    results_file = output_dir / "demo.json"
+    results_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(_report(results, results_file))
+    return results
+
+
+def _decision_losses(
+    assets: DemoAssets, adapter_dir: Path | None, samples: Mapping[str, list[Conversation]], output_dir: Path
+) -> dict[str, float]:
+    """Mean decision loss, in nats per token, of each set of samples over frozen contexts."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from frozen_peft.config import FrozenContextConfig
+    from frozen_peft.trainer import FrozenContextTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(assets.model_dir)
+    if adapter_dir is not None:
+        model = PeftModel.from_pretrained(model, str(adapter_dir))
+    datasets = {
+        name: Dataset.from_list(
+            [{"prompt": conversation["prompt"], "completion": conversation["completion"]} for conversation in part]
+        )
+        for name, part in samples.items()
+    }
+    trainer = FrozenContextTrainer(
+        model=model,
+        args=FrozenContextConfig(
+            output_dir=str(output_dir),
+            tier=2,
+            per_device_eval_batch_size=1,
+            activation_checkpointing=False,
+            bf16=False,
+            dataloader_pin_memory=False,
+            report_to="none",
+        ),
+        train_dataset=datasets[RIGHT],
+        eval_dataset=datasets,
+        processing_class=AutoTokenizer.from_pretrained(assets.model_dir),
+    )
+    metrics = trainer.evaluate()
+    return {name: float(metrics[f"eval_{name}_loss"]) for name in samples}
+
+
+def _report(results: Mapping[str, Any], results_file: Path) -> str:
+    """What was done, how long it took, the losses and where everything is, in aligned lines."""
+    facts, seconds = results["assets"], results["seconds"]
+    losses = results["held_out_decision_loss"]
+    before, after = losses["before"], losses["after"]
+    rows = [
+        ("data", f"{facts['train_samples']} train samples about {facts['train_modules']} standard library modules"),
+        ("", f"{facts['test_samples']} held-out samples about {facts['test_modules']} other modules"),
+        ("model", f"Qwen3.5-style hybrid from scratch, {facts['weights']:,} weights, {facts['vocabulary']:,} tokens"),
+        ("tier 1", f"{facts['pretraining_steps']} steps on {facts['pretraining_tokens']:,} tokens, built or found in "
+                   f"{seconds['assets']:.0f} s"),
+        ("tier 2", f"{Path(results['recipe']).name} in {seconds['tier_2']:.0f} s"),
+        ("evaluation", f"{seconds['evaluation_before'] + seconds['evaluation_after']:.0f} s"),
+    ]  # fmt: skip
+    lines = [f"  {title:<12}{text}" for title, text in rows]
+    lines += ["", f"  {'held-out decision loss, nats per token':<42}{'before':>8}{'after':>8}{'change':>9}"]
+    for name, title in ((RIGHT, "with its own context"), (SHUFFLED, "with another sample's context")):
+        change = after[name] - before[name]
+        lines.append(f"    {title:<40}{before[name]:>8.3f}{after[name]:>8.3f}{change:>+9.3f}")
+    gain_before, gain_after = before[SHUFFLED] - before[RIGHT], after[SHUFFLED] - after[RIGHT]
+    worth = f"{gain_before:>8.3f}{gain_after:>8.3f}{gain_after - gain_before:>+9.3f}"
+    lines.append(f"    {'what the own context is worth':<40}{worth}")
+    places = (
+        ("model", results["model_dir"]),
+        ("adapter", results["adapter_dir"]),
+        ("results", results_file.resolve()),
+    )
+    lines += ["", *(f"  {title:<12}{place}" for title, place in places)]
+    return "\n".join(["", *lines])
