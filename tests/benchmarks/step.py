@@ -137,6 +137,15 @@ def train_by_hand(model: Any, context: int, decision: int, steps: int) -> list[f
     return seconds
 
 
+def cache_bytes(model: Any, context: int) -> int:
+    """Bytes of a frozen context of this length, measured on one that is encoded."""
+    import torch
+
+    from frozen_peft.context import encode_context
+
+    return encode_context(model, [torch.zeros(context, dtype=torch.long)]).num_bytes
+
+
 def resident_bytes(field: str) -> int:
     """A field of this process's status: VmRSS (now) or VmHWM (peak), in bytes."""
     status = Path("/proc/self/status").read_text()
@@ -181,6 +190,7 @@ def main() -> None:
         "peak_bytes": resident_bytes("VmHWM") - baseline,
         "cpu_seconds": resource.getrusage(resource.RUSAGE_SELF).ru_utime,
     }
+    figures["cache_bytes"] = cache_bytes(build_model(), arguments.context) if arguments.method == "frozen" else None
     print(json.dumps(figures))
 
 
