@@ -74,12 +74,14 @@ class SampleLimits:
         flattened: Samples will be packed or flattened into one row.
         max_positions: Positions that the model has; None where that is unknown.
         max_length: The longest sample in tokens, which `limit_length` cut to where it could.
+        max_context_length: The longest context in tokens that batches will keep.
     """
 
     frozen: bool
     flattened: bool
     max_positions: int | None
     max_length: int | None
+    max_context_length: int | None = None
 
 
 def check_samples(dataset: Dataset | IterableDataset, name: str, limits: SampleLimits) -> Dataset | IterableDataset:
@@ -177,8 +179,10 @@ def _require_sound(samples: SampleLengths, name: str, limits: SampleLimits) -> N
             f"is longer than `max_length={limit}`, and a decision is never cut. Raise `max_length` (None: no limit), or "
             "shorten the sample."
         )
-    positions = limits.max_positions
-    if positions is not None and (found := _first(samples, totals > positions)) is not None:
+    positions, kept = limits.max_positions, totals
+    if limits.max_context_length is not None:
+        kept = decisions + np.clip(contexts, 0, limits.max_context_length)
+    if positions is not None and (found := _first(samples, kept > positions)) is not None:
         raise ValueError(
             f"Sample {samples.rows[found]} of the {name} dataset has {totals[found]} tokens, {contexts[found]} of "
             f"them context, and the model has {positions} positions. Set `max_context_length` or `max_length`, or use a "

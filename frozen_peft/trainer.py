@@ -2,6 +2,7 @@
 """The trainer: TRL's `SFTTrainer`, with contexts encoded once and read-only."""
 
 import copy
+import inspect
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -58,6 +59,7 @@ class FrozenContextTrainer(SFTTrainer):
         UnsupportedArchitectureError: The model has no cache to continue from.
     """
 
+    __signature__ = inspect.signature(SFTTrainer)
     _tag_names: ClassVar[list[str]] = ["trl", "sft", "frozen-context"]
 
     def __init__(
@@ -161,8 +163,9 @@ class FrozenContextTrainer(SFTTrainer):
         limits = SampleLimits(
             frozen=args.gradient_horizon != -1,
             flattened=packing or self.padding_free,
-            max_positions=None if args.max_context_length is not None else self._max_positions,
+            max_positions=self._max_positions,
             max_length=args.max_length,
+            max_context_length=args.max_context_length,
         )
         return check_samples(dataset, name, limits)
 

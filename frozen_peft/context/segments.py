@@ -237,8 +237,12 @@ class _TwoSegmentAttention(torch.autograd.Function):
                     weighted.mul_(decayed[..., None]).add_(weights @ block.values.to(dtype))
                     peak = new_peak
                 shape = (query.shape[1], queries.stop - queries.start)
-                output[row, :, queries] = (weighted / total[..., None]).view(*shape, -1).to(output.dtype)
-                logsumexp[row, :, queries] = (peak + total.log()).view(shape)
+                # Padding may look nowhere (a window that ends before it): it gets zeros, and in the backward pass
+                # weights of zero.
+                blind = total == 0.0
+                mean = weighted / total.masked_fill(blind, 1.0)[..., None]
+                output[row, :, queries] = mean.view(*shape, -1).to(output.dtype)
+                logsumexp[row, :, queries] = (peak + total.log()).masked_fill(blind, float("inf")).view(shape)
         ctx.save_for_backward(query, key, value, output, logsumexp, mask)
         ctx.segment, ctx.scale = segment, scale
         return output
