@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documents say is what the code says."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_configuration_page_is_rendered_from_the_fields() -> None:
+    rendered = runpy.run_path(str(ROOT / "docs" / "render.py"))["render"]()
+    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == rendered, "run `python docs/render.py`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_readme_can_be_read_in_a_sitting() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
+
+
+def test_minimal_is_short() -> None:
+    assert len((ROOT / "recipes" / "minimal.py").read_text(encoding="utf-8").splitlines()) < 120
