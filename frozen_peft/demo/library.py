@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.machinery import BuiltinImporter, ExtensionFileLoader, FrozenImporter
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from pathlib import Path
 
 # Easter eggs, graphical toolkits, generated tables, packages that are programs or copies of other modules, and
@@ -106,12 +106,12 @@ def _read_module(name: str) -> Iterator[Entry]:
     if source is not None:
         for dotted_name, path in _python_files(name, source):
             yield from _parse_entries(dotted_name, path)
-    elif spec.loader is BuiltinImporter or isinstance(spec.loader, ExtensionFileLoader):
+    elif spec.origin == "built-in" or isinstance(spec.loader, ExtensionFileLoader):
         yield from _inspect_entries(name)
 
 
-def _source_file(spec: importlib.machinery.ModuleSpec) -> Path | None:
-    if spec.loader is FrozenImporter:
+def _source_file(spec: ModuleSpec) -> Path | None:
+    if spec.origin == "frozen":
         # Frozen modules (os, io, abc) keep their source beside the others.
         standard_library = Path(ast.__file__).parent
         candidate = standard_library / f"{spec.name}.py"

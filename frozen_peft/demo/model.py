@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
@@ -123,7 +122,7 @@ def pretrain(
     return float([entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1])
 
 
-def _initialize_gates(layer: nn.Module) -> None:
+def _initialize_gates(layer: Qwen3_5GatedDeltaNet) -> None:
     # flash-linear-attention's initialisation: time steps between 0.001 and 0.1. transformers 5.23 sets dt_bias to one,
     # with which the state forgets within a token, and nothing that needs a memory can be learned in a short training.
     with torch.no_grad():

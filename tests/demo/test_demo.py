@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForCausalLM
 
 from frozen_peft.demo import AssetSettings, ensure_demo_assets, run_demo
+from frozen_peft.demo.conversations import read_jsonl
+from frozen_peft.demo.job import decision_loss
 from frozen_peft.demo.lessons import Curriculum, Stage, build_lessons
 from frozen_peft.demo.library import Entry, ModuleDocumentation
 from frozen_peft.demo.model import ModelSize, build_model
@@ -110,13 +112,12 @@ def test_demo_runs_the_recipe_and_measures_it(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "demo.json").read_text(encoding="utf-8")) == results
     assert (tmp_path / "tier2_behavior" / "adapter_model.safetensors").is_file()
     losses = results["held_out_decision_loss"]
-    # The recipe measures the held-out loss itself; both figures are of the same samples, models and trainer.
-    recorded = {
-        "before": json.loads((tmp_path / "tier2_behavior" / "eval_before_results.json").read_text(encoding="utf-8")),
-        "after": json.loads((tmp_path / "tier2_behavior" / "eval_results.json").read_text(encoding="utf-8")),
-    }
-    assert recorded["before"]["eval_before_loss"] == pytest.approx(losses["before"]["right"], rel=1e-5)
-    assert recorded["after"]["eval_loss"] == pytest.approx(losses["after"]["right"], rel=1e-5)
+    # The figures with the right contexts are the recipe's own; the shuffled ones must be comparable.
+    assets = ensure_demo_assets(tmp_path, settings=TINY)
+    right = read_jsonl(assets.test_file)
+    for time_of, adapter in (("before", None), ("after", tmp_path / "tier2_behavior")):
+        measured = decision_loss(assets, adapter, right, tmp_path)
+        assert measured == pytest.approx(losses[time_of]["right"], rel=1e-5)
     assert losses["after"]["right"] < losses["before"]["right"]
     assert losses["after"]["shuffled"] != losses["after"]["right"]
     printed = capsys.readouterr().out
