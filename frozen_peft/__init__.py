@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train how a model responds in long contexts, without the backward pass through them."""
 
-from frozen_peft.adapters import lora_config, quantization_config
-from frozen_peft.config import FrozenContextConfig
-from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
-from frozen_peft.trainer import FrozenContextTrainer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from frozen_peft.adapters import lora_config, quantization_config
+    from frozen_peft.config import FrozenContextConfig
+    from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
+    from frozen_peft.trainer import FrozenContextTrainer
 
 __all__ = [
     "ContextMismatchError",
@@ -14,3 +18,23 @@ __all__ = [
     "lora_config",
     "quantization_config",
 ]
+
+# Imported at first use: TRL and transformers take seconds to import, which `frozen-peft --help` need not wait for.
+_MODULES = {
+    "ContextMismatchError": "errors",
+    "FrozenContextConfig": "config",
+    "FrozenContextTrainer": "trainer",
+    "UnsupportedArchitectureError": "errors",
+    "lora_config": "adapters",
+    "quantization_config": "adapters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
