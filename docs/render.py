@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes `docs/configuration.md` from the fields of `FrozenContextConfig`, whose `help` is the one source.
 
-    python docs/render.py
+python docs/render.py
 """
 
 import dataclasses

@@ -175,8 +175,8 @@ def _require_sound(samples: SampleLengths, name: str, limits: SampleLimits) -> N
     limit = limits.max_length
     if limit is not None and not limits.flattened and (found := _first(samples, decisions > limit)) is not None:
         raise ValueError(
-            f"Sample {samples.rows[found]} of the {name} dataset has a decision of {decisions[found]} tokens. That "
-            f"is longer than `max_length={limit}`, and a decision is never cut. Raise `max_length` (None: no limit), or "
+            f"Sample {samples.rows[found]} of the {name} dataset has a decision of {decisions[found]} tokens, "
+            f"longer than `max_length={limit}`, and a decision is never cut. Raise `max_length` (None: no limit), or "
             "shorten the sample."
         )
     positions, kept = limits.max_positions, totals
@@ -184,9 +184,9 @@ def _require_sound(samples: SampleLengths, name: str, limits: SampleLimits) -> N
         kept = decisions + np.clip(contexts, 0, limits.max_context_length)
     if positions is not None and (found := _first(samples, kept > positions)) is not None:
         raise ValueError(
-            f"Sample {samples.rows[found]} of the {name} dataset has {totals[found]} tokens, {contexts[found]} of "
-            f"them context, and the model has {positions} positions. Set `max_context_length` or `max_length`, or use a "
-            "model with longer contexts."
+            f"Sample {samples.rows[found]} of the {name} dataset has {totals[found]} tokens, {contexts[found]} "
+            f"of them context, and the model has {positions} positions. Set `max_context_length` or "
+            "`max_length`, or use a model with longer contexts."
         )
 
 

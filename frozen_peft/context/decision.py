@@ -64,7 +64,7 @@ def _mask_context_and_decision(
     frozen = kwargs.get("past_key_values")
     if not isinstance(frozen, FrozenContext):
         return None
-    # By keyword or first by position, as token ids `(B, D)` or, from a vision-language wrapper, embeddings `(B, D, E)`.
+    # Token ids `(B, D)`, or embeddings `(B, D, E)` from a vision-language wrapper; by keyword or by position.
     tokens = next(
         value for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if value is not None
     )
