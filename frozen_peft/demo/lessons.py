@@ -17,8 +17,8 @@ from frozen_peft.demo.conversations import CountTokens, Message, answer, ask, cu
 from frozen_peft.demo.library import ModuleDocumentation
 
 IGNORED_LABEL = -100
-# Looking up is what is wanted; reading teaches the words. This weighs the one against the other.
-READING_EVERY = 3
+# Looking up answers is what is wanted; reading the rest teaches the words. This weighs the one against the other.
+READING_EVERY = 5
 # Conversations within a block are sorted by length, so that a batch has little padding and yet the order is random.
 BATCHES_PER_BLOCK = 32
 
@@ -60,8 +60,8 @@ class Curriculum:
 
     batch_size: int = 4
     stages: tuple[Stage, ...] = (
-        Stage(batches=800, min_tokens=64, max_tokens=256, turns=8, brief=True),
-        Stage(batches=150, min_tokens=128, max_tokens=640, turns=12, brief=False),
+        Stage(batches=850, min_tokens=64, max_tokens=256, turns=8, brief=True),
+        Stage(batches=100, min_tokens=128, max_tokens=640, turns=12, brief=False),
     )
 
     @property
@@ -88,8 +88,8 @@ def build_lessons(
         seed: Decides cuts, questions and order.
 
     Returns:
-        `steps * batch_size` rows of `input_ids` and `labels`. Questions and answers are supervised everywhere, the
-        documentation itself in one conversation out of `READING_EVERY`.
+        `steps * batch_size` rows of `input_ids` and `labels`. Answers are supervised everywhere, documentation and
+        questions in one conversation out of `READING_EVERY`.
 
     Raises:
         ValueError: The modules hold less documentation than one context of some stage.
@@ -134,12 +134,13 @@ def _conversations(
     choice.shuffle(contexts)
     for number, context in enumerate(contexts):
         messages = [Message(role="system", content=context.render())]
-        context_tokens = len(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
         for entry in choice.sample(context.entries, min(stage.turns, len(context.entries))):
             messages += [ask(entry), answer(entry)]
-        input_ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-        unsupervised = 0 if number % READING_EVERY == 0 else context_tokens
-        yield Lesson(input_ids=input_ids, labels=[IGNORED_LABEL] * unsupervised + input_ids[unsupervised:])
+        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        tokens = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        reads = number % READING_EVERY == 0
+        labels = [token if reads or in_answer else IGNORED_LABEL for token, in_answer in tokens]
+        yield Lesson(input_ids=encoded["input_ids"], labels=labels)
 
 
 def _batched_by_length(lessons: list[Lesson], batch_size: int, choice: random.Random) -> list[Lesson]:

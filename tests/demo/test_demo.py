@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import time
 
 import pytest
@@ -84,7 +85,7 @@ def test_gates_start_with_a_memory():
     assert torch.equal(build_model(tokenizer, TINY.model).lm_head.weight, model.lm_head.weight)
 
 
-def test_lessons_are_deterministic_and_ask_after_reading():
+def test_lessons_are_deterministic_and_supervise_answers():
     modules = make_modules()
     tokenizer = train_tokenizer((e.render() for m in modules for e in m.entries), vocab_size=400)
 
@@ -94,13 +95,17 @@ def test_lessons_are_deterministic_and_ask_after_reading():
     lessons = build_lessons(modules, tokenizer, count, TINY.curriculum)
     assert lessons.to_list() == build_lessons(modules, tokenizer, count, TINY.curriculum).to_list()
     assert len(lessons) == TINY.curriculum.steps * TINY.curriculum.batch_size
-    supervised = {}
+    read, looked_up = [], []
     for lesson in lessons:
-        first = next(i for i, label in enumerate(lesson["labels"]) if label != -100)
-        assert lesson["labels"][first:] == lesson["input_ids"][first:]
-        supervised.setdefault(first == 0, tokenizer.decode(lesson["input_ids"][first:]))
-    assert supervised[True].startswith("<|im_start|>system\n")
-    assert supervised[False].startswith("<|im_start|>user\nWhat does module")
+        supervised = [token for token in lesson["labels"] if token != -100]
+        if supervised == lesson["input_ids"]:
+            read.append(tokenizer.decode(supervised))
+        else:
+            looked_up.append(tokenizer.decode(supervised))
+    assert read
+    assert all(text.startswith("<|im_start|>system\n") for text in read)
+    assert looked_up
+    assert all(re.fullmatch(r"(Return item \d+ of module \d+\.<\|im_end\|>)+", text) for text in looked_up)
 
 
 @pytest.mark.slow
