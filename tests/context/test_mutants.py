@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parity check can fail: any kind of state lost, shifted or mixed up breaks it by a hundred tolerances."""
 
+from functools import cache
+
 import pytest
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
-from frozen_peft.context import encode_context, verify_context
+from frozen_peft.context import FrozenContext, encode_context, verify_context
 from frozen_peft.errors import ContextMismatchError
 from tests.frozen_runs import DAMAGES, encode, frozen_gradients, frozen_logprobs, replaced
 from tests.reference import (
@@ -22,16 +25,26 @@ TOLERANCE = 1e-5
 CASES = [(name, kind, damage) for name in ARCHITECTURES for kind in STATES[name] for damage in DAMAGES]
 
 
+@cache
+def _expected(name: str) -> tuple[PeftModel, Sample, torch.Tensor, dict[str, torch.Tensor]]:
+    model, sample = add_lora(tiny_model(name)), random_sample(70, 13)
+    logprobs = reference_logprobs(model, sample.input_ids, sample.boundary)
+    return model, sample, logprobs, reference_gradients(model, [sample])
+
+
+@cache
+def _frozen_contexts(name: str) -> list[FrozenContext]:
+    """Of the sample itself, of its context one token behind, and of another sample's context."""
+    model, sample, _, _ = _expected(name)
+    behind = Sample(torch.cat([sample.input_ids[:1], sample.input_ids[:-1]]), sample.labels)
+    return [encode(model, [part]) for part in (sample, behind, random_sample(70, 13, seed=1))]
+
+
 @pytest.mark.parametrize(("name", "kind", "damage"), CASES)
 def test_a_damaged_state_breaks_parity(name: str, kind: str, damage: str) -> None:
-    model = add_lora(tiny_model(name))
-    sample, other = random_sample(70, 13), random_sample(70, 13, seed=1)
-    shifted = Sample(torch.cat([sample.input_ids[:1], sample.input_ids[:-1]]), sample.labels)
-    intact, behind, foreign = (encode(model, [part]) for part in (sample, shifted, other))
+    model, sample, logprobs, gradients = _expected(name)
+    intact, behind, foreign = _frozen_contexts(name)
     damaged = DAMAGES[damage](intact, kind, behind, foreign)
-
-    logprobs = reference_logprobs(model, sample.input_ids, sample.boundary)
-    gradients = reference_gradients(model, [sample])
     assert relative_error(frozen_logprobs(model, [sample], intact), logprobs) <= TOLERANCE
     assert relative_error(frozen_logprobs(model, [sample], damaged), logprobs) >= 100 * TOLERANCE
     assert worst_gradient_error(frozen_gradients(model, [sample], damaged), gradients) >= 100 * TOLERANCE

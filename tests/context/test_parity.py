@@ -7,7 +7,6 @@ the boundary, the order of use and gradient checkpointing.
 """
 
 from functools import cache
-from itertools import product
 
 import pytest
 import torch
@@ -80,7 +79,7 @@ def _assert_parity(
     assert worst_gradient_error(actual, gradients) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("segmented", "checkpointing"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(("segmented", "checkpointing"), [(False, False), (True, True)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_exact_in_double_precision(name: str, segmented: bool, checkpointing: bool) -> None:
     model = to_double(_model(name, segmented=segmented, checkpointing=checkpointing))
@@ -113,15 +112,15 @@ def test_a_ragged_batch_equals_the_plain_forward(name: str, segmented: bool, che
 @pytest.mark.parametrize("boundary", [63, 64, 65, 127, 128, 129])
 @pytest.mark.parametrize("chunk_size", [0, 1, 7, 64, 65, 2048])
 def test_any_chunk_size_and_boundary(chunk_size: int, boundary: int) -> None:
-    for segmented, checkpointing in product((False, True), repeat=2):
+    for segmented, checkpointing in ((False, False), (True, True)):
         model = _model("qwen3_5_text", segmented=segmented, checkpointing=checkpointing)
         _assert_parity(model, "qwen3_5_text", _samples((boundary, 11)), chunk_size=chunk_size)
 
 
-@pytest.mark.parametrize("chunk_size", [0, 1, 65])
+@pytest.mark.parametrize("chunk_size", [1, 65])
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "qwen3_5_text"])
 def test_chunk_sizes_on_every_architecture(name: str, chunk_size: int) -> None:
-    _assert_parity(_model(name), name, _samples((64, 11)), chunk_size=chunk_size)
+    _assert_parity(_model(name), name, _samples((66, 11)), chunk_size=chunk_size)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, SLIDING_WINDOW - 1, SLIDING_WINDOW, SLIDING_WINDOW + 1])
