@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from frozen_peft.demo.assets import AssetSettings, DemoAssets, ensure_demo_assets
+from frozen_peft.demo.assets import AssetSettings, DemoAssets, ensure_demo_assets, one_thread
 from frozen_peft.demo.conversations import Conversation, read_jsonl, shuffle_contexts
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tier2_behavior.yaml"
@@ -41,14 +41,25 @@ def run_demo(
     Raises:
         FileNotFoundError: There is no recipe.
     """
-    from frozen_peft.cli import train
-
     recipe = recipe or RECIPE
     if not recipe.is_file():
         raise FileNotFoundError(
             f"The demo runs the recipe {recipe}, which is not there: recipes are part of the repository, not of the "
             "installed package. Run the demo from a checkout installed with `pip install -e .`, or pass `recipe`."
         )
+    with one_thread():
+        results = _run(output_dir, seed, recipe, overrides, settings)
+    results_file = output_dir / "demo.json"
+    results_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(_report(results, results_file))
+    return results
+
+
+def _run(
+    output_dir: Path, seed: int, recipe: Path, overrides: Sequence[str], settings: AssetSettings | None
+) -> dict[str, Any]:
+    from frozen_peft.cli import train
+
     seconds: dict[str, float] = {}
     start = time.monotonic()
     assets = ensure_demo_assets(output_dir, seed=seed, settings=settings)
@@ -81,7 +92,7 @@ def run_demo(
     after[SHUFFLED] = decision_loss(assets, adapter_dir, shuffled, output_dir)
     seconds["shuffled_after"] = time.monotonic() - start
 
-    results = {
+    return {
         "held_out_decision_loss": {"before": before, "after": after},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "assets": assets.facts,
@@ -91,10 +102,6 @@ def run_demo(
         "overrides": list(overrides),
         "seed": seed,
     }
-    results_file = output_dir / "demo.json"
-    results_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(_report(results, results_file))
-    return results
 
 
 def decision_loss(

@@ -60,8 +60,8 @@ class Curriculum:
 
     batch_size: int = 4
     stages: tuple[Stage, ...] = (
-        Stage(batches=850, min_tokens=64, max_tokens=256, turns=8, brief=True),
-        Stage(batches=100, min_tokens=128, max_tokens=640, turns=12, brief=False),
+        Stage(batches=800, min_tokens=64, max_tokens=256, turns=8, brief=True),
+        Stage(batches=80, min_tokens=128, max_tokens=640, turns=12, brief=False),
     )
 
     @property
