@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -93,6 +93,7 @@ class FrozenContextTrainer(SFTTrainer):
         for name, dataset in {"train": self.train_dataset, **_named(self.eval_dataset)}.items():
             if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
                 self._check_samples(dataset, name)
+        self._settle_auxiliary_loss(pretrained.config.get_text_config())
         restrict_adapter_rows(self.model)
         if getattr(pretrained, "is_loaded_in_4bit", False):
             keep_linear4bit_trainable(self.model)
@@ -168,6 +169,19 @@ class FrozenContextTrainer(SFTTrainer):
             max_context_length=args.max_context_length,
         )
         return check_samples(dataset, name, limits)
+
+    def _settle_auxiliary_loss(self, config: PretrainedConfig) -> None:
+        """Lets TRL find the number of experts, and asks for no auxiliary loss where there are none.
+
+        trl 1.16 reads `num_experts` off every mixture-of-experts configuration. Granite calls it `num_local_experts`,
+        and its dense models (0 experts) declare an auxiliary loss all the same. It can go when TRL knows both.
+        """
+        if not self.aux_loss_enabled:
+            return
+        if not hasattr(config, "num_experts"):
+            config.num_experts = config.num_local_experts
+        if not config.num_experts:
+            self.aux_loss_enabled = config.output_router_logits = False
 
     def _require_adapters_to_switch(self) -> None:
         if not self.args.context_adapters and not isinstance(self.model, PeftModel):
