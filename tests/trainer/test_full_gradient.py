@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from frozen_peft import FrozenContextConfig, FrozenContextTrainer
-from tests.trainer.runs import adapted, as_dataset, config, equal, fresh_lora, samples, train, word_tokenizer
 from tests.tiny_models import tiny_model
+from tests.trainer.runs import adapted, as_dataset, config, equal, fresh_lora, samples, train, word_tokenizer
 
 # Wall-clock figures and what follows from them.
 TIMINGS = ("runtime", "per_second")
