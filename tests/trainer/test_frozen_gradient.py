@@ -40,10 +40,12 @@ def assert_trained_as_reference(run: Run, model: nn.Module, expected: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["llama", "qwen3_5_text", "qwen3_5", "mistral", "granitemoehybrid"],
+    ("name", "checkpointing"),
+    [
+        *((name, True) for name in ("llama", "qwen3_5_text", "qwen3_5", "mistral", "granitemoehybrid")),
+        *((name, False) for name in ("llama", "qwen3_5_text")),
+    ],
 )
-@pytest.mark.parametrize("checkpointing", [True, False])
 def test_weights_are_those_of_plain_forwards_with_a_stop_gradient(
     name: str, checkpointing: bool, tmp_path: Path
 ) -> None:
@@ -95,7 +97,7 @@ def test_metrics_are_those_of_sft_trainer(tmp_path: Path) -> None:
     assert theirs.logs[-1]["num_tokens"] == sum(map(sum, RAGGED))
 
 
-@pytest.mark.parametrize("horizon", [1, 5, 20])
+@pytest.mark.parametrize("horizon", [1, 20])
 def test_a_gradient_horizon_lets_gradient_into_the_last_context_tokens(horizon: int, tmp_path: Path) -> None:
     model = adapted("llama")
     run = train(
@@ -119,7 +121,7 @@ class WithHorizon(Sample):
         return max(super().boundary - self.horizon, 0)
 
 
-@pytest.mark.parametrize("horizon", [0, 5, -1])
+@pytest.mark.parametrize("horizon", [0, -1])
 def test_the_oldest_context_is_dropped_beyond_max_context_length(horizon: int, tmp_path: Path) -> None:
     kept = 19
     rows = [
