@@ -29,7 +29,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
-from frozen_peft.context.handover import Segment, give_segment, mark_frozen_length
+from frozen_peft.context.handover import Segment, give_segment, mark_frozen_length, note_update
 
 __all__ = ["AttentionState", "EncodedContext", "FrozenContext", "LayerState", "LinearState"]
 
@@ -115,6 +115,7 @@ class _FrozenAttention(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The decision's keys and values, `(B, H, D, E)`, together with the context's. Nothing is stored."""
+        note_update()
         keys = tuple(state.keys for state in self.attention_states)
         values = tuple(state.values for state in self.attention_states)
         if self.segmented:
@@ -174,6 +175,8 @@ class _FrozenLinear(LinearAttentionCacheLayerMixin):
 
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: object) -> torch.Tensor:
         """The convolution's input after the context's last inputs, `(B, channels, kernel size + D)`."""
+        if state_idx == 0:
+            note_update()
         past = self.conv_state(state_idx)
         assert past is not None
         return torch.cat([past.to(conv_states.dtype), conv_states], dim=-1)
@@ -238,6 +241,13 @@ class FrozenContext(Cache):
     def lengths(self) -> list[int]:
         """Context tokens of each row."""
         return [row.num_tokens for row in self.rows]
+
+    @property
+    def num_states(self) -> int:
+        """Layer states that a forward continues from: one per attention and one per convolution."""
+        template = next(row for row in self.rows if row.num_tokens)
+        attention = sum(layer.attention is not None for layer in template.layers)
+        return attention + sum(layer.linear is not None and 0 in layer.linear.conv for layer in template.layers)
 
     @property
     def num_bytes(self) -> int:

@@ -72,7 +72,7 @@ def _probe(model: torch.nn.Module) -> None:
     """Runs a decision of two tokens over a context of two: `decision_forward` tells whether all was read."""
     device = get_pretrained_model(model).get_input_embeddings().weight.device
     tokens = torch.zeros(2, dtype=torch.long, device=device)
-    frozen = encode_context(model, [tokens])
+    frozen = encode_context(model, [tokens], chunk_size=1)
     with without_dropout(model), decision_forward(model):
         get_decoder(get_pretrained_model(model))(
             input_ids=tokens[None],

@@ -2,24 +2,20 @@
 """The forward of decisions over a frozen context."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frozen_peft.context.boundary import MIN_DECISION_TOKENS
 from frozen_peft.context.cache import FrozenContext
-from frozen_peft.context.handover import SegmentedForward, frozen_length, segmented_forward
-from frozen_peft.context.models import get_decoder, get_pretrained_model
+from frozen_peft.context.handover import counted_forward, current_use, frozen_length, require_all_read
+from frozen_peft.context.models import get_decoder, get_pretrained_model, latent_expansions
 from frozen_peft.context.segments import is_segmented
-from frozen_peft.errors import ContextMismatchError
 
 __all__ = ["decision_forward"]
-
-# Modules that expand cached latents into keys and values (multi-head latent attention) in each forward, context
-# positions included.
-LATENT_EXPANSIONS = ("kv_b_proj",)
 
 
 @contextmanager
@@ -43,19 +39,32 @@ def decision_forward(model: torch.nn.Module) -> Iterator[None]:
     """
     pretrained = get_pretrained_model(model)
     decoder = get_decoder(pretrained)
-    checkpointed = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     _freeze_latent_expansions(decoder)
-    for module in checkpointed:
-        module._can_checkpoint_with_cache = True
     handle = decoder.register_forward_pre_hook(_mask_context_and_decision, with_kwargs=True)
     try:
-        with segmented_forward() if is_segmented(pretrained) else nullcontext() as record:
+        with _cache_under_checkpointing(decoder), counted_forward(is_segmented(pretrained)) as use:
             yield
-            _require_all_read(record, pretrained.config.model_type)
+            require_all_read(use, pretrained.config.model_type)
     finally:
         handle.remove()
-        for module in checkpointed:
-            del module._can_checkpoint_with_cache
+
+
+@contextmanager
+def _cache_under_checkpointing(decoder: PreTrainedModel) -> Iterator[None]:
+    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer._can_checkpoint_with_cache = True
+    # Some decoders (gpt2) drop the cache themselves when their own flag is set; their layers have one each.
+    has_flag = getattr(decoder, "gradient_checkpointing", False)
+    if has_flag:
+        decoder.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._can_checkpoint_with_cache
+        if has_flag:
+            decoder.gradient_checkpointing = True
 
 
 def _mask_context_and_decision(
@@ -64,6 +73,8 @@ def _mask_context_and_decision(
     frozen = kwargs.get("past_key_values")
     if not isinstance(frozen, FrozenContext):
         return None
+    if (use := current_use()) is not None:
+        use.num_expected += frozen.num_states
     # Token ids `(B, D)`, or embeddings `(B, D, E)` from a vision-language wrapper; by keyword or by position.
     tokens = next(
         value for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if value is not None
@@ -79,23 +90,14 @@ def _mask_context_and_decision(
     return args, {**kwargs, "attention_mask": frozen.attention_mask(decision_mask)}
 
 
-def _require_all_read(record: SegmentedForward | None, model_type: str) -> None:
-    if record is not None and record.num_read != record.num_given:
-        raise ContextMismatchError(
-            f"The attention of `{model_type}` read {record.num_read} of the {record.num_given} frozen contexts it was "
-            "given: it does not hand the cache's keys to transformers' AttentionInterface as they are. Load the model "
-            "with `attn_implementation='eager'`, or train it with `tier: 1`."
-        )
-
-
 def _freeze_latent_expansions(decoder: torch.nn.Module) -> None:
     """Stops the gradient of `kv_b_proj` at context positions.
 
     The hook stays on the module, since the backward pass may run the layer again; it acts only on latents that come
     out of a frozen context.
     """
-    for name, module in decoder.named_modules():
-        if name.rsplit(".", 1)[-1] in LATENT_EXPANSIONS and _detach_context not in module._forward_hooks.values():
+    for module in latent_expansions(decoder):
+        if _detach_context not in module._forward_hooks.values():
             module.register_forward_hook(_detach_context)
 
 

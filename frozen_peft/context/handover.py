@@ -13,17 +13,21 @@ from dataclasses import dataclass
 
 import torch
 
+from frozen_peft.errors import ContextMismatchError
+
 __all__ = [
     "CONTIGUOUS",
+    "CacheUse",
     "Segment",
-    "SegmentedForward",
-    "current_forward",
+    "counted_forward",
+    "current_use",
     "frozen_length",
     "get_segment",
     "give_segment",
     "mark_contiguous",
     "mark_frozen_length",
-    "segmented_forward",
+    "note_update",
+    "require_all_read",
 ]
 
 SEGMENT_ATTRIBUTE = "_frozen_peft_segment"
@@ -48,37 +52,76 @@ class Segment:
 
 
 @dataclass
-class SegmentedForward:
-    """Counts, in one forward, the segments given by the cache and those read by attention."""
+class CacheUse:
+    """Counts, in one or more forwards, what layers did with their cache.
 
+    Attributes:
+        segmented: Attention reads segments, so plain causal masks may be left out.
+        num_expected: Layer states that the forwards were to continue from.
+        num_updated: Layer states that they did continue from.
+        num_given: Segments given by the cache.
+        num_read: Segments read by attention.
+    """
+
+    segmented: bool
+    num_expected: int = 0
+    num_updated: int = 0
     num_given: int = 0
     num_read: int = 0
 
 
-_forward: ContextVar[SegmentedForward | None] = ContextVar("frozen_peft_segmented_forward", default=None)
+_use: ContextVar[CacheUse | None] = ContextVar("frozen_peft_cache_use", default=None)
 
 
 @contextmanager
-def segmented_forward() -> Iterator[SegmentedForward]:
-    """A forward in which attention knows the segments, so that plain causal masks may be left out."""
-    record = SegmentedForward()
-    token = _forward.set(record)
+def counted_forward(segmented: bool) -> Iterator[CacheUse]:
+    """Counts the use of caches in the forwards inside."""
+    use = CacheUse(segmented)
+    token = _use.set(use)
     try:
-        yield record
+        yield use
     finally:
-        _forward.reset(token)
+        _use.reset(token)
 
 
-def current_forward() -> SegmentedForward | None:
-    """The record of the segmented forward that is running, None outside of one."""
-    return _forward.get()
+def current_use() -> CacheUse | None:
+    """The counts of the forward that is running, None outside of one."""
+    return _use.get()
+
+
+def note_update() -> None:
+    """Counts a layer state that a layer continues from."""
+    if (use := _use.get()) is not None:
+        use.num_updated += 1
+
+
+def require_all_read(use: CacheUse, model_type: str) -> None:
+    """Makes a context that got lost on its way an error.
+
+    Layers that run again in a backward pass count twice, so more than expected is no error.
+
+    Raises:
+        ContextMismatchError: A layer did not continue from its state, or attention did not read its segment.
+    """
+    ways_out = "Train it with `tier: 1`, without gradient checkpointing, or use another architecture."
+    if use.num_updated < use.num_expected:
+        raise ContextMismatchError(
+            f"`{model_type}` dropped its frozen context: {use.num_updated} of {use.num_expected} layer states were "
+            f"continued from. {ways_out}"
+        )
+    if use.num_read < use.num_given:
+        raise ContextMismatchError(
+            f"The attention of `{model_type}` read {use.num_read} of {use.num_given} frozen segments: it does not "
+            "hand the cache's keys to transformers' AttentionInterface as they are. Load the model with "
+            f"`attn_implementation='eager'`. {ways_out}"
+        )
 
 
 def give_segment(key_states: torch.Tensor, segment: Segment) -> None:
     """Attaches the context's part to the decision's keys."""
     setattr(key_states, SEGMENT_ATTRIBUTE, segment)
-    if (record := _forward.get()) is not None:
-        record.num_given += 1
+    if (use := _use.get()) is not None:
+        use.num_given += 1
 
 
 def mark_contiguous(key_states: torch.Tensor) -> None:

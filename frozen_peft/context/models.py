@@ -5,15 +5,25 @@ import inspect
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
 
-__all__ = ["get_decoder", "get_pretrained_model", "require_exact_continuation"]
+__all__ = [
+    "get_decoder",
+    "get_pretrained_model",
+    "latent_expansions",
+    "require_exact_continuation",
+    "require_separable_adapters",
+]
 
 # Architectures that transformers itself continues inexactly from a cache, with the error seen in the decision's
 # log-probabilities of a tiny random model (transformers 5.23.0). An entry goes when transformers continues it exactly.
 INEXACT_ARCHITECTURES = {"jamba": 1e-1, "recurrent_gemma": 5e-2}
+# Modules that expand cached latents into keys and values (multi-head latent attention) in each forward, at context
+# positions too.
+LATENT_EXPANSIONS = ("kv_b_proj",)
 
 
 def get_pretrained_model(model: torch.nn.Module) -> PreTrainedModel:
@@ -51,4 +61,23 @@ def require_exact_continuation(model: PreTrainedModel) -> None:
             f"transformers does not continue `{model_type}` exactly from a cache: the decision's log-probabilities "
             f"are off by {INEXACT_ARCHITECTURES[model_type]:.0e}, where 1e-05 is expected. {ways_out}, or a newer "
             "transformers."
+        )
+
+
+def latent_expansions(decoder: torch.nn.Module) -> list[torch.nn.Module]:
+    """Modules that compute the context's keys and values again in each forward, from latents."""
+    return [module for name, module in decoder.named_modules() if name.rsplit(".", 1)[-1] in LATENT_EXPANSIONS]
+
+
+def require_separable_adapters(model: PreTrainedModel) -> None:
+    """Refuses adapters that would act on a context which was encoded without them.
+
+    Raises:
+        ValueError: A latent expansion has an adapter.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in latent_expansions(get_decoder(model))):
+        raise ValueError(
+            "`context_adapters=False` encodes contexts without adapters, but the adapter on `kv_b_proj` would expand "
+            "the context's latents in every decision. Leave `kv_b_proj` without adapter (preset `response` does), or "
+            "set `context_adapters=True`."
         )

@@ -26,11 +26,15 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frozen_peft.context.cache import AttentionState, EncodedContext, FrozenContext, LayerState, LinearState
-from frozen_peft.context.handover import mark_contiguous, segmented_forward
-from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
+from frozen_peft.context.handover import Segment, counted_forward, give_segment, mark_contiguous, require_all_read
+from frozen_peft.context.models import (
+    get_decoder,
+    get_pretrained_model,
+    require_exact_continuation,
+    require_separable_adapters,
+)
 from frozen_peft.context.segments import is_segmented
 
 __all__ = ["adapters_active", "encode_context", "without_dropout"]
@@ -55,13 +59,16 @@ def encode_context(
         One row per context, in their order, on the model's device and in its dtype.
 
     Raises:
-        ValueError: Every context is empty, `chunk_size` is negative, or `adapters=False` without a `PeftModel`.
+        ValueError: Every context is empty, `chunk_size` is negative, or `adapters=False` without a `PeftModel` or with
+            adapters that would meet the context in the decision's forward.
         ContextMismatchError: transformers does not continue this architecture exactly from a cache.
     """
     if chunk_size < 0:
         raise ValueError(f"`prefill_chunk_size` must be 0 (one forward) or more, found {chunk_size}.")
     pretrained = get_pretrained_model(model)
     require_exact_continuation(pretrained)
+    if not adapters:
+        require_separable_adapters(pretrained)
     rows: list[EncodedContext | None] = [None] * len(contexts)
     with torch.no_grad(), adapters_active(model, adapters), without_dropout(model), _uncached_autocast(contexts):
         for group in _groups(contexts, chunk_size):
@@ -91,11 +98,12 @@ def _encode_group(model: PreTrainedModel, input_ids: torch.Tensor, chunk_size: i
     input_ids = input_ids.to(device)
     segmented = is_segmented(model)
     cache = _prefill_cache(model, length, segmented)
-    with segmented_forward() if segmented else nullcontext():
+    with counted_forward(segmented) as use:
         for start in range(0, length, chunk_size or length):
             chunk = input_ids[:, start : start + (chunk_size or length)]
             position_ids = torch.arange(start, start + chunk.shape[1], device=device).expand(batch_size, -1)
             decoder(input_ids=chunk, position_ids=position_ids, past_key_values=cache, use_cache=True)
+    require_all_read(use, model.config.model_type)
     return [
         EncodedContext(length, tuple(_frozen_state(layer, row, batch_size) for layer in cache.layers))
         for row in range(batch_size)
@@ -119,9 +127,15 @@ class _BufferedLayer(DynamicLayer):
                 for states in (key_states, value_states)
             )
             self.is_initialized = True
-        start, self.num_filled = self.num_filled, self.num_filled + key_states.shape[-2]
+        rows, start = key_states.shape[0], self.num_filled
+        self.num_filled += key_states.shape[-2]
         self.keys[:, :, start : self.num_filled] = key_states
         self.values[:, :, start : self.num_filled] = value_states
+        if self.segmented and start and key_states.device.type == "cpu":
+            past_keys = tuple(self.keys[row : row + 1, :, :start] for row in range(rows))
+            past_values = tuple(self.values[row : row + 1, :, :start] for row in range(rows))
+            give_segment(key_states, Segment(past_keys, past_values, padded_length=start))
+            return key_states, value_states
         keys, values = self.keys[:, :, : self.num_filled], self.values[:, :, : self.num_filled]
         if self.segmented:
             mark_contiguous(keys)
@@ -192,13 +206,14 @@ def without_dropout(model: torch.nn.Module, *, keep_checkpointing: bool = False)
 
     Args:
         model: The model whose dropout is to be off.
-        keep_checkpointing: Leave decoder layers in training mode, so that gradient checkpointing stays on.
+        keep_checkpointing: Leave decoder and decoder layers in training mode, so that gradient checkpointing stays on.
     """
-    kept = (GradientCheckpointingLayer,) if keep_checkpointing else ()
     changed = [
         module
         for module in model.modules()
-        if module.training and type(module).__name__ != "Linear4bit" and not isinstance(module, kept)
+        if module.training
+        and type(module).__name__ != "Linear4bit"
+        and not (keep_checkpointing and hasattr(module, "gradient_checkpointing"))
     ]
     for module in changed:
         module.training = False

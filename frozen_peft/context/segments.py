@@ -15,7 +15,8 @@ they lie:
 (Online softmax and its backward: FlashAttention, arXiv 2205.14135; merging of segments: ring attention, arXiv
 2310.01889.)
 
-In prefill the filled part of a buffer is one contiguous segment, and a chunk of queries sits at its lower right end.
+In prefill the context so far is the segment that a chunk's queries read; on a GPU, where PyTorch has a kernel for
+queries at the lower right end of contiguous keys, that is used instead.
 
 Shapes: B samples, H query heads, K key/value heads, G = H / K, D decision tokens, C context tokens of a sample,
 E head dimension, V value head dimension.
@@ -32,17 +33,16 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from frozen_peft.context.handover import CONTIGUOUS, Segment, current_forward, get_segment
+from frozen_peft.context.handover import CONTIGUOUS, Segment, current_use, get_segment
 from frozen_peft.context.models import get_decoder
 
 __all__ = ["IMPLEMENTATION", "is_segmented"]
 
 IMPLEMENTATION = "frozen_peft_segments"
-# Scores held at a time, in numbers: 16 MiB in float32.
-SCORE_BLOCK = 1 << 22
+# Scores held at a time, in numbers: 4 MiB in float32 on a CPU, 64 MiB elsewhere.
+CPU_SCORE_BLOCK = 1 << 20
+SCORE_BLOCK = 1 << 24
 MIN_KEY_BLOCK = 256
-# Queries per call on a CPU, where PyTorch's lower-right causal bias is materialized for all queries at once.
-CPU_QUERY_BLOCK = 128
 
 
 def is_segmented(model: PreTrainedModel) -> bool:
@@ -77,11 +77,13 @@ def segmented_attention_forward(
     """
     segment = get_segment(key)
     if segment is CONTIGUOUS and attention_mask is None and query.shape[-2] < key.shape[-2]:
-        output = _lower_right_attention(query, key, value, scaling)
+        bias = causal_lower_right(query.shape[-2], key.shape[-2])
+        attend = torch.nn.functional.scaled_dot_product_attention
+        output = attend(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True)
     elif isinstance(segment, Segment):
         assert dropout == 0.0, "segments are only used where attention has no dropout"
-        if (record := current_forward()) is not None:
-            record.num_read += 1
+        if (use := current_use()) is not None:
+            use.num_read += 1
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = _TwoSegmentAttention.apply(query, key, value, segment, attention_mask, scale)
     else:
@@ -97,7 +99,8 @@ def segmented_mask(*, mask_function: Any, allow_is_causal_skip: bool = True, **k
     There each sample's context is read without padding, and the decision's padding lies behind its tokens, so a
     causal mask says nothing that attention does not know. Any other pattern (a sliding window) is built.
     """
-    segmented = current_forward() is not None
+    use = current_use()
+    segmented = use is not None and use.segmented
     if segmented and allow_is_causal_skip and mask_function is causal_mask_function:
         return None
     return sdpa_mask(
@@ -107,31 +110,6 @@ def segmented_mask(*, mask_function: Any, allow_is_causal_skip: bool = True, **k
 
 AttentionInterface.register(IMPLEMENTATION, segmented_attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, segmented_mask)
-
-
-def _lower_right_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
-    """Causal attention of the last queries of a sequence, shape `(B, H, queries, V)`. No gradient is asked for."""
-    num_queries, num_keys = query.shape[-2], key.shape[-2]
-    attend = torch.nn.functional.scaled_dot_product_attention
-    if query.device.type != "cpu":
-        bias = causal_lower_right(num_queries, num_keys)
-        return attend(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True)
-    output = query.new_empty(*query.shape[:-1], value.shape[-1])
-    for start in range(0, num_queries, CPU_QUERY_BLOCK):
-        stop = min(start + CPU_QUERY_BLOCK, num_queries)
-        visible = num_keys - num_queries + stop
-        mask = torch.ones(stop - start, visible, dtype=torch.bool).tril(diagonal=visible - (stop - start))
-        output[:, :, start:stop] = attend(
-            query[:, :, start:stop],
-            key[:, :, :visible],
-            value[:, :, :visible],
-            attn_mask=mask,
-            scale=scaling,
-            enable_gqa=True,
-        )
-    return output
 
 
 @dataclass(frozen=True)
@@ -162,7 +140,7 @@ def _blocks(
 ) -> Iterator[_Block]:
     """Blocks of keys that a block of queries of one sample looks at: context first, then decision."""
     num_queries = queries.stop - queries.start
-    size = max(SCORE_BLOCK // (key.shape[1] * num_groups * num_queries), MIN_KEY_BLOCK)
+    size = max(_score_block(key) // (key.shape[1] * num_groups * num_queries), MIN_KEY_BLOCK)
     context_keys, context_values = segment.keys[row][0], segment.values[row][0]
     num_context = context_keys.shape[-2]
     first_column = segment.padded_length - num_context
@@ -180,9 +158,15 @@ def _blocks(
         yield _Block(key[row, :, start:stop], value[row, :, start:stop], hidden, slice(start, stop))
 
 
-def _query_blocks(num_tokens: int, num_heads: int) -> Iterator[slice]:
-    size = max(SCORE_BLOCK // (num_heads * MIN_KEY_BLOCK), 1)
+def _query_blocks(query: torch.Tensor) -> Iterator[slice]:
+    """Slices of the queries, `(B, H, D, E)`, whose scores against the smallest block of keys fit into a block."""
+    num_heads, num_tokens = query.shape[1:3]
+    size = max(_score_block(query) // (num_heads * MIN_KEY_BLOCK), 1)
     yield from (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
+
+
+def _score_block(tensor: torch.Tensor) -> int:
+    return CPU_SCORE_BLOCK if tensor.device.type == "cpu" else SCORE_BLOCK
 
 
 def _accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -221,7 +205,7 @@ class _TwoSegmentAttention(torch.autograd.Function):
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         logsumexp = query.new_empty(query.shape[:-1], dtype=dtype)
         for row in range(query.shape[0]):
-            for queries in _query_blocks(query.shape[-2], query.shape[1]):
+            for queries in _query_blocks(query):
                 folded = _folded(query[row, :, queries], num_kv_heads, dtype)
                 peak = folded.new_full(folded.shape[:-1], float("-inf"))
                 total = folded.new_zeros(folded.shape[:-1])
@@ -256,7 +240,7 @@ class _TwoSegmentAttention(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(tensor, dtype=dtype) for tensor in (key, value))
         for row in range(query.shape[0]):
-            for queries in _query_blocks(query.shape[-2], query.shape[1]):
+            for queries in _query_blocks(query):
                 folded, folded_output, folded_grad = (
                     _folded(tensor[row, :, queries], num_kv_heads, dtype) for tensor in (query, output, grad_output)
                 )

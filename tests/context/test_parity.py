@@ -176,7 +176,7 @@ def test_reentrant_checkpointing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_context_encoded_without_adapters(name: str) -> None:
-    model = _model(name)
+    model = add_lora(tiny_model(name), keep=lambda module: not module.endswith("kv_b_proj"))
     samples = _samples((65, 11), (20, 6))
     logprobs, gradients = _reference(name, samples, context_adapters=False)
     with_adapters, _ = _reference(name, samples)
@@ -184,6 +184,12 @@ def test_a_context_encoded_without_adapters(name: str) -> None:
     assert relative_error(frozen_logprobs(model, samples, frozen), logprobs) <= TOLERANCE
     assert worst_gradient_error(frozen_gradients(model, samples, frozen), gradients) <= TOLERANCE
     assert relative_error(with_adapters, logprobs) > 100 * TOLERANCE
+
+
+def test_adapters_that_would_act_on_a_context_encoded_without_them_are_refused() -> None:
+    model = add_lora(tiny_model("kimi_linear"))
+    with pytest.raises(ValueError, match="kv_b_proj"):
+        encode(model, _samples((20, 6)), adapters=False)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
