@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from torch import nn
+from transformers import ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 
 from frozen_peft import FrozenContextTrainer, lora_config
@@ -226,3 +227,22 @@ def test_a_peft_model_keeps_its_adapters(tmp_path: Path) -> None:
     assert run.trainer.model is model
     assert run.weights.keys() == before.keys()
     assert all(not torch.equal(run.weights[name], before[name]) for name in before if "lora_B" in name)
+
+
+class TextProcessor(ProcessorMixin):
+    """What a vision-language checkpoint brings in place of a tokenizer, reduced to text."""
+
+    def __init__(self, tokenizer: Any = None, chat_template: str | None = None):
+        super().__init__(tokenizer, chat_template=chat_template)
+
+    def __call__(self, text: str, **kwargs: Any) -> Any:
+        # A processor always gives a batch.
+        return self.tokenizer([text], **kwargs)
+
+
+def test_a_processor_in_place_of_a_tokenizer(tmp_path: Path) -> None:
+    dataset = PROMPT_COMPLETION
+    model = adapted("qwen3_5")
+    processor = TextProcessor(word_tokenizer())
+    run = train(FrozenContextTrainer, copy.deepcopy(model), config(tmp_path), dataset, processing_class=processor)
+    assert_trained_on(run, model, prepared(dataset, tmp_path))

@@ -57,7 +57,13 @@ def test_weights_are_those_of_plain_forwards_with_a_stop_gradient(
 
 @pytest.mark.parametrize(
     "fields",
-    [{"prefill_chunk_size": 7}, {"prefill_chunk_size": 0}, {"checkpoint_every": 3}, {"pad_to_multiple_of": 8}],
+    [
+        {"prefill_chunk_size": 7},
+        {"prefill_chunk_size": 0},
+        {"checkpoint_every": 3},
+        {"pad_to_multiple_of": 8},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    ],
     ids=str,
 )
 def test_fields_that_only_save_memory_change_no_gradient(fields: dict, tmp_path: Path) -> None:
@@ -171,9 +177,12 @@ def test_decisions_of_one_supervised_token(tmp_path: Path) -> None:
     assert_trained_as_reference(run, model, reference_sgd(model, batches(rows, 2, 2)))
 
 
-def test_a_model_without_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("selective", [False, True])
+def test_a_model_without_peft(selective: bool, tmp_path: Path) -> None:
+    """TRL's selective checkpoints (1.16) know no PEFT model."""
     model = tiny_model("llama")
-    run = train(FrozenContextTrainer, copy.deepcopy(model), config(tmp_path), as_dataset(ROWS))
+    arguments = config(tmp_path, gradient_checkpointing_kwargs={"selective": selective})
+    run = train(FrozenContextTrainer, copy.deepcopy(model), arguments, as_dataset(ROWS))
     assert run.weights.keys() == dict(model.named_parameters()).keys()
     assert_trained_as_reference(run, model, reference_sgd(model, batches(ROWS, 2, 3)))
 

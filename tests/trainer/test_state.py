@@ -2,6 +2,7 @@
 """What a step leaves as it was: everything but the adapters."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,17 @@ def test_prefill_draws_no_random_numbers(tmp_path: Path) -> None:
     without = reference_gradients(model, ROWS[:2])
     key = next(name for name in without if "lora_B" in name)
     assert not torch.allclose(whole.gradients[0][key], without[key], rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_5_text", "granitemoehybrid"])
+def test_a_trained_model_generates_and_loads_like_any_other(name: str, tmp_path: Path) -> None:
+    base = tiny_model(name)
+    trained = train(FrozenContextTrainer, base, config(tmp_path / "run", max_steps=1), as_dataset(ROWS)).trainer
+    trained.save_model(tmp_path / "saved")
+    loaded = type(base).from_pretrained(tmp_path / "saved", dtype="float32")
+    prompt = ROWS[0].input_ids[None]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(trained.model.eval().generate(prompt, **options), loaded.generate(prompt, **options))
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert "frozen_peft" not in json.dumps(saved)
+    assert not torch.equal(loaded.lm_head.weight, tiny_model(name).lm_head.weight)
