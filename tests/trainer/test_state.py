@@ -76,7 +76,9 @@ def test_a_step_leaves_modes_flags_and_hooks(name: str, checkpointing: bool, tmp
     train(FrozenContextTrainer, adapted(name), arguments, as_dataset(ROWS), callbacks=[watch])
     assert len(watch.before) == 3
     assert watch.before == watch.after
+    assert watch.before[0] == watch.after[-1]
     assert all(value[0] for value in watch.after[-1].values())
+    assert not any(value[5] for value in watch.before[0].values())
     layers = [value[4] for value in watch.after[-1].values() if value[4] is not None]
     assert set(layers) == {checkpointing}
     assert not GradientCheckpointingLayer._can_checkpoint_with_cache
