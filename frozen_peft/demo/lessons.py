@@ -17,8 +17,9 @@ from frozen_peft.demo.conversations import CountTokens, Message, answer, ask, cu
 from frozen_peft.demo.library import ModuleDocumentation
 
 IGNORED_LABEL = -100
-# Looking up answers is what is wanted; reading the rest teaches the words. This weighs the one against the other.
-READING_EVERY = 5
+# Share of the tokens outside answers that are supervised. Looking up answers is what is wanted, and reading the rest
+# teaches the words: this weighs the one against the other, evenly over every batch.
+READING_SHARE = 0.25
 # Conversations within a block are sorted by length, so that a batch has little padding and yet the order is random.
 BATCHES_PER_BLOCK = 32
 
@@ -58,10 +59,10 @@ class Curriculum:
         stages: Of conversations.
     """
 
-    batch_size: int = 4
+    batch_size: int = 3
     stages: tuple[Stage, ...] = (
-        Stage(batches=800, min_tokens=64, max_tokens=256, turns=8, brief=True),
-        Stage(batches=80, min_tokens=128, max_tokens=640, turns=12, brief=False),
+        Stage(batches=850, min_tokens=64, max_tokens=256, turns=8, brief=True),
+        Stage(batches=60, min_tokens=128, max_tokens=640, turns=12, brief=False),
     )
 
     @property
@@ -88,8 +89,8 @@ def build_lessons(
         seed: Decides cuts, questions and order.
 
     Returns:
-        `steps * batch_size` rows of `input_ids` and `labels`. Answers are supervised everywhere, documentation and
-        questions in one conversation out of `READING_EVERY`.
+        `steps * batch_size` rows of `input_ids` and `labels`. Answers are supervised, and of
+        documentation and questions a random `READING_SHARE` of the tokens.
 
     Raises:
         ValueError: The modules hold less documentation than one context of some stage.
@@ -132,14 +133,15 @@ def _conversations(
         )
     )
     choice.shuffle(contexts)
-    for number, context in enumerate(contexts):
+    for context in contexts:
         messages = [Message(role="system", content=context.render())]
         for entry in choice.sample(context.entries, min(stage.turns, len(context.entries))):
             messages += [ask(entry), answer(entry)]
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         tokens = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-        reads = number % READING_EVERY == 0
-        labels = [token if reads or in_answer else IGNORED_LABEL for token, in_answer in tokens]
+        labels = [
+            token if in_answer or choice.random() < READING_SHARE else IGNORED_LABEL for token, in_answer in tokens
+        ]
         yield Lesson(input_ids=encoded["input_ids"], labels=labels)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny Qwen3.5-style hybrid and its pretraining from scratch, which is tier 1: short samples, full gradient."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,10 +124,11 @@ def pretrain(
 
 
 def _initialize_gates(layer: Qwen3_5GatedDeltaNet) -> None:
-    # flash-linear-attention's initialisation: time steps between 0.001 and 0.1. transformers 5.23 sets dt_bias to one,
-    # with which the state forgets within a token, and nothing that needs a memory can be learned in a short training.
+    # flash-linear-attention's initialisation: time steps between 0.001 and 0.1, evenly on a logarithmic scale.
+    # transformers 5.23 sets dt_bias to one, with which the state forgets within a token, and nothing that needs a
+    # memory can be learned in a short training.
     with torch.no_grad():
-        time_step = torch.empty_like(layer.dt_bias).uniform_(0.001, 0.1)
+        time_step = torch.empty_like(layer.dt_bias).uniform_(math.log(0.001), math.log(0.1)).exp()
         # The inverse of softplus, which the layer applies.
         layer.dt_bias.copy_(time_step + torch.log(-torch.expm1(-time_step)))
         layer.A_log.copy_(torch.empty_like(layer.A_log).uniform_(1, 16).log())
