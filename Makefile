@@ -14,12 +14,14 @@ WORKERS ?= 2
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
-demo: $(STAMP)  ## Train the embedded tiny model and show what a frozen context gives
+demo: $(STAMP)  ## Train a tiny hybrid on real text, then its responses over frozen contexts
 	$(BIN)/frozen-peft demo
 
 test: check  ## Lint, then every test that needs no accelerator
 	@echo "== tests"
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --durations 10
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not benchmark" -n $(WORKERS) --durations 10
+	@echo "== costs"
+	$(TEST_ENV) $(BIN)/python -m pytest -m benchmark
 
 fast: $(STAMP)  ## The tests that take seconds
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not slow" -n $(WORKERS)

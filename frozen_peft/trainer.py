@@ -84,6 +84,7 @@ class FrozenContextTrainer(SFTTrainer):
             require_exact_continuation(get_pretrained_model(model))
         self._max_positions: int | None = None
         self._context_verified = False
+        self.aux_loss_enabled: bool
 
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
@@ -250,6 +250,10 @@ def _build_trainer(
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        # The trainer would load a vision-language model's processor, which needs torchvision; samples are text here.
+        processing_class=AutoTokenizer.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision, trust_remote_code=config.trust_remote_code
+        ),
         quantization_config=quantization_config(base_config) if model.load_in_4bit else None,
         peft_config=_peft_config(base_config, adapter),
     )

@@ -29,6 +29,7 @@ from transformers.cache_utils import (
 
 from frozen_peft.context.cache import AttentionState, EncodedContext, FrozenContext, LayerState, LinearState
 from frozen_peft.context.handover import Segment, counted_forward, give_segment, mark_contiguous, require_all_read
+from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import (
     get_decoder,
     get_pretrained_model,
@@ -67,6 +68,7 @@ def encode_context(
         raise ValueError(f"`prefill_chunk_size` must be 0 (one forward) or more, found {chunk_size}.")
     pretrained = get_pretrained_model(model)
     require_exact_continuation(pretrained)
+    choose_kernels(pretrained)
     if not adapters:
         require_separable_adapters(pretrained)
     rows: list[EncodedContext | None] = [None] * len(contexts)

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from frozen_peft.context.decision import decision_forward
+from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
 from frozen_peft.context.prefill import adapters_active, encode_context, without_dropout
 from frozen_peft.errors import ContextMismatchError
@@ -86,6 +87,7 @@ def verify_context(
         )
     pretrained = get_pretrained_model(model)
     require_exact_continuation(pretrained)
+    choose_kernels(pretrained)
     kept = _context_tokens_needed(pretrained)
     context = input_ids[max(boundary - kept, 0) : boundary]
     decision = input_ids[boundary : boundary + MAX_DECISION_TOKENS]

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step costs, against `SFTTrainer` and against the least that a frozen context costs.
+
+Ratios within one run, of processor time on one thread, which other work on the machine moves least.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.benchmark, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[2]
+CONTEXT = 8192
+
+
+@cache
+def measured(method: str, context: int, steps: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.benchmarks.step", "--method", method]
+    command += ["--context", str(context), "--steps", str(steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_step_takes_at_most_a_fifth_of_the_time_of_sft() -> None:
+    frozen, sft = measured("frozen", CONTEXT, 4), measured("sft", CONTEXT, 2)
+    assert frozen["cpu_seconds"] <= 0.20 * sft["cpu_seconds"], (frozen, sft)
+
+
+def test_step_takes_at_most_an_eighth_of_the_memory_of_sft() -> None:
+    frozen, sft = measured("frozen", CONTEXT, 4), measured("sft", CONTEXT, 2)
+    assert frozen["peak_bytes"] <= 0.12 * sft["peak_bytes"], (frozen, sft)
+
+
+def test_step_takes_little_more_than_the_bare_cost() -> None:
+    frozen, bare = measured("frozen", CONTEXT, 4), measured("bare", CONTEXT, 4)
+    assert frozen["cpu_seconds"] <= 1.15 * bare["cpu_seconds"], (frozen, bare)
+
+
+def test_memory_grows_by_the_bytes_of_the_cache() -> None:
+    short, long = measured("frozen", CONTEXT, 4), measured("frozen", 2 * CONTEXT, 2)
+    growth = long["peak_bytes"] - short["peak_bytes"]
+    assert growth <= 1.10 * (long["cache_bytes"] - short["cache_bytes"]), (short, long)
