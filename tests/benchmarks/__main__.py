@@ -67,9 +67,9 @@ def markdown(rows: list[tuple[str, ...]], machine: dict[str, str]) -> str:
         "`FrozenContextTrainer` run with their default settings (gradient checkpointing on, float32), on the same "
         "model (Qwen3.5-style, 6 Gated DeltaNet and 2 attention layers, hidden size 320), the same LoRA adapters and "
         "the same samples. *Bare* is the least a frozen context costs, written by hand in `recipes/minimal.py`: one "
-        "forward of the context without gradient, one forward and backward of the decision. Seconds are medians over the steps "
-        "after the first. Memory is the peak above the loaded model, of the whole run, the check of the first batch "
-        "included. *Cache* is what a frozen context of that length takes.\n\n"
+        "forward of the context without gradient, one forward and backward of the decision. Seconds are medians "
+        "over the steps after the first. Memory is the peak above the loaded model, of the whole run, the check of "
+        "the first batch included. *Cache* is what a frozen context of that length takes.\n\n"
         f"{table}\n\n{facts}\n"
     )
 
