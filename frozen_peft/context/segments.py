@@ -86,7 +86,7 @@ def segmented_attention_forward(
         if (use := current_use()) is not None:
             use.num_read += 1
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if _can_use_flash_on_cpu(query, value, attention_mask):
+        if _can_use_flash_on_cpu(query, key, value, attention_mask):
             output = _flash_on_cpu(query, key, value, segment, scale)
         else:
             output = _TwoSegmentAttention.apply(query, key, value, segment, attention_mask, scale)
@@ -116,9 +116,13 @@ AttentionInterface.register(IMPLEMENTATION, segmented_attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, segmented_mask)
 
 
-def _can_use_flash_on_cpu(query: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    same_head_dim = query.shape[-1] == value.shape[-1]
-    return query.device.type == "cpu" and same_head_dim and mask is None and not torch.is_grad_enabled()
+def _can_use_flash_on_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> bool:
+    if query.device.type != "cpu" or mask is not None or torch.is_grad_enabled():
+        return False
+    # Under autocast queries and keys come out of rotary embeddings in float32, and values in 16 bit.
+    return query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
 
 
 def _flash_on_cpu(
