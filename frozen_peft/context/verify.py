@@ -172,15 +172,22 @@ def _plain_logprobs(model: torch.nn.Module, context: torch.Tensor, decision: tor
 def _frozen_logprobs(
     model: torch.nn.Module, context: torch.Tensor, decision: torch.Tensor, chunk_size: int
 ) -> torch.Tensor:
-    """The same over the frozen context, with gradient checkpointing as it is set for training."""
+    """The same over the frozen context, with gradient checkpointing as in training where layers have no dropout."""
     pretrained = get_pretrained_model(model)
     frozen = encode_context(model, [context], chunk_size=chunk_size)
     positions = torch.arange(len(context), len(context) + len(decision), device=context.device)
-    with without_dropout(model, keep_checkpointing=True), decision_forward(model):
+    # Layers that drop out by themselves (OPT) are compared without checkpointing: both hang on their training flag.
+    keep_checkpointing = not _has_dropout(pretrained)
+    with without_dropout(model, keep_checkpointing=keep_checkpointing), decision_forward(model):
         hidden = get_decoder(pretrained)(
             input_ids=decision[None], position_ids=positions[None], past_key_values=frozen, use_cache=False
         ).last_hidden_state
     return _logprobs(pretrained, hidden[0], decision)
+
+
+def _has_dropout(model: PreTrainedModel) -> bool:
+    values = model.config.get_text_config().to_dict()
+    return any(isinstance(value, float) and value > 0.0 for name, value in values.items() if "drop" in name)
 
 
 def _logprobs(model: PreTrainedModel, hidden: torch.Tensor, decision: torch.Tensor) -> torch.Tensor:

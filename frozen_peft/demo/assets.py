@@ -118,7 +118,7 @@ def one_thread() -> Iterator[None]:
     """Runs torch on one thread and restores the number it had.
 
     The tiny model's tensors are too small to share between threads, and on a machine that is busy otherwise, threads
-    that wait for each other make a step take fifty times as long.
+    that wait for each other make a step take many times as long.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from frozen_peft import ContextMismatchError, FrozenContextTrainer
 from frozen_peft.context import FrozenContext, verify, verify_context
@@ -147,3 +148,13 @@ def test_a_4_bit_or_16_bit_model_has_the_wider_tolerance() -> None:
     assert exact.tolerance <= 1e-3
     assert rounded.tolerance == 5e-2
     assert exact.error <= 1e-5 < rounded.error
+
+
+def test_layers_that_drop_out_by_themselves_are_no_mismatch() -> None:
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 3}
+    config = OPTConfig(vocab_size=97, num_attention_heads=4, max_position_embeddings=400, dropout=0.5, **sizes)
+    model = OPTForCausalLM(config).train()
+    model.activation_checkpointing_enable()
+    check = verify_context(model, torch.randint(3, 97, (150,)), 120, chunk_size=40)
+    assert check.error < 1e-5 < check.effect
+    assert model.training
