@@ -2,11 +2,13 @@
 """The configuration of `FrozenContextTrainer`: `SFTConfig` and what a frozen context adds to it."""
 
 from dataclasses import dataclass, field, fields
-from typing import Self
+from typing import Literal, Self
 
 from transformers import TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig
+
+from frozen_peft.context import parse_size
 
 __all__ = ["TIERS", "FrozenContextConfig"]
 
@@ -54,11 +56,27 @@ class FrozenContextConfig(SFTConfig):
             "when served the same way."
         },
     )
-    decision_mode: str = field(
+    decision_mode: Literal["tail", "turns"] = field(
         default="tail",
         metadata={
-            "help": "'tail': everything from the first supervised label on is one decision.",
+            "help": "'tail': everything from the first supervised label on is one decision. 'turns': each supervised "
+            "span of a conversation is a decision of its own, and everything before it its context; the conversation "
+            "is encoded once.",
             "choices": ["tail", "turns"],
+        },
+    )
+    max_decisions_per_forward: int = field(
+        default=16,
+        metadata={
+            "help": "Decisions of a micro-batch that run forward and backward together when `decision_mode='turns'`; "
+            "bounds memory and changes nothing else."
+        },
+    )
+    invocation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text whose tokens every decision begins with when `context_adapters=False`: there the adapter is "
+            "switched on. Defaults to the chat template's generation prompt."
         },
     )
     prefill_chunk_size: int = field(
@@ -72,12 +90,22 @@ class FrozenContextConfig(SFTConfig):
         metadata={"help": "Keep only this many context tokens, dropping the oldest. The decision is never cut."},
     )
     context_cache_size: str = field(
-        default="0", metadata={"help": "Memory for frozen contexts kept for reuse, such as '8GiB'."}
+        default="0",
+        metadata={
+            "help": "Memory for frozen contexts kept for later steps and epochs, such as '8GiB': on the GPU while it "
+            "has room to spare, else in pinned host memory."
+        },
     )
-    context_cache_dir: str | None = field(default=None, metadata={"help": "Directory for frozen contexts on disk."})
+    context_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Directory for frozen contexts kept for later epochs and runs as files; runs may share it."},
+    )
     max_context_staleness: int = field(
         default=0,
-        metadata={"help": "Optimizer steps a frozen context may be reused for when `context_adapters=True`."},
+        metadata={
+            "help": "Optimizer steps for which a frozen context may be reused when `context_adapters=True`, although "
+            "the adapter has moved on since it was encoded; 0 is exact. Evaluation never reuses one."
+        },
     )
     sequence_chunk_size: int | None = field(
         default=None,
@@ -107,6 +135,7 @@ class FrozenContextConfig(SFTConfig):
         self._apply_tier()
         super().__post_init__()
         self._check_ranges()
+        self._check_store()
         self._check_not_implemented()
         if self.checkpoint_every > 1:
             self._check_checkpointing()
@@ -145,6 +174,8 @@ class FrozenContextConfig(SFTConfig):
         _require(self.prefill_chunk_size >= 0, "prefill_chunk_size", self.prefill_chunk_size, "0 or more tokens")
         _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "1 layer or more")
         _require(self.max_context_staleness >= 0, "max_context_staleness", self.max_context_staleness, "0 or more")
+        decisions = self.max_decisions_per_forward
+        _require(decisions >= 1, "max_decisions_per_forward", decisions, "1 decision or more")
         for name in ("max_context_length", "max_length"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "1 token or more, or None")
@@ -152,12 +183,39 @@ class FrozenContextConfig(SFTConfig):
             choices = next(f for f in fields(self) if f.name == name).metadata["choices"]
             _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
 
+    def _check_store(self) -> None:
+        assert self.gradient_horizon is not None
+        try:
+            keeps = parse_size(self.context_cache_size) > 0 or self.context_cache_dir is not None
+        except ValueError as error:
+            raise ValueError(f"`context_cache_size`: {error}") from None
+        if not self.context_adapters and self.gradient_horizon != 0:
+            raise ValueError(
+                f"`context_adapters=False` needs `gradient_horizon=0`, found {self.gradient_horizon}: context tokens "
+                "that carry gradient would see the adapters. Set `tier: 2`, or `context_adapters=True`."
+            )
+        if self.invocation is not None and self.context_adapters:
+            raise ValueError(
+                "`invocation` is where an adapter is switched on, and with `context_adapters=True` it is never off. "
+                "Remove `invocation`, or set `context_adapters=False`."
+            )
+        without_effect = []
+        if keeps and self.gradient_horizon == -1:
+            without_effect.append("`context_cache_size` and `context_cache_dir`: no context is frozen")
+        if self.max_context_staleness and not self.context_adapters:
+            without_effect.append("`max_context_staleness`: with `context_adapters=False` nothing goes stale")
+        if self.max_context_staleness and not keeps:
+            without_effect.append("`max_context_staleness`: `context_cache_size` and `context_cache_dir` keep nothing")
+        if self.context_cache_dir is not None and self.context_adapters and not self.max_context_staleness:
+            without_effect.append(
+                "`context_cache_dir` beyond one optimizer step, since adapters change the contexts in each: set "
+                "`context_adapters=False` or `max_context_staleness`"
+            )
+        for reason in without_effect:
+            logger.warning(f"No effect of {reason}.")
+
     def _check_not_implemented(self) -> None:
         not_implemented = {
-            "decision_mode": "tail",
-            "context_cache_size": "0",
-            "context_cache_dir": None,
-            "max_context_staleness": 0,
             "sequence_chunk_size": None,
         }
         for name, only in not_implemented.items():

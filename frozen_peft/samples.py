@@ -5,7 +5,7 @@ A prepared dataset has `input_ids` and `labels`, as TRL leaves it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
-from frozen_peft.context.boundary import IGNORED_LABEL
+from frozen_peft.context.boundary import IGNORED_LABEL, TAIL, Cut
 
 __all__ = ["SampleLengths", "SampleLimits", "check_samples", "limit_length", "measure_samples", "require_rows"]
 
@@ -22,17 +22,21 @@ ROWS_PER_BATCH = 1000
 
 @dataclass(frozen=True)
 class SampleLengths:
-    """Lengths in tokens, one entry per sample.
+    """Lengths in tokens, one entry per sample, or per decision with the tokens up to its end (`Cut.mode` of `turns`).
 
     Attributes:
-        rows: Row of the dataset that the sample stands in; packed rows hold several samples.
+        rows: Row of the dataset that the sample stands in; packed rows and conversations hold several.
         totals: Tokens of the sample.
         boundaries: Context tokens; -1 where no label is supervised.
+        invoked: Whether the decision begins with the invocation tokens.
+        invoked_again: Whether they come again in it.
     """
 
     rows: np.ndarray
     totals: np.ndarray
     boundaries: np.ndarray
+    invoked: np.ndarray
+    invoked_again: np.ndarray
 
 
 def require_rows(dataset: Dataset | IterableDataset | None, name: str) -> None:
@@ -53,16 +57,13 @@ def require_rows(dataset: Dataset | IterableDataset | None, name: str) -> None:
         )
 
 
-def measure_samples(dataset: Dataset) -> SampleLengths:
-    """Lengths and boundaries of every sample of a prepared dataset, packed or not."""
-    parts = [_measure_table(table) for table in _tables(dataset)]
-    rows, offset = [], 0
-    for part_rows, _, _, num_rows in parts:
-        rows.append(part_rows + offset)
-        offset += num_rows
-    return SampleLengths(
-        np.concatenate(rows), np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts])
-    )
+def measure_samples(dataset: Dataset, cut: Cut = TAIL) -> SampleLengths:
+    """Lengths and boundaries of every sample of a prepared dataset, packed or not, as `cut` will cut it."""
+    parts, offset = [], 0
+    for table in _tables(dataset):
+        parts.append(_measure_table(table, offset, cut))
+        offset += table.num_rows
+    return SampleLengths(*(np.concatenate(arrays) for arrays in zip(*map(astuple, parts), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,14 @@ class SampleLimits:
         flattened: Samples will be packed or flattened into one row.
         max_positions: Positions that the model has; None where that is unknown.
         max_length: The longest sample in tokens, which `limit_length` cut to where it could.
-        max_context_length: The longest context in tokens that batches will keep.
+        cut: How batches will be cut.
     """
 
     frozen: bool
     flattened: bool
     max_positions: int | None
     max_length: int | None
-    max_context_length: int | None = None
+    cut: Cut = TAIL
 
 
 def check_samples(dataset: Dataset | IterableDataset, name: str, limits: SampleLimits) -> Dataset | IterableDataset:
@@ -103,12 +104,11 @@ def check_samples(dataset: Dataset | IterableDataset, name: str, limits: SampleL
 
         def check_one(sample: dict[str, Any], index: int) -> dict[str, Any]:
             table = pa.table({key: [sample[key]] for key in ("input_ids", "labels", "seq_lengths") if key in sample})
-            rows, totals, boundaries, _ = _measure_table(table)
-            _require_sound(SampleLengths(rows + index, totals, boundaries), name, limits)
+            _require_sound(_measure_table(table, index, limits.cut), name, limits)
             return sample
 
         return dataset.map(check_one, with_indices=True)
-    _require_sound(measure_samples(dataset), name, limits)
+    _require_sound(measure_samples(dataset, limits.cut), name, limits)
     return dataset
 
 
@@ -140,10 +140,10 @@ def _tables(dataset: Dataset) -> Iterator[pa.Table]:
     yield from dataset.select_columns(columns).with_format("arrow").iter(batch_size=ROWS_PER_BATCH)
 
 
-def _measure_table(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Row, tokens and boundary of each sample in a table, and the number of its rows."""
+def _measure_table(table: pa.Table, first_row: int, cut: Cut) -> SampleLengths:
+    """Lengths of the samples in a table whose first row is `first_row` of the dataset."""
     labels = table["labels" if "labels" in table.column_names else "input_ids"]
-    values = pc.list_flatten(labels).to_numpy()
+    supervised = np.not_equal(pc.list_flatten(labels).to_numpy(), IGNORED_LABEL)
     row_lengths = pc.list_value_length(labels).to_numpy()
     if "seq_lengths" in table.column_names:
         totals = pc.list_flatten(table["seq_lengths"]).to_numpy()
@@ -151,10 +151,55 @@ def _measure_table(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     else:
         totals, rows = row_lengths, np.arange(table.num_rows)
     starts = np.concatenate([[0], np.cumsum(totals)[:-1]]).astype(np.int64)
-    supervised = np.append(np.flatnonzero(values != IGNORED_LABEL), len(values))
-    first = supervised[np.searchsorted(supervised, starts)] - starts
-    boundaries = np.where(first < totals, np.maximum(first - 1, 0), -1)
-    return rows, totals, boundaries, table.num_rows
+    if cut.mode == "turns":
+        rows, starts, firsts, stops = _turns(supervised, rows, starts, totals)
+    else:
+        places = np.append(np.flatnonzero(supervised), len(supervised))
+        firsts, stops = places[np.searchsorted(places, starts)], starts + totals
+    has_decision = firsts < stops
+    boundaries = np.where(has_decision, np.maximum(firsts - starts - (len(cut.invocation) or 1), 0), -1)
+    invoked, invoked_again = has_decision | True, has_decision & False
+    if cut.invocation:
+        input_ids = pc.list_flatten(table["input_ids"]).to_numpy()
+        invoked, invoked_again = _invocations(input_ids, np.asarray(cut.invocation), starts, firsts, stops)
+    return SampleLengths(rows + first_row, stops - starts, boundaries, invoked, invoked_again)
+
+
+def _turns(
+    supervised: np.ndarray, rows: np.ndarray, starts: np.ndarray, totals: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Row, start of the sample, first label and end of each supervised span; a sample without any has one, empty."""
+    # Padded, and with a gap before each sample, so that every span has a place before and one after it.
+    shift = np.repeat(np.arange(1, len(starts) + 1), totals)
+    spread = np.zeros(len(supervised) + len(starts) + 1, dtype=np.int8)
+    spread[np.arange(len(supervised)) + shift] = supervised
+    steps = np.diff(spread)
+    firsts, stops = np.flatnonzero(steps == 1) + 1, np.flatnonzero(steps == -1) + 1
+    spread_starts = starts + np.arange(1, len(starts) + 1)
+    owner = np.searchsorted(spread_starts, firsts, side="right") - 1
+    firsts, stops = firsts - owner - 1, stops - owner - 1
+    # A first token's label is predicted by nothing.
+    predicted = stops - starts[owner] > 1
+    owner, firsts, stops = owner[predicted], firsts[predicted], stops[predicted]
+    without = np.setdiff1d(np.arange(len(starts)), owner)
+    owner = np.concatenate([owner, without])
+    firsts, stops = (np.concatenate([ends, starts[without] + totals[without]]) for ends in (firsts, stops))
+    order = np.lexsort((firsts, owner))
+    return rows[owner[order]], starts[owner[order]], firsts[order], stops[order]
+
+
+def _invocations(
+    input_ids: np.ndarray, invocation: np.ndarray, starts: np.ndarray, firsts: np.ndarray, stops: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each decision begins with the invocation tokens, and whether they come again in it."""
+    length = len(invocation)
+    num_places = max(len(input_ids) - length + 1, 0)
+    matches = [input_ids[offset : offset + num_places] == token for offset, token in enumerate(invocation)]
+    places = np.flatnonzero(np.logical_and.reduce(matches))
+    begins = firsts - length
+    invoked = np.isin(begins, places) & (begins >= starts)
+    num_before = np.searchsorted(places, begins, side="right")
+    return invoked, np.searchsorted(places, stops - length, side="right") > num_before
 
 
 def _require_sound(samples: SampleLengths, name: str, limits: SampleLimits) -> None:
@@ -172,6 +217,19 @@ def _require_sound(samples: SampleLengths, name: str, limits: SampleLimits) -> N
             "`packing` and `padding_free` put samples into one row, where contexts cannot be told apart. Set both to "
             "False (decisions are short: little is padded), or train with `tier: 1`."
         )
+    invocation = list(limits.cut.invocation)
+    if (found := _first(samples, ~samples.invoked)) is not None:
+        raise ValueError(
+            f"Sample {samples.rows[found]} of the {name} dataset has a decision that does not begin with the "
+            f"invocation tokens {invocation}, where `context_adapters=False` switches the adapter on. Set "
+            "`invocation` to the text just before every supervised span, or `context_adapters=True`."
+        )
+    if (found := _first(samples, samples.invoked_again)) is not None:
+        raise ValueError(
+            f"Sample {samples.rows[found]} of the {name} dataset has a decision that contains the invocation tokens "
+            f"{invocation} again, and an activated adapter is switched on at their last occurrence only. Set "
+            "`decision_mode='turns'` if it holds several turns, or `context_adapters=True`."
+        )
     limit = limits.max_length
     if limit is not None and not limits.flattened and (found := _first(samples, decisions > limit)) is not None:
         raise ValueError(
@@ -180,8 +238,10 @@ def _require_sound(samples: SampleLengths, name: str, limits: SampleLimits) -> N
             "shorten the sample."
         )
     positions, kept = limits.max_positions, totals
-    if limits.max_context_length is not None:
-        kept = decisions + np.clip(contexts, 0, limits.max_context_length)
+    if limits.cut.max_context_length is not None:
+        kept = decisions + np.clip(contexts, 0, limits.cut.max_context_length)
+    if limits.cut.max_length is not None:
+        kept = np.minimum(kept, limits.cut.max_length)
     if positions is not None and (found := _first(samples, kept > positions)) is not None:
         raise ValueError(
             f"Sample {samples.rows[found]} of the {name} dataset has {totals[found]} tokens, {contexts[found]} "

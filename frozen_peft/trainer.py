@@ -3,40 +3,51 @@
 
 import copy
 import inspect
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from frozen_peft.adapters import keep_linear4bit_trainable, log_quantization, restrict_adapter_rows
+from frozen_peft.adapters import (
+    activate_at_invocation,
+    active_everywhere,
+    find_invocation,
+    keep_linear4bit_trainable,
+    log_quantization,
+    restrict_adapter_rows,
+)
+from frozen_peft.batches import CONTEXTS, NUM_CONTEXT_TOKENS, BatchCutter, join_predictions, num_labels
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import (
+    TAIL,
+    ContextEncoder,
+    ContextFiles,
+    ContextStore,
+    Cut,
+    DiskLevel,
     FrozenContext,
-    SplitBatch,
     decision_forward,
-    encode_context,
-    split_batch,
+    parse_size,
+    require_untouched_base,
     use_segmented_attention,
     verify_context,
 )
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
 from frozen_peft.gradient import group_checkpoints
+from frozen_peft.metrics import ContextMetrics
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
 
 __all__ = ["FrozenContextTrainer"]
 
 logger = logging.get_logger(__name__)
-
-# What a collator may put into a batch for samples that have a context.
-TOKEN_KEYS = {"input_ids", "labels", "attention_mask"}
-# What a collator adds that flattens samples into one row.
-FLATTENED_KEYS = {"position_ids", "cu_seq_lens_q", "seq_idx"}
 
 
 class FrozenContextTrainer(SFTTrainer):
@@ -47,8 +58,12 @@ class FrozenContextTrainer(SFTTrainer):
 
     - `compute_loss` and `prediction_step` turn a batch into a batch of decisions that carries its frozen context as
       `past_key_values`, and let TRL compute the loss, the metrics and the logits from that.
-    - `training_step` makes activation checkpoints span `checkpoint_every` layers.
+    - `training_step` runs a conversation's decisions in bounded numbers, and makes activation checkpoints span
+      `checkpoint_every` layers.
+    - `get_batch_samples` and `get_train_dataloader` tell the encoder which contexts an optimizer step needs, and the
+      store which ones are next.
     - `_prepare_dataset` cuts contexts where TRL would cut decisions, and checks every sample.
+    - `log` adds what became of the contexts.
 
     A sample without context is a plain SFT sample. With `gradient_horizon=-1` (tiers 1 and 3) nothing is frozen, and
     every batch goes to TRL as it is.
@@ -80,10 +95,20 @@ class FrozenContextTrainer(SFTTrainer):
         require_rows(train_dataset, "train")
         for name, dataset in _named(eval_dataset).items():
             require_rows(dataset, name)
+        if not args.context_adapters and not positional:
+            _require_adapters(isinstance(model, PeftModel) or kwargs.get("peft_config") is not None)
         if args.gradient_horizon != -1 and not isinstance(model, str):
             require_exact_continuation(get_pretrained_model(model))
         self._max_positions: int | None = None
         self._context_verified = False
+        adapter = model.active_peft_config if isinstance(model, PeftModel) else kwargs.get("peft_config")
+        # Tokens that the adapter came with; `invocation` wins.
+        given = args.invocation is None and getattr(adapter, "alora_invocation_tokens", None)
+        self._invocation = tuple(given or ())
+        self._cut = TAIL
+        self.data_collator: Any
+        self.current_gradient_accumulation_steps: int
+        self._next_contexts: list[torch.Tensor] = []
         self.aux_loss_enabled: bool
 
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
@@ -91,6 +116,10 @@ class FrozenContextTrainer(SFTTrainer):
         pretrained = get_pretrained_model(self.model)
         self._freezes_context = self.args.gradient_horizon != -1
         self._max_positions = getattr(pretrained.config.get_text_config(), "max_position_embeddings", None)
+        self._cut = self._make_cut(self.args, self._tokenizer)
+        in_turns = self._cut.mode == "turns"
+        max_decisions = self.args.max_decisions_per_forward if in_turns else None
+        self._cutter = BatchCutter(self._cut, max_decisions, self._tokenizer.pad_token_id or 0)
         for name, dataset in {"train": self.train_dataset, **_named(self.eval_dataset)}.items():
             if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
                 self._check_samples(dataset, name)
@@ -102,8 +131,15 @@ class FrozenContextTrainer(SFTTrainer):
         choose_kernels(pretrained)
         if self._freezes_context:
             require_exact_continuation(pretrained)
-            self._require_adapters_to_switch()
+            self._settle_context_adapters()
             use_segmented_attention(self.model)
+            self._encoder = ContextEncoder(
+                self.model,
+                chunk_size=self.args.prefill_chunk_size,
+                adapters=self.args.context_adapters,
+                store=self._make_store(),
+            )
+            self._context_metrics = ContextMetrics(self._encoder, self.args.device)
 
     def compute_loss(
         self,
@@ -113,9 +149,23 @@ class FrozenContextTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """TRL's loss of the decisions in a batch, over their frozen contexts."""
-        inputs = self._freeze_contexts(model, inputs)
-        frozen = isinstance(inputs.get("past_key_values"), FrozenContext)
-        with decision_forward(self.accelerator.unwrap_model(model)) if frozen else nullcontext():
+        parts = self._cutter.parts(inputs)
+        if len(parts) > 1:
+            if return_outputs:
+                raise ValueError(
+                    f"A batch of more than `max_decisions_per_forward={self.args.max_decisions_per_forward}` "
+                    "decisions has no outputs in one piece. Raise it, or pass fewer samples."
+                )
+            if num_items_in_batch is None:
+                num_items_in_batch = sum(map(num_labels, parts))
+            return sum(self.compute_loss(model, part, num_items_in_batch=num_items_in_batch) for part in parts)
+        inputs = self._freeze_contexts(parts[0])
+        unwrapped = self.accelerator.unwrap_model(model)
+        with ExitStack() as stack:
+            if isinstance(inputs.get("past_key_values"), FrozenContext):
+                stack.enter_context(decision_forward(unwrapped))
+            if not self.args.context_adapters:
+                stack.enter_context(active_everywhere(unwrapped))
             return super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
@@ -128,14 +178,73 @@ class FrozenContextTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """TRL's, on decisions, so that the logits and labels it returns belong to each other."""
-        inputs = self._freeze_contexts(model, self._prepare_inputs(inputs))
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        parts = self._cutter.parts(self._prepare_inputs(inputs))
+        steps = [
+            super(FrozenContextTrainer, self).prediction_step(
+                model, self._freeze_contexts(part), prediction_loss_only, ignore_keys=ignore_keys
+            )
+            for part in parts
+        ]
+        return join_predictions(steps, [num_labels(part) for part in parts]) if len(steps) > 1 else steps[0]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """TRL's, with checkpoints over `checkpoint_every` layers; they exist from the first step on."""
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """TRL's, once for each part of the batch, with checkpoints over `checkpoint_every` layers."""
         if self.args.checkpoint_every > 1:
+            # They exist from the first step on.
             group_checkpoints(get_decoder(get_pretrained_model(self.model)), self.args.checkpoint_every)
-        return super().training_step(*args, **kwargs)
+        if not self._freezes_context:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self._context_metrics.step.running():
+            parts = self._cutter.parts(self._prepare_inputs(inputs))
+            self._count_context_tokens(parts[0])
+            if len(parts) == 1:
+                return super().training_step(model, parts[0], num_items_in_batch)
+            return self._train_parts(model, parts, num_items_in_batch)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The micro-batches of an optimizer step, whose contexts are announced to the encoder."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._freezes_context and batches:
+            contexts = [context for batch in batches for context in self._cutter.contexts(batch)]
+            self._encoder.expect(contexts, step=self.state.global_step)
+            self._encoder.read_ahead([*contexts, *self._next_contexts])
+        return batches, num_items_in_batch
+
+    def get_train_dataloader(self) -> DataLoader:
+        """TRL's, whose collator notes the contexts of the batch it made last.
+
+        accelerate makes a batch ahead of the one it yields, so that is the first batch of the next step. With worker
+        processes, which have a collator of their own, nothing is known ahead of a step.
+        """
+        if not self._freezes_context or self._encoder.store is None or self.args.dataloader_num_workers:
+            return super().get_train_dataloader()
+        collator = self.data_collator
+
+        def noting_contexts(samples: list[Any]) -> Any:
+            batch = collator(samples)
+            self._next_contexts = self._cutter.contexts(batch)
+            return batch
+
+        self.data_collator = noting_contexts
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the figures of `ContextMetrics`."""
+        if self._freezes_context:
+            mode = "train" if self.model.training else "eval"
+            for name, value in self._context_metrics.read().items():
+                self._metrics[mode][name] = [value]
+        super().log(logs, start_time)
 
     def _prepare_dataset(
         self,
@@ -147,10 +256,11 @@ class FrozenContextTrainer(SFTTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         # TRL would cut at the end of a sample, where the decision is.
+        self._cut = self._make_cut(args, getattr(processing_class, "tokenizer", processing_class))
         uncut = copy.copy(args)
         uncut.max_length = args.max_length if packing else None
         dataset = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
-        if args.max_length is not None and not packing:
+        if args.max_length is not None and not packing and self._cut.mode == "tail":
             dataset = limit_length(dataset, args.max_length, dataset_name, args.dataset_num_proc)
         return self._check_samples(dataset, dataset_name, args, packing)
 
@@ -167,7 +277,7 @@ class FrozenContextTrainer(SFTTrainer):
             flattened=packing or self.padding_free,
             max_positions=self._max_positions,
             max_length=args.max_length,
-            max_context_length=args.max_context_length,
+            cut=self._cut,
         )
         return check_samples(dataset, name, limits)
 
@@ -184,79 +294,94 @@ class FrozenContextTrainer(SFTTrainer):
         if not config.num_experts:
             self.aux_loss_enabled = config.output_router_logits = False
 
-    def _require_adapters_to_switch(self) -> None:
-        if not self.args.context_adapters and not isinstance(self.model, PeftModel):
-            raise ValueError(
-                "`context_adapters=False` encodes contexts with the adapters switched off, and this model has none. "
-                "Pass `peft_config`, or leave `context_adapters=True`."
+    def _settle_context_adapters(self) -> None:
+        """Makes an adapter that is off in contexts one that is switched on by the invocation tokens."""
+        if not self.args.context_adapters:
+            _require_adapters(isinstance(self.model, PeftModel))
+            require_untouched_base(self.model)
+            activate_at_invocation(self.model, self._cut.invocation)
+
+    def _make_cut(self, args: FrozenContextConfig, tokenizer: PreTrainedTokenizerBase) -> Cut:
+        horizon = args.gradient_horizon
+        assert horizon is not None, "the configuration resolves it"
+        if horizon == -1:
+            # Nothing is frozen, and decisions in one sequence have the gradient of one each.
+            return Cut("tail", -1, args.max_context_length)
+        invocation = () if args.context_adapters else self._invocation or find_invocation(tokenizer, args.invocation)
+        max_length = args.max_length if args.decision_mode == "turns" else None
+        return Cut(args.decision_mode, horizon, args.max_context_length, max_length, invocation)
+
+    def _make_store(self) -> ContextStore | None:
+        max_bytes, folder = parse_size(self.args.context_cache_size), self.args.context_cache_dir
+        if not max_bytes and folder is None:
+            return None
+        disk = DiskLevel(ContextFiles(folder)) if folder is not None else None
+        return ContextStore(max_bytes, disk, max_staleness=self.args.max_context_staleness)
+
+    def _freeze_contexts(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch of decisions with a frozen context in place of their contexts."""
+        kept = {name: value for name, value in inputs.items() if name not in (CONTEXTS, NUM_CONTEXT_TOKENS)}
+        if CONTEXTS not in inputs:
+            return kept
+        if not self._context_verified or self.args.verify_context == "always":
+            self._verify(inputs)
+        with self._context_metrics.prefill.running(), self.accelerator.autocast():
+            # What is measured is measured on the model as it is.
+            kept["past_key_values"] = self._encoder.encode(
+                inputs[CONTEXTS], step=self.state.global_step, stale=self.model.training
             )
+        return kept
 
-    def _freeze_contexts(self, model: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Turns a batch of samples into a batch of decisions that carries its frozen context.
-
-        Args:
-            model: The model as it is trained, wrapped or not.
-            inputs: What the collator made: `input_ids`, `labels` and `attention_mask` of shape `(samples, tokens)`.
-
-        Returns:
-            The same where nothing is to be frozen, or was already.
-        """
-        nothing_to_cut = not self._freezes_context and self.args.max_context_length is None
-        if nothing_to_cut or "labels" not in inputs or "past_key_values" in inputs:
-            return inputs
-        if FLATTENED_KEYS & inputs.keys():
-            self._require_no_context(inputs)
-            return inputs
-        batch = split_batch(
-            inputs["input_ids"],
-            inputs["labels"],
-            inputs.get("attention_mask"),
-            gradient_horizon=self.args.gradient_horizon,
-            max_context_length=self.args.max_context_length,
-            pad_token_id=self._tokenizer.pad_token_id or 0,
-        )
-        if self._freezes_context and self.model.training:
-            self._count_context_tokens(batch.num_context_tokens, inputs["input_ids"].device)
-        decisions = {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
-        if not batch.num_context_tokens:
-            return {**inputs, **decisions} if self.args.max_context_length is not None else inputs
-        unknown = inputs.keys() - TOKEN_KEYS
-        if unknown:
-            raise ValueError(
-                f"The collator put {', '.join(f'`{key}`' for key in sorted(unknown))} into a batch whose samples have "
-                f"contexts; only {', '.join(f'`{key}`' for key in sorted(TOKEN_KEYS))} can be cut at a boundary. Use "
-                "another `data_collator`, or train with `tier: 1`."
-            )
-        frozen = self._encode(self.accelerator.unwrap_model(model), batch)
-        return {**decisions, "position_ids": batch.position_ids, "past_key_values": frozen}
-
-    def _encode(self, model: torch.nn.Module, batch: SplitBatch) -> FrozenContext:
-        options = {"chunk_size": self.args.prefill_chunk_size, "adapters": self.args.context_adapters}
+    def _verify(self, inputs: dict[str, Any]) -> None:
+        """Compares the sample with the longest context with a plain forward."""
+        self._context_verified = True
+        if self.args.verify_context == "never":
+            return
+        contexts = inputs[CONTEXTS]
+        row = max(range(len(contexts)), key=lambda index: len(contexts[index]))
+        decision = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
         with self.accelerator.autocast():
-            if self.args.verify_context == "always" or (
-                self.args.verify_context == "first_batch" and not self._context_verified
-            ):
-                row = max(range(len(batch.contexts)), key=lambda index: len(batch.contexts[index]))
-                decision = batch.input_ids[row][batch.attention_mask[row].bool()]
-                input_ids = torch.cat([batch.contexts[row], decision])
-                check = verify_context(model, input_ids, len(batch.contexts[row]), **options)
-                logger.info(f"The decision over a frozen context agrees with a plain forward: {check}")
-                self._context_verified = True
-            return encode_context(model, batch.contexts, **options)
-
-    def _count_context_tokens(self, num_tokens: int, device: torch.device) -> None:
-        """Adds to `num_tokens`, which TRL counts from the attention mask and so from decisions only."""
-        counted = self.accelerator.gather_for_metrics(torch.tensor(num_tokens, device=device)).sum().item()
-        self._total_train_tokens += int(counted) // self._tp_size
-
-    def _require_no_context(self, inputs: dict[str, Any]) -> None:
-        starts = inputs["position_ids"][0] == 0 if "position_ids" in inputs else None
-        supervised = inputs["labels"][0] != -100
-        if starts is not None and not bool(supervised[1:][~starts[1:] & starts[:-1]].all()):
-            raise ValueError(
-                "A flattened batch (`packing`, `padding_free` or a collator that does the same) holds a sample with a "
-                "context, and contexts cannot be told apart there. Set both to False, or train with `tier: 1`."
+            check = verify_context(
+                self._encoder.model,
+                torch.cat([contexts[row], decision]),
+                len(contexts[row]),
+                chunk_size=self.args.prefill_chunk_size,
+                adapters=self.args.context_adapters,
             )
+        logger.info(f"The decision over a frozen context agrees with a plain forward: {check}")
+
+    def _train_parts(
+        self, model: torch.nn.Module, parts: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Forward and backward of one part after the other; gradients and loss are those of all of them together."""
+        if num_items_in_batch is None:
+            num_items_in_batch = sum(map(num_labels, parts))
+        steps = self.current_gradient_accumulation_steps
+        losses = []
+        for index, part in enumerate(parts):
+            # TRL averages the auxiliary loss of a mixture of experts over this many forwards.
+            self.current_gradient_accumulation_steps = steps * (len(parts) if self.aux_loss_enabled else 1)
+            is_last = index == len(parts) - 1
+            try:
+                # Gradients of several processes are reduced after the last backward.
+                with nullcontext() if is_last else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, part, num_items_in_batch))
+            finally:
+                self.current_gradient_accumulation_steps = steps
+        return torch.stack(losses).sum()
+
+    def _count_context_tokens(self, batch: dict[str, Any]) -> None:
+        """Adds contexts to `num_tokens`, which TRL counts from the attention mask and so from decisions only."""
+        num_tokens = torch.tensor(batch.get(NUM_CONTEXT_TOKENS, 0), device=batch["input_ids"].device)
+        self._total_train_tokens += int(self.accelerator.gather_for_metrics(num_tokens).sum()) // self._tp_size
+
+
+def _require_adapters(present: bool) -> None:
+    if not present:
+        raise ValueError(
+            "`context_adapters=False` encodes contexts with the adapters switched off, and this model has none. "
+            "Pass `peft_config`, or leave `context_adapters=True`."
+        )
 
 
 def _named(datasets: Any) -> dict[str, Any]:

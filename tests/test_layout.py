@@ -21,7 +21,9 @@ ARROWS = {
     "adapters": set(),
     "config": {"context", "gradient"},
     "samples": {"config", "context"},
-    "trainer": {"config", "samples", "context", "gradient", "adapters"},
+    "batches": {"context"},
+    "metrics": {"context"},
+    "trainer": {"batches", "config", "metrics", "samples", "context", "gradient", "adapters"},
     "errors": set(),
     "data": set(),
 }

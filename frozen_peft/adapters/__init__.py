@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Roles of projections per architecture, LoRA presets on them, and the 4-bit base."""
 
+from frozen_peft.adapters.activated import activate_at_invocation, active_everywhere, find_invocation
 from frozen_peft.adapters.lora import PRESETS, RoleLoraConfig, lora_config
 from frozen_peft.adapters.quantization import (
     QuantizationReport,
@@ -22,7 +23,10 @@ __all__ = [
     "RoleLoraConfig",
     "RoleMatch",
     "WeightGroup",
+    "activate_at_invocation",
+    "active_everywhere",
     "adapted_weights_summary",
+    "find_invocation",
     "find_roles",
     "keep_linear4bit_trainable",
     "log_quantization",

@@ -1,20 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen side: where the context ends, how it is encoded once, and how a decision reads it."""
 
-from frozen_peft.context.boundary import SplitBatch, find_boundary, split_batch
+from frozen_peft.context.boundary import (
+    TAIL,
+    Cut,
+    Decision,
+    SplitBatch,
+    cut_batch,
+    find_boundary,
+    pad_decisions,
+    split_batch,
+)
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.capability import use_segmented_attention
 from frozen_peft.context.decision import decision_forward
-from frozen_peft.context.prefill import encode_context
+from frozen_peft.context.disk import DiskLevel
+from frozen_peft.context.encoder import ContextEncoder, EncoderCounts, encode_context
+from frozen_peft.context.files import ContextFiles
+from frozen_peft.context.fingerprint import require_untouched_base
+from frozen_peft.context.sizes import format_size, parse_size
+from frozen_peft.context.store import ContextStore
 from frozen_peft.context.verify import ContextCheck, verify_context
 
 __all__ = [
+    "TAIL",
     "ContextCheck",
+    "ContextEncoder",
+    "ContextFiles",
+    "ContextStore",
+    "Cut",
+    "Decision",
+    "DiskLevel",
+    "EncoderCounts",
     "FrozenContext",
     "SplitBatch",
+    "cut_batch",
     "decision_forward",
     "encode_context",
     "find_boundary",
+    "format_size",
+    "pad_decisions",
+    "parse_size",
+    "require_untouched_base",
     "split_batch",
     "use_segmented_attention",
     "verify_context",

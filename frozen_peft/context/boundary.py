@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a sample is cut in two: the context before the boundary, the decision from it on.
+"""Where a sample is cut: the context before a boundary, the decision from it on.
 
-Shapes in this module: B samples in the batch, S tokens in a row as the collator padded it, D tokens in the
-longest decision of the batch.
+Shapes in this module: B samples in the batch, S tokens in a row as the collator padded it, N decisions, D tokens in
+the longest of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-__all__ = ["SplitBatch", "find_boundary", "split_batch"]
+__all__ = ["TAIL", "Cut", "Decision", "SplitBatch", "cut_batch", "find_boundary", "pad_decisions", "split_batch"]
 
 IGNORED_LABEL = -100
 # A decision of one token would run the fused recurrent kernels, which write their state in place and have no
@@ -42,15 +44,55 @@ def find_boundary(labels: torch.Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class SplitBatch:
-    """A batch cut at its boundaries: ragged contexts, and decisions padded on the right.
+class Cut:
+    """How samples are cut.
 
     Attributes:
-        contexts: One tensor of token ids of shape `(context tokens,)` per sample, possibly empty, int64.
-        input_ids: Decision tokens, shape `(B, D)`, int64.
-        labels: Decision labels, shape `(B, D)`, int64, -100 where nothing is supervised.
-        attention_mask: 1 on decision tokens and 0 on padding, shape `(B, D)`, int64.
-        position_ids: Positions counted from the start of each sample's (kept) context, shape `(B, D)`, int64.
+        mode: `"tail"`: everything from the first supervised label on is one decision. `"turns"`: each run of
+            supervised labels is a decision, and everything before it its context.
+        gradient_horizon: Context tokens just before a decision that are kept with it, so that they carry gradient;
+            -1 keeps them all.
+        max_context_length: Keep only this many context tokens, dropping the oldest.
+        max_length: Keep only this many tokens of context and decision together, dropping the oldest of the context.
+        invocation: Tokens that every decision begins with; empty: it begins with the token that predicts its first
+            label.
+    """
+
+    mode: Literal["tail", "turns"] = "tail"
+    gradient_horizon: int = 0
+    max_context_length: int | None = None
+    max_length: int | None = None
+    invocation: tuple[int, ...] = ()
+
+
+TAIL = Cut()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision and its context, without padding.
+
+    Attributes:
+        context: Token ids, shape `(context tokens,)`, possibly empty, int64.
+        input_ids: Token ids, shape `(decision tokens,)`, int64.
+        labels: Labels, shape `(decision tokens,)`, int64, -100 where nothing is supervised.
+    """
+
+    context: torch.Tensor
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SplitBatch:
+    """Decisions padded on the right, and their ragged contexts.
+
+    Attributes:
+        contexts: One tensor of token ids of shape `(context tokens,)` per decision, possibly empty, int64.
+        input_ids: Decision tokens, shape `(N, D)`, int64.
+        labels: Decision labels, shape `(N, D)`, int64, -100 where nothing is supervised.
+        attention_mask: 1 on decision tokens and 0 on padding, shape `(N, D)`, int64.
+        position_ids: Positions counted from the start of each (kept) context, shape `(N, D)`, int64.
     """
 
     contexts: list[torch.Tensor]
@@ -64,49 +106,117 @@ class SplitBatch:
         return sum(len(context) for context in self.contexts)
 
 
+def cut_batch(
+    input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None, cut: Cut
+) -> list[list[Decision]]:
+    """Cuts a padded batch at each sample's boundaries.
+
+    Args:
+        input_ids: Token ids, shape `(B, S)`, padded on either side.
+        labels: Labels, shape `(B, S)`. A row in which no label is predicted is one decision without context.
+        attention_mask: 1 on tokens and 0 on padding, shape `(B, S)`; None means no padding.
+        cut: Where to cut.
+
+    Returns:
+        The decisions of each sample, in their order.
+
+    Raises:
+        ValueError: A decision does not begin with the invocation tokens, or contains them again.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    return [
+        _cut_sample(row_ids[mask], row_labels[mask], cut)
+        for row_ids, row_labels, mask in zip(input_ids, labels, attention_mask.bool(), strict=True)
+    ]
+
+
+def pad_decisions(decisions: Sequence[Decision], pad_token_id: int = 0) -> SplitBatch:
+    """Puts decisions into one batch, at least two tokens wide, whose padding is `pad_token_id`."""
+    template = decisions[0]
+    num_rows, width = len(decisions), max(MIN_DECISION_TOKENS, *(len(decision.input_ids) for decision in decisions))
+    input_ids = template.input_ids.new_full((num_rows, width), pad_token_id)
+    labels = template.labels.new_full((num_rows, width), IGNORED_LABEL)
+    mask = template.input_ids.new_zeros((num_rows, width))
+    for row, decision in enumerate(decisions):
+        length = len(decision.input_ids)
+        input_ids[row, :length] = decision.input_ids
+        labels[row, :length] = decision.labels
+        mask[row, :length] = 1
+    lengths = torch.tensor([len(decision.context) for decision in decisions], device=input_ids.device)
+    position_ids = lengths[:, None] + torch.arange(width, device=input_ids.device)[None, :]
+    return SplitBatch([decision.context for decision in decisions], input_ids, labels, mask, position_ids)
+
+
 def split_batch(
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
+    mode: Literal["tail", "turns"] = "tail",
     gradient_horizon: int = 0,
     max_context_length: int | None = None,
     pad_token_id: int = 0,
 ) -> SplitBatch:
-    """Cuts a padded batch at each sample's boundary.
-
-    Args:
-        input_ids: Token ids, shape `(B, S)`, padded on either side.
-        labels: Labels, shape `(B, S)`. A row without any supervised label contributes no loss and keeps no context.
-        attention_mask: 1 on tokens and 0 on padding, shape `(B, S)`; None means no padding.
-        gradient_horizon: Context tokens just before the decision that are kept with it, so that they carry
-            gradient; -1 keeps them all.
-        max_context_length: Keep only this many context tokens, dropping the oldest.
-        pad_token_id: Token that fills the decisions' padding.
+    """Cuts a padded batch at each sample's boundaries and pads the decisions: `cut_batch`, then `pad_decisions`.
 
     Returns:
         The contexts and the padded decisions, on the device of `input_ids`.
     """
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    contexts, decisions, decision_labels = [], [], []
-    for row_ids, row_labels, row_mask in zip(input_ids, labels, attention_mask.bool(), strict=True):
-        row_ids, row_labels = row_ids[row_mask], row_labels[row_mask]
-        boundary = find_boundary(row_labels) if bool((row_labels != IGNORED_LABEL).any()) else 0
-        oldest = 0 if max_context_length is None else max(boundary - max_context_length, 0)
-        cut = oldest if gradient_horizon == -1 else max(boundary - gradient_horizon, oldest)
-        contexts.append(row_ids[oldest:cut])
-        decisions.append(row_ids[cut:])
-        decision_labels.append(row_labels[cut:])
+    cut = Cut(mode, gradient_horizon, max_context_length)
+    samples = cut_batch(input_ids, labels, attention_mask, cut)
+    return pad_decisions([decision for sample in samples for decision in sample], pad_token_id)
 
-    num_rows, width = len(decisions), max(MIN_DECISION_TOKENS, *map(len, decisions))
-    padded_ids = input_ids.new_full((num_rows, width), pad_token_id)
-    padded_labels = labels.new_full((num_rows, width), IGNORED_LABEL)
-    padded_mask = attention_mask.new_zeros((num_rows, width))
-    for row, (decision, row_labels) in enumerate(zip(decisions, decision_labels, strict=True)):
-        padded_ids[row, : len(decision)] = decision
-        padded_labels[row, : len(decision)] = row_labels
-        padded_mask[row, : len(decision)] = 1
-    lengths = torch.tensor([len(context) for context in contexts], device=input_ids.device)
-    position_ids = lengths[:, None] + torch.arange(width, device=input_ids.device)[None, :]
-    return SplitBatch(contexts, padded_ids, padded_labels, padded_mask, position_ids)
+
+def _cut_sample(input_ids: torch.Tensor, labels: torch.Tensor, cut: Cut) -> list[Decision]:
+    """Decisions of one sample without padding, both shape `(tokens,)`."""
+    decisions = []
+    for first, stop in _spans(labels, cut.mode):
+        boundary = _boundary(input_ids, first, stop, cut.invocation)
+        oldest = min(max(_oldest(boundary, cut.max_context_length), _oldest(stop, cut.max_length)), boundary)
+        start = oldest if cut.gradient_horizon == -1 else max(boundary - cut.gradient_horizon, oldest)
+        own_labels = labels[start:stop].clone()
+        # Labels of earlier turns that the horizon reaches.
+        own_labels[: first - start] = IGNORED_LABEL
+        decisions.append(Decision(input_ids[oldest:start], input_ids[start:stop], own_labels))
+    return decisions or [Decision(input_ids[:0], input_ids, labels)]
+
+
+def _oldest(stop: int, max_tokens: int | None) -> int:
+    """First of the last `max_tokens` tokens before `stop`."""
+    return 0 if max_tokens is None else max(stop - max_tokens, 0)
+
+
+def _spans(labels: torch.Tensor, mode: str) -> list[tuple[int, int]]:
+    """First label and end of each decision; a first token's label is predicted by nothing and begins none."""
+    supervised = labels != IGNORED_LABEL
+    if mode == "tail":
+        firsts = supervised.nonzero()
+        return [(int(firsts[0]), len(labels))] if len(firsts) else []
+    padded = torch.nn.functional.pad(supervised.int(), (1, 1))
+    starts, stops = ((padded.diff() == change).nonzero()[:, 0].tolist() for change in (1, -1))
+    return [(start, stop) for start, stop in zip(starts, stops, strict=True) if stop > 1]
+
+
+def _boundary(input_ids: torch.Tensor, first: int, stop: int, invocation: tuple[int, ...]) -> int:
+    """Context tokens before the decision whose first label is at `first`."""
+    if not invocation:
+        return max(first - 1, 0)
+    boundary = first - len(invocation)
+    found = input_ids[max(boundary, 0) : first].tolist()
+    if found != list(invocation):
+        raise ValueError(
+            f"A decision begins with the tokens {found}, and `context_adapters=False` needs it to begin with the "
+            f"invocation tokens {list(invocation)}, where the adapter is switched on. Set `invocation` to the text "
+            "just before every supervised span, or `context_adapters=True`."
+        )
+    rest = input_ids[boundary + 1 : stop]
+    if len(rest) >= len(invocation):
+        windows = rest.unfold(0, len(invocation), 1)
+        if bool((windows == torch.tensor(invocation, device=rest.device)).all(-1).any()):
+            raise ValueError(
+                "A decision contains the invocation tokens again, and an activated adapter is switched on at their "
+                "last occurrence only. Set `decision_mode='turns'` if it holds several turns, or "
+                "`context_adapters=True`."
+            )
+    return boundary

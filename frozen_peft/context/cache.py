@@ -18,81 +18,19 @@ Samples in a batch are kept as separate rows, each of its own length and without
 between batches. Towards the mask builders of transformers a batch looks like left-padded contexts of one common
 length, the longest.
 
-Shapes: B samples, H key/value heads, C context tokens of a sample, D decision tokens, E head dimension.
+Shapes: B samples, H key/value heads, D decision tokens, E head dimension.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
+from frozen_peft.context.encoded import AttentionState, EncodedContext, LinearState, StateKind
 from frozen_peft.context.handover import Segment, give_segment, mark_frozen_length, note_update
 
-__all__ = ["AttentionState", "EncodedContext", "FrozenContext", "LayerState", "LinearState"]
-
-StateKind = Literal["keys_values", "conv", "recurrent"]
-
-
-@dataclass(frozen=True)
-class AttentionState:
-    """Keys and values of one sample in one attention layer.
-
-    Attributes:
-        keys: Shape `(1, H, kept tokens, E)`; a sliding-window layer keeps the last `sliding_window - 1` tokens.
-        values: Shape `(1, H, kept tokens, value head dimension)`.
-        sliding_window: Window of the layer in tokens, None for full attention.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    sliding_window: int | None = None
-
-
-@dataclass(frozen=True)
-class LinearState:
-    """State of one sample in one linear-attention layer; most have one of each kind, some no recurrent state.
-
-    Attributes:
-        conv: Last inputs of the short convolution by state index, shape `(1, channels, kernel size)` each.
-        recurrent: Recurrent state by state index, shape `(1, value heads, key dim, value dim)` or as the
-            architecture lays it out.
-    """
-
-    conv: dict[int, torch.Tensor]
-    recurrent: dict[int, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class LayerState:
-    """What one layer keeps of a context: attention state, linear-attention state, both or (an MLP layer) none."""
-
-    attention: AttentionState | None = None
-    linear: LinearState | None = None
-
-
-@dataclass(frozen=True)
-class EncodedContext:
-    """One encoded context: the unit that is stored and shared.
-
-    Attributes:
-        num_tokens: Tokens in the context.
-        layers: One state per decoder layer; empty when the context has no tokens.
-    """
-
-    num_tokens: int
-    layers: tuple[LayerState, ...]
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        for layer in self.layers:
-            if layer.attention is not None:
-                yield layer.attention.keys
-                yield layer.attention.values
-            if layer.linear is not None:
-                yield from layer.linear.conv.values()
-                yield from layer.linear.recurrent.values()
+__all__ = ["FrozenContext"]
 
 
 class _FrozenAttention(CacheLayerMixin):
@@ -106,7 +44,7 @@ class _FrozenAttention(CacheLayerMixin):
         self.sliding_window = states[0].sliding_window
         self.is_sliding = self.sliding_window is not None
         self.is_initialized = True
-        self.padded_length = max(state.keys.shape[-2] for state in states)
+        self.padded_length = max(state.num_kept for state in states)
 
     def lazy_initialization(self, *args: object, **kwargs: object) -> None:
         raise RuntimeError("A frozen context is read-only and cannot be initialized again.")
@@ -127,13 +65,17 @@ class _FrozenAttention(CacheLayerMixin):
             mark_frozen_length(tensor, self.padded_length)
         return key_states, value_states
 
-    def _padded(self, rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _padded(self, rows: tuple[tuple[torch.Tensor, ...], ...]) -> torch.Tensor:
         """Rows padded on the left with zeros to a common length, shape `(B, H, padded_length, E)`."""
-        if len(rows) == 1:
-            return rows[0]
-        batch = rows[0].new_zeros(len(rows), rows[0].shape[1], self.padded_length, rows[0].shape[-1])
-        for index, row in enumerate(rows):
-            batch[index, :, self.padded_length - row.shape[-2] :] = row[0]
+        if len(rows) == 1 and len(rows[0]) == 1:
+            return rows[0][0]
+        template = rows[0][0]
+        batch = template.new_zeros(len(rows), template.shape[1], self.padded_length, template.shape[-1])
+        for index, pieces in enumerate(rows):
+            start = self.padded_length - sum(piece.shape[-2] for piece in pieces)
+            for piece in pieces:
+                batch[index, :, start : start + piece.shape[-2]] = piece[0]
+                start += piece.shape[-2]
         return batch
 
     def get_seq_length(self) -> int:
@@ -222,7 +164,7 @@ class FrozenContext(Cache):
         self.rows = rows
         self.segmented = segmented
         template = next(row for row in rows if row.num_tokens)
-        self._filled = [row if row.num_tokens else _empty_like(template) for row in rows]
+        self._filled = [row if row.num_tokens else template.emptied() for row in rows]
         longest = max(row.num_tokens for row in rows)
         layers = [self._layer(index, longest) for index in range(len(template.layers))]
         super().__init__(layers=layers)
@@ -296,36 +238,4 @@ class FrozenContext(Cache):
 
         For checks that a lost or mixed-up state does not go unnoticed; this context stays as it is.
         """
-        return FrozenContext([_mutated_row(row, kind, change) for row in self.rows], segmented=self.segmented)
-
-
-def _mutated_row(
-    row: EncodedContext, kind: StateKind, change: Callable[[torch.Tensor], torch.Tensor]
-) -> EncodedContext:
-    layers = []
-    for state in row.layers:
-        attention, linear = state.attention, state.linear
-        if attention is not None and kind == "keys_values":
-            attention = replace(attention, keys=change(attention.keys), values=change(attention.values))
-        if linear is not None and kind == "conv":
-            linear = replace(linear, conv={i: change(s) for i, s in linear.conv.items()})
-        if linear is not None and kind == "recurrent":
-            linear = replace(linear, recurrent={i: change(s) for i, s in linear.recurrent.items()})
-        layers.append(LayerState(attention, linear))
-    return EncodedContext(row.num_tokens, tuple(layers))
-
-
-def _empty_like(template: EncodedContext) -> EncodedContext:
-    """The states of a model that has seen nothing: no keys, and linear-attention states of zeros."""
-    layers = []
-    for state in template.layers:
-        attention, linear = state.attention, state.linear
-        if attention is not None:
-            attention = replace(attention, keys=attention.keys[..., :0, :], values=attention.values[..., :0, :])
-        if linear is not None:
-            linear = LinearState(
-                {index: torch.zeros_like(s) for index, s in linear.conv.items()},
-                {index: torch.zeros_like(s) for index, s in linear.recurrent.items()},
-            )
-        layers.append(LayerState(attention, linear))
-    return EncodedContext(0, tuple(layers))
+        return FrozenContext([row.mutated(kind, change) for row in self.rows], segmented=self.segmented)

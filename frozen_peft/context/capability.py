@@ -6,8 +6,9 @@ import logging
 import torch
 
 from frozen_peft.context.decision import decision_forward
+from frozen_peft.context.encoder import encode_context
 from frozen_peft.context.models import get_decoder, get_pretrained_model
-from frozen_peft.context.prefill import encode_context, without_dropout
+from frozen_peft.context.modes import without_dropout
 from frozen_peft.context.segments import IMPLEMENTATION, is_segmented
 from frozen_peft.errors import ContextMismatchError
 

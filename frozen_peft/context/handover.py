@@ -38,16 +38,16 @@ CONTIGUOUS = object()
 
 @dataclass(frozen=True)
 class Segment:
-    """The frozen part of what a layer's decision attends to, one entry per sample and without padding.
+    """The frozen part of what a layer's decision attends to: per sample its pieces, oldest first, without padding.
 
     Attributes:
-        keys: Shapes `(1, key/value heads, kept tokens, head dim)`.
-        values: Shapes `(1, key/value heads, kept tokens, value head dim)`.
+        keys: Shapes `(1, key/value heads, tokens of the piece, head dim)`.
+        values: Shapes `(1, key/value heads, tokens of the piece, value head dim)`.
         padded_length: Context columns that a mask for this layer has.
     """
 
-    keys: tuple[torch.Tensor, ...]
-    values: tuple[torch.Tensor, ...]
+    keys: tuple[tuple[torch.Tensor, ...], ...]
+    values: tuple[tuple[torch.Tensor, ...], ...]
     padded_length: int
 
 

@@ -136,11 +136,14 @@ def _flash_on_cpu(
         repeats = num_heads // num_kv_heads
         keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
         decision, decision_sum = _flash_with_logsumexp(queries, keys, values, scale, is_causal=True)
-        if context_keys.shape[-2]:
-            folded = queries.reshape(1, num_kv_heads, -1, queries.shape[-1])
-            context, context_sum = _flash_with_logsumexp(folded, context_keys, context_values, scale)
-            share = torch.sigmoid(context_sum.reshape(decision_sum.shape) - decision_sum)[..., None]
-            decision = torch.lerp(decision, context.reshape(decision.shape), share.to(decision.dtype))
+        folded = queries.reshape(1, num_kv_heads, -1, queries.shape[-1])
+        for piece_keys, piece_values in zip(context_keys, context_values, strict=True):
+            if piece_keys.shape[-2]:
+                piece, piece_sum = _flash_with_logsumexp(folded, piece_keys, piece_values, scale)
+                difference = piece_sum.reshape(decision_sum.shape) - decision_sum
+                share = torch.sigmoid(difference)[..., None]
+                decision = torch.lerp(decision, piece.reshape(decision.shape), share.to(decision.dtype))
+                decision_sum = torch.logaddexp(decision_sum, piece_sum.reshape(decision_sum.shape))
         output[row] = decision[0]
     return output
 
@@ -185,13 +188,13 @@ def _blocks(
     """Blocks of keys that a block of queries of one sample looks at: context first, then decision."""
     num_queries = queries.stop - queries.start
     size = max(_score_block(key) // (key.shape[1] * num_groups * num_queries), MIN_KEY_BLOCK)
-    context_keys, context_values = segment.keys[row][0], segment.values[row][0]
-    num_context = context_keys.shape[-2]
-    first_column = segment.padded_length - num_context
-    for start in range(0, num_context, size):
-        stop = min(start + size, num_context)
-        hidden = None if mask is None else ~mask[row, 0, queries, first_column + start : first_column + stop]
-        yield _Block(context_keys[:, start:stop], context_values[:, start:stop], hidden, None)
+    column = segment.padded_length - sum(piece.shape[-2] for piece in segment.keys[row])
+    for piece_keys, piece_values in zip(segment.keys[row], segment.values[row], strict=True):
+        for start in range(0, piece_keys.shape[-2], size):
+            keys, values = piece_keys[0, :, start : start + size], piece_values[0, :, start : start + size]
+            hidden = None if mask is None else ~mask[row, 0, queries, column : column + keys.shape[-2]]
+            column += keys.shape[-2]
+            yield _Block(keys, values, hidden, None)
     positions = torch.arange(queries.start, queries.stop, device=key.device)[:, None]
     for start in range(0, queries.stop, size):
         stop = min(start + size, queries.stop)

@@ -13,9 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from frozen_peft.context.decision import decision_forward
+from frozen_peft.context.encoder import encode_context
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
-from frozen_peft.context.prefill import adapters_active, encode_context, without_dropout
+from frozen_peft.context.modes import adapters_active, without_dropout
 from frozen_peft.errors import ContextMismatchError
 
 __all__ = ["ContextCheck", "verify_context"]

@@ -198,10 +198,6 @@ def test_a_field_out_of_range(fields: dict, message: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "fields",
     [
-        {"decision_mode": "turns"},
-        {"context_cache_size": "8GiB"},
-        {"context_cache_dir": "contexts"},
-        {"max_context_staleness": 3},
         {"sequence_chunk_size": 512},
     ],
     ids=str,

@@ -152,15 +152,6 @@ def test_a_sample_over_max_length_loses_its_oldest_context(tmp_path: Path) -> No
     assert equal(cut.weights, short.weights)
 
 
-def test_contexts_encoded_without_adapters(tmp_path: Path) -> None:
-    model = adapted()
-    arguments = config(tmp_path, context_adapters=False)
-    run = train(FrozenContextTrainer, copy.deepcopy(model), arguments, as_dataset(ROWS))
-    assert_trained_as_reference(run, model, reference_sgd(model, batches(ROWS, 2, 3), context_adapters=False))
-    with_adapters = reference_sgd(model, batches(ROWS, 2, 3))
-    assert worst_update_error(run.weights, with_adapters, trained_weights(model)) > 100 * UPDATE_TOLERANCE
-
-
 def test_batches_of_contexts_of_none_and_of_both(tmp_path: Path) -> None:
     """Batches in which every sample, one sample and no sample has a context."""
     rows = samples([(30, 7), (12, 9), (0, 11), (23, 5), (0, 13), (0, 6)])

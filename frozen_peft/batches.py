@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A collated batch of samples as batches of decisions: what TRL sees of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.trainer_pt_utils import nested_concat
+
+from frozen_peft.context import Cut, Decision, cut_batch, pad_decisions
+from frozen_peft.context.boundary import IGNORED_LABEL
+
+__all__ = ["CONTEXTS", "NUM_CONTEXT_TOKENS", "BatchCutter", "join_predictions", "num_labels"]
+
+Batch = dict[str, Any]
+Prediction = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+# What a batch of decisions has besides TRL's keys, until its contexts are encoded.
+CONTEXTS, NUM_CONTEXT_TOKENS = "contexts", "num_context_tokens"
+# What a collator may put into a batch for samples that have a context.
+TOKEN_KEYS = {"input_ids", "labels", "attention_mask"}
+# What a collator adds that flattens samples into one row.
+FLATTENED_KEYS = {"position_ids", "cu_seq_lens_q", "seq_idx"}
+
+
+@dataclass(frozen=True)
+class BatchCutter:
+    """Cuts collated batches.
+
+    Attributes:
+        cut: Where samples are cut.
+        max_decisions: Decisions of a conversation's turns in one batch; None: no bound.
+        pad_token_id: Token that fills the decisions' padding.
+    """
+
+    cut: Cut
+    max_decisions: int | None
+    pad_token_id: int
+
+    def parts(self, inputs: Batch) -> list[Batch]:
+        """Batches of decisions, of one batch of samples; the batch itself where there is nothing to cut.
+
+        Args:
+            inputs: What the collator made: `input_ids`, `labels` and `attention_mask` of shape `(samples, tokens)`.
+
+        Returns:
+            Where decisions have contexts, the batch also has `position_ids` of shape `(decisions, tokens)`, under
+            `CONTEXTS` the token ids of each, and under `NUM_CONTEXT_TOKENS` the tokens that are in no decision.
+
+        Raises:
+            ValueError: The collator added something that cannot be cut, or put several samples into one row.
+        """
+        samples = self._samples(inputs)
+        decisions = [decision for sample in samples for decision in sample]
+        if all(len(decision.context) == 0 for decision in decisions) and self._is_whole(inputs, decisions):
+            return [inputs]
+        unknown = inputs.keys() - TOKEN_KEYS
+        if unknown and any(len(decision.context) for decision in decisions):
+            raise ValueError(
+                f"The collator put {', '.join(f'`{key}`' for key in sorted(unknown))} into a batch whose samples have "
+                f"contexts; only {', '.join(f'`{key}`' for key in sorted(TOKEN_KEYS))} can be cut at a boundary. Use "
+                "another `data_collator`, or train with `tier: 1`."
+            )
+        size = self.max_decisions or len(decisions)
+        groups = [decisions[start : start + size] for start in range(0, len(decisions), size)]
+        parts = [{**inputs, **self._padded(group)} for group in groups]
+        parts[0][NUM_CONTEXT_TOKENS] = sum(map(_num_context_tokens, samples))
+        return parts
+
+    def contexts(self, inputs: Batch) -> list[torch.Tensor]:
+        """Token ids of every context in a batch of samples."""
+        return [decision.context for sample in self._samples(inputs) for decision in sample if len(decision.context)]
+
+    def _samples(self, inputs: Batch) -> list[list[Decision]]:
+        """Decisions of each sample; none where there is nothing to cut, or it was cut already."""
+        cuts = self.cut.gradient_horizon != -1 or self.cut.max_context_length is not None
+        if not cuts or "labels" not in inputs or not inputs.keys().isdisjoint({CONTEXTS, "past_key_values"}):
+            return []
+        if FLATTENED_KEYS & inputs.keys():
+            _require_no_context(inputs)
+            return []
+        return cut_batch(inputs["input_ids"], inputs["labels"], inputs.get("attention_mask"), self.cut)
+
+    def _is_whole(self, inputs: Batch, decisions: list[Decision]) -> bool:
+        """Whether the decisions are the samples, so that the batch can stay as the collator made it."""
+        if not decisions:
+            return True
+        num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        return len(decisions) <= (self.max_decisions or len(decisions)) and num_tokens == sum(
+            len(decision.input_ids) for decision in decisions
+        )
+
+    def _padded(self, decisions: list[Decision]) -> Batch:
+        batch = pad_decisions(decisions, self.pad_token_id)
+        part: Batch = {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
+        if batch.num_context_tokens:
+            part |= {"position_ids": batch.position_ids, CONTEXTS: batch.contexts}
+        return part
+
+
+def num_labels(batch: Batch) -> int:
+    """Labels that a batch predicts."""
+    return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+
+
+def join_predictions(predictions: list[Prediction], weights: list[int]) -> Prediction:
+    """Loss, logits and labels of a batch that was predicted in parts, of their mean losses and so many labels each."""
+    losses, logits, labels = zip(*predictions, strict=True)
+    loss = None
+    if losses[0] is not None:
+        loss = sum(part * weight for part, weight in zip(losses, weights, strict=True)) / max(sum(weights), 1)
+    return loss, _joined(logits), _joined(labels)
+
+
+def _joined(tensors: tuple[Any, ...]) -> Any:
+    joined = tensors[0]
+    for tensor in tensors[1:]:
+        joined = None if joined is None else nested_concat(joined, tensor, padding_index=IGNORED_LABEL)
+    return joined
+
+
+def _num_context_tokens(decisions: list[Decision]) -> int:
+    """Tokens of a sample that are kept and belong to no decision; those that decisions share count once."""
+    num_kept = max(len(decision.context) + len(decision.input_ids) for decision in decisions)
+    return max(num_kept - sum(len(decision.input_ids) for decision in decisions), 0)
+
+
+def _require_no_context(inputs: Batch) -> None:
+    starts = inputs["position_ids"][0] == 0 if "position_ids" in inputs else None
+    supervised = inputs["labels"][0] != IGNORED_LABEL
+    if starts is not None and not bool(supervised[1:][~starts[1:] & starts[:-1]].all()):
+        raise ValueError(
+            "A flattened batch (`packing`, `padding_free` or a collator that does the same) holds a sample with a "
+            "context, and contexts cannot be told apart there. Set both to False, or train with `tier: 1`."
+        )

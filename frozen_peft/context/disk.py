@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The disk level of the store: entries as files, written behind and read ahead by a thread each."""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from frozen_peft.context.entries import Entry, EntryKey
+from frozen_peft.context.files import ContextFiles
+from frozen_peft.context.keys import PrefixKey
+from frozen_peft.context.residence import to_host
+
+__all__ = ["DiskLevel"]
+
+# Entries that may wait to be written; more would be memory beyond the budget.
+MAX_UNWRITTEN = 2
+
+
+class DiskLevel:
+    """Entries in files.
+
+    Args:
+        files: Where they lie.
+    """
+
+    def __init__(self, files: ContextFiles):
+        self.files = files
+        self._reader, self._writer = (ThreadPoolExecutor(1, f"contexts-{kind}") for kind in ("read", "write"))
+        self._reading: dict[EntryKey, Future[dict[EntryKey, Entry]]] = {}
+        self._arrived: dict[EntryKey, Entry] = {}
+        self._writing: list[Future[bool]] = []
+        self._written: dict[str, set[PrefixKey]] = {}
+
+    def keys(self, namespace: str) -> set[PrefixKey]:
+        """Entries of a namespace."""
+        return self.files.keys(namespace)
+
+    def read(self, key: EntryKey) -> Entry | None:
+        """An entry in host memory; None where there is none, or none that is whole."""
+        if (reading := self._reading.pop(key, None)) is not None:
+            self._arrived |= reading.result()
+        return self._arrived.pop(key, None) or self._read(key)
+
+    def read_ahead(self, keys: Sequence[EntryKey], is_at_hand: Callable[[EntryKey], bool]) -> None:
+        """Begins to read entries, each with the prefixes that it needs and that are not at hand.
+
+        What was begun before is forgotten, unless it is wanted again.
+        """
+        self._arrived = {}
+        self._reading = {key: self._reading[key] for key in keys if key in self._reading}
+        for key in keys:
+            if key not in self._reading:
+                self._reading[key] = self._reader.submit(self._read_chain, key, is_at_hand)
+
+    def write(self, key: EntryKey, entry: Entry) -> None:
+        """Begins to write an entry, after waiting while too many others are unwritten."""
+        if not self.files.usable or key[1] in self.keys(key[0]):
+            return
+        while len(self._writing) >= MAX_UNWRITTEN:
+            self._writing.pop(0).result()
+        self._written.setdefault(key[0], set()).add(key[1])
+        self._writing.append(self._writer.submit(self._write, key, entry))
+
+    def remove_written(self, namespace: str) -> None:
+        """Removes the entries of a namespace that this process has written."""
+        for key in self._written.pop(namespace, set()):
+            self._writer.submit(self.files.remove, namespace, key)
+
+    def flush(self) -> None:
+        """Waits until everything is written."""
+        self._writer.submit(bool).result()
+        self._writing.clear()
+
+    def _read_chain(self, key: EntryKey, is_at_hand: Callable[[EntryKey], bool]) -> dict[EntryKey, Entry]:
+        chain: dict[EntryKey, Entry] = {}
+        while (entry := self._read(key)) is not None:
+            chain[key] = entry
+            if entry.prefix is None or is_at_hand((key[0], entry.prefix)):
+                break
+            key = (key[0], entry.prefix)
+        return chain
+
+    def _read(self, key: EntryKey) -> Entry | None:
+        found = self.files.read(*key)
+        if found is None:
+            return None
+        tensors, metadata = found
+        prefix = json.loads(metadata["prefix"])
+        return Entry(PrefixKey(*prefix) if prefix else None, tuple(json.loads(metadata["windows"])), tensors)
+
+    def _write(self, key: EntryKey, entry: Entry) -> bool:
+        prefix = [entry.prefix.num_tokens, entry.prefix.digest] if entry.prefix is not None else None
+        metadata = {"prefix": json.dumps(prefix), "windows": json.dumps(entry.windows)}
+        on_device = any(tensor.is_cuda for tensor in entry.tensors.values())
+        tensors = to_host(entry.tensors) if on_device else entry.tensors
+        return self.files.write(*key, tensors, metadata)

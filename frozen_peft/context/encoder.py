@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encodes contexts as few times as correctness allows.
+
+1. The contexts of a batch, or of a whole optimizer step once it is announced, are cut where they branch
+   (see `prefixes`).
+2. Each context goes on from its longest prefix that is encoded already: earlier in this step, or in the store.
+3. What is missing is encoded between two cuts at a time, equal lengths together while they stay within one chunk.
+4. A prefix is kept while a context of this step is still to come that begins with it; the store keeps what it has
+   room for beyond that.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from frozen_peft.context.buffers import can_extend
+from frozen_peft.context.cache import FrozenContext
+from frozen_peft.context.encoded import EncodedContext
+from frozen_peft.context.kernels import choose_kernels
+from frozen_peft.context.keys import PrefixKey, prefix_keys
+from frozen_peft.context.models import get_pretrained_model, require_exact_continuation, require_separable_adapters
+from frozen_peft.context.modes import prefill_mode
+from frozen_peft.context.prefill import extend_contexts
+from frozen_peft.context.prefixes import PrefixPlan
+from frozen_peft.context.segments import is_segmented
+from frozen_peft.context.store import ContextStore
+
+__all__ = ["ContextEncoder", "EncoderCounts", "encode_context"]
+
+EMPTY = EncodedContext(0, ())
+
+
+@dataclass
+class EncoderCounts:
+    """What an encoder has done.
+
+    Attributes:
+        num_tokens_asked: Tokens of the contexts that were asked for.
+        num_tokens_encoded: Tokens that ran through the model for them.
+    """
+
+    num_tokens_asked: int = 0
+    num_tokens_encoded: int = 0
+
+
+@dataclass(frozen=True)
+class _Extension:
+    """Tokens to encode after a prefix.
+
+    Attributes:
+        prefix: What they follow on; None: nothing.
+        tokens: Shape `(tokens,)`, int64.
+    """
+
+    prefix: PrefixKey | None
+    tokens: np.ndarray
+
+
+class ContextEncoder:
+    """Encodes contexts of one model, and remembers what is worth it.
+
+    Args:
+        model: A causal language model of transformers, or a `PeftModel` of one.
+        chunk_size: Context tokens per forward; 0 encodes what lies between two cuts in one forward.
+        adapters: Whether adapters are active while contexts are encoded.
+        store: Where encoded contexts are kept for later; None: nowhere.
+
+    Raises:
+        ValueError: `chunk_size` is negative, or `adapters=False` without a `PeftModel` or with adapters that would
+            meet the context in the decision's forward.
+        ContextMismatchError: transformers does not continue this architecture exactly from a cache.
+        UnsupportedArchitectureError: The model has no cache to continue from.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        chunk_size: int = 2048,
+        adapters: bool = True,
+        store: ContextStore | None = None,
+    ):
+        if chunk_size < 0:
+            raise ValueError(f"`prefill_chunk_size` must be 0 (one forward) or more, found {chunk_size}.")
+        self._pretrained = get_pretrained_model(model)
+        require_exact_continuation(self._pretrained)
+        choose_kernels(self._pretrained)
+        if not adapters:
+            require_separable_adapters(self._pretrained)
+        self.model, self.chunk_size, self.adapters, self.store = model, chunk_size, adapters, store
+        self.counts = EncoderCounts()
+        self._can_extend = can_extend(self._pretrained)
+        self._plan = PrefixPlan([])
+        self._step = 0
+        self._kept: dict[PrefixKey, EncodedContext] = {}
+
+    def expect(self, contexts: Sequence[torch.Tensor], *, step: int = 0) -> None:
+        """Announces all contexts that will be asked for in an optimizer step, in any order.
+
+        What was announced before is forgotten.
+
+        Args:
+            contexts: Token ids of each context, shape `(context tokens,)`, possibly empty for some, int64.
+            step: Optimizer steps so far; contexts encoded at another one share nothing with these.
+        """
+        self._plan = self._planned([_as_array(context) for context in contexts])
+        self._step = step
+        self._kept.clear()
+
+    def read_ahead(self, contexts: Sequence[torch.Tensor]) -> None:
+        """Begins to fetch from the store what the batch after this one will need."""
+        if self.store is not None:
+            self.store.read_ahead([_as_array(context) for context in contexts])
+
+    def encode(self, contexts: Sequence[torch.Tensor], *, step: int = 0, stale: bool = True) -> FrozenContext:
+        """Encodes contexts, or finds them.
+
+        Args:
+            contexts: Token ids of each context, shape `(context tokens,)`, possibly empty for some, int64.
+            step: Optimizer steps so far, by which the store tells how old an entry is.
+            stale: Whether entries of the store may be as old as it allows, or not at all.
+
+        Returns:
+            One row per context, in their order, on the model's device and in its dtype.
+
+        Raises:
+            ValueError: Every context is empty.
+        """
+        arrays = [_as_array(context) for context in contexts]
+        keys = [_key(array) for array in arrays]
+        if step != self._step:
+            self.expect([], step=step)
+        plan = self._plan
+        if any(key is not None and key not in plan for key in keys):
+            plan = self._planned(arrays)
+        if self.store is not None:
+            self.store.open(self.model, adapters=self.adapters, step=step, stale=stale)
+        found = dict(self._kept)
+        extensions: dict[PrefixKey, _Extension] = {}
+        for key, array in zip(keys, arrays, strict=True):
+            if key is not None:
+                extensions |= self._missing(plan.cuts(key), array, found)
+        with self._prefill_mode() if extensions else nullcontext():
+            self._extend(extensions, found)
+        for key in keys:
+            if key is not None:
+                plan.finish(key)
+        self._kept = {key: context for key, context in found.items() if self._plan.is_to_come(key)}
+        self.counts.num_tokens_asked += sum(map(len, arrays))
+        self.counts.num_tokens_encoded += sum(len(extension.tokens) for extension in extensions.values())
+        rows = [found[key] if key is not None else EMPTY for key in keys]
+        return FrozenContext(rows, segmented=is_segmented(self._pretrained))
+
+    def _planned(self, contexts: Sequence[np.ndarray]) -> PrefixPlan:
+        return PrefixPlan(contexts, can_extend=self._can_extend)
+
+    def _prefill_mode(self) -> AbstractContextManager[None]:
+        return prefill_mode(self.model, adapters=self.adapters)
+
+    def _missing(
+        self, cuts: tuple[PrefixKey, ...], tokens: np.ndarray, found: dict[PrefixKey, EncodedContext]
+    ) -> dict[PrefixKey, _Extension]:
+        """What has to be encoded for one context, by the prefix that results; `found` gets what the store has."""
+        base = next((cut for cut in reversed(cuts) if cut in found), None)
+        if self.store is not None and base != cuts[-1]:
+            num_known = base.num_tokens if base is not None else 0
+            base = self.store.find(tokens, found, longer_than=num_known, whole=not self._can_extend) or base
+            cuts = self.store.branch(tokens, cuts) if self._can_extend else cuts
+        extensions = {}
+        for cut in cuts:
+            start = base.num_tokens if base is not None else 0
+            if cut.num_tokens > start:
+                extensions[cut] = _Extension(base, tokens[start : cut.num_tokens])
+                base = cut
+        return extensions
+
+    def _extend(self, extensions: dict[PrefixKey, _Extension], found: dict[PrefixKey, EncodedContext]) -> None:
+        """Encodes what is missing, prefixes before what follows on them, and adds it to `found`."""
+        waiting = dict(extensions)
+        while waiting:
+            ready = [
+                key for key, extension in waiting.items() if extension.prefix is None or extension.prefix in found
+            ]
+            for group in self._groups(ready, waiting):
+                members = [waiting.pop(key) for key in group]
+                prefixes = [found[member.prefix] for member in members if member.prefix is not None]
+                tokens = torch.from_numpy(np.stack([member.tokens for member in members]))
+                encoded = extend_contexts(self.model, prefixes, tokens, chunk_size=self.chunk_size)
+                for key, member, context in zip(group, members, encoded, strict=True):
+                    found[key] = context
+                    if self.store is not None:
+                        self.store.put(key, context, prefix=member.prefix)
+
+    def _groups(self, keys: list[PrefixKey], extensions: dict[PrefixKey, _Extension]) -> list[list[PrefixKey]]:
+        """Extensions to run together: of equal lengths, and within one chunk in all."""
+        by_shape: dict[tuple[int, int], list[PrefixKey]] = {}
+        for key in keys:
+            by_shape.setdefault((key.num_tokens, len(extensions[key].tokens)), []).append(key)
+        groups = []
+        for (_, num_new), members in by_shape.items():
+            size = max(self.chunk_size // num_new, 1)
+            groups += [members[start : start + size] for start in range(0, len(members), size)]
+        return groups
+
+
+def encode_context(
+    model: torch.nn.Module,
+    contexts: list[torch.Tensor],
+    *,
+    chunk_size: int = 2048,
+    adapters: bool = True,
+) -> FrozenContext:
+    """Encodes contexts once, without gradient; what several of them begin with is encoded once for all of them.
+
+    Args:
+        model: A causal language model of transformers, or a `PeftModel` of one.
+        contexts: Token ids of each context, shape `(context tokens,)`, possibly empty for some, int64.
+        chunk_size: Context tokens per forward; 0 encodes a context in one forward.
+        adapters: Whether adapters are active while the context is encoded.
+
+    Returns:
+        One row per context, in their order, on the model's device and in its dtype.
+
+    Raises:
+        ValueError: Every context is empty, `chunk_size` is negative, or `adapters=False` without a `PeftModel` or with
+            adapters that would meet the context in the decision's forward.
+        ContextMismatchError: transformers does not continue this architecture exactly from a cache.
+    """
+    return ContextEncoder(model, chunk_size=chunk_size, adapters=adapters).encode(contexts)
+
+
+def _key(tokens: np.ndarray) -> PrefixKey | None:
+    return prefix_keys(tokens, [len(tokens)])[len(tokens)] if len(tokens) else None
+
+
+def _as_array(tokens: torch.Tensor) -> np.ndarray:
+    return tokens.detach().cpu().numpy().astype(np.int64, copy=False)

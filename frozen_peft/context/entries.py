@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the levels of the store hold."""
+
+from dataclasses import dataclass
+
+import torch
+
+from frozen_peft.context.keys import PrefixKey
+
+__all__ = ["Entry", "EntryKey"]
+
+# A namespace, which stands for everything but the tokens, and the tokens.
+EntryKey = tuple[str, PrefixKey]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a context adds to its prefix.
+
+    Attributes:
+        prefix: The context it extends; None: none.
+        windows: Sliding window of each layer in tokens, None for any other layer.
+        tensors: `EncodedContext.own_tensors`.
+        on_host: The tensors were moved from the model's device to host memory.
+    """
+
+    prefix: PrefixKey | None
+    windows: tuple[int | None, ...]
+    tensors: dict[str, torch.Tensor]
+    on_host: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors, with whatever else their storage holds."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())

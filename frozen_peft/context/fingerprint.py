@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an encoded context depends on besides its tokens, as short digests.
+
+The base model's weights are sampled, one value per row and at least some thousand per tensor, so that a large model is
+not read as a whole at every start; what training changes (adapters and any other trainable weight) is read in full.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Iterator
+
+import torch
+import transformers
+import xxhash
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from transformers import PreTrainedModel
+
+from frozen_peft.context.kernels import KERNEL_PACKAGES
+from frozen_peft.context.models import get_decoder, get_pretrained_model
+
+__all__ = ["adapter_fingerprint", "base_fingerprint", "require_untouched_base", "run_fingerprint"]
+
+# Values read of a tensor: all of a small one, else at least these many, and one of each row.
+MIN_SAMPLES = 4096
+MAX_SAMPLES = 1 << 20
+
+
+def base_fingerprint(model: torch.nn.Module) -> str:
+    """Digest of the architecture and the weights that training leaves alone, quantized ones as they are stored.
+
+    Reads a sample of each tensor: a change that leaves one whole row as it was elsewhere goes unnoticed only where it
+    misses that row's sampled value.
+    """
+    pretrained = get_pretrained_model(model)
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(_architecture(pretrained).encode())
+    trained = {id(tensor) for _, tensor in _trained_tensors(model)}
+    for name, tensor in sorted(_tensors(pretrained)):
+        if id(tensor) not in trained:
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(_bytes(_sampled(tensor)))
+    return digest.hexdigest()
+
+
+def adapter_fingerprint(model: torch.nn.Module) -> str:
+    """Digest of everything that training changes, read in full, and of which adapters are active."""
+    digest = xxhash.xxh3_128()
+    if isinstance(model, PeftModel):
+        digest.update(f"{model.active_adapters}".encode())
+        for name, module in model.named_modules():
+            if isinstance(module, BaseTunerLayer) and hasattr(module, "scaling"):
+                digest.update(f"{name} {module.scaling} {module.disable_adapters}".encode())
+    for name, tensor in sorted(_trained_tensors(model), key=lambda pair: pair[0]):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def run_fingerprint(model: torch.nn.Module) -> str:
+    """Digest of how the model is run: attention, kernels, device, autocast and the library's version."""
+    pretrained = get_pretrained_model(model)
+    device = pretrained.get_input_embeddings().weight.device.type
+    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
+    facts = {
+        "attention": get_decoder(pretrained).config._attn_implementation,
+        "kernels": _kernel_versions() if device != "cpu" else {},
+        "device": device,
+        "autocast": autocast,
+        "transformers": transformers.__version__,
+    }
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def require_untouched_base(model: torch.nn.Module) -> None:
+    """Refuses to encode contexts with the adapters off where training changes more than adapters.
+
+    Raises:
+        ValueError: A weight of the base model itself is trainable.
+    """
+    switched_off = {id(tensor) for tensor in _switchable_tensors(model)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in switched_off:
+            raise ValueError(
+                f"`context_adapters=False` encodes contexts by the base model, and training changes `{name}` of it. "
+                "Freeze it (in LoRA: `bias='none'`), or set `context_adapters=True`."
+            )
+
+
+@functools.cache
+def _kernel_versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in KERNEL_PACKAGES if importlib.util.find_spec(name)}
+
+
+def _architecture(model: PreTrainedModel) -> str:
+    """The configuration without what says where it came from."""
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "_attn_implementation", "use_cache"):
+        config.pop(name, None)
+    return json.dumps(config, sort_keys=True, default=str)
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _switchable_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Weights that PEFT adds, and leaves out when adapters are disabled."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            base = {id(parameter) for parameter in module.get_base_layer().parameters()}
+            yield from (parameter for parameter in module.parameters() if id(parameter) not in base)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            original = {id(parameter) for parameter in module.original_module.parameters()}
+            yield from (parameter for parameter in module.parameters() if id(parameter) not in original)
+
+
+def _trained_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Adapters, trainable or not, and every other trainable weight."""
+    adapters = {id(tensor) for tensor in _switchable_tensors(model)}
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad or id(p) in adapters]
+
+
+def _sampled(tensor: torch.Tensor) -> torch.Tensor:
+    rows = tensor.shape[0] if tensor.ndim > 1 and tensor.shape[1] > 1 else 1
+    wanted = min(max(MIN_SAMPLES, rows), MAX_SAMPLES)
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() <= wanted:
+        return flat
+    # The middle of equal parts: one value per row where there is one part per row.
+    parts = torch.arange(wanted, device=flat.device, dtype=torch.float64)
+    return flat[((parts + 0.5) * (flat.numel() / wanted)).long()]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modes that a model runs in for a while, each put back as it was.
+
+No mode is switched through `train()` or `eval()`: a 4-bit layer would repack its weights.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from peft import PeftModel
+
+from frozen_peft.context.models import get_pretrained_model
+
+__all__ = ["adapters_active", "prefill_mode", "without_dropout"]
+
+
+@contextmanager
+def prefill_mode(model: torch.nn.Module, *, adapters: bool = True) -> Iterator[None]:
+    """What all forwards of prefill run in: no gradient, no dropout, adapters on or off."""
+    device_type = get_pretrained_model(model).get_input_embeddings().weight.device.type
+    with torch.no_grad(), adapters_active(model, adapters), without_dropout(model), _uncached_autocast(device_type):
+        yield
+
+
+@contextmanager
+def without_dropout(model: torch.nn.Module, *, keep_checkpointing: bool = False) -> Iterator[None]:
+    """Clears the training flag of every module but 4-bit layers, and puts it back.
+
+    The flags are set one by one: `model.eval()` would make bitsandbytes (0.50, CPUs with AVX512-BF16) repack its
+    4-bit weights for inference at the next forward, for good.
+
+    Args:
+        model: The model whose dropout is to be off.
+        keep_checkpointing: Leave decoder and decoder layers in training mode, so that gradient checkpointing stays on.
+    """
+    changed = [
+        module
+        for module in model.modules()
+        if module.training
+        and type(module).__name__ != "Linear4bit"
+        and not (keep_checkpointing and hasattr(module, "gradient_checkpointing"))
+    ]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True
+
+
+def adapters_active(model: torch.nn.Module, active: bool) -> AbstractContextManager[None]:
+    """Runs a model with its adapters on, or switched off."""
+    if active:
+        return nullcontext()
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            "`context_adapters=False` encodes contexts with the adapters switched off, but the model is a "
+            f"{type(model).__name__} without adapters. Pass `peft_config`, or leave `context_adapters=True`."
+        )
+    return model.disable_adapter()
+
+
+def _uncached_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast as it is around the call, but without its cache of cast weights.
+
+    The cache would keep weights that were cast here, without gradient, and hand them to the decision's forward,
+    whose adapters would then silently receive none (pytorch/pytorch#48049).
+    """
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), cache_enabled=False)

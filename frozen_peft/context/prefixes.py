@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where contexts are cut, so that what several of them begin with is encoded once.
+
+Contexts that are known together form a tree: two of them share a path as long as their tokens agree. A context is cut
+at its end and wherever another one ends or branches off; between two cuts it is encoded in one go. A linear-attention
+state exists only where a prefill stopped, so nothing can be shared up to any other place.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from frozen_peft.context.keys import PrefixKey, prefix_keys
+
+__all__ = ["PrefixPlan"]
+
+# Contexts that branch off earlier than this share nothing: an extra forward would cost more than it saves.
+MIN_SHARED_TOKENS = 16
+
+
+class PrefixPlan:
+    """The cuts of contexts that are known together, and which of them are still to come.
+
+    Args:
+        contexts: Token ids of each context, shape `(tokens,)`, int64; empty ones are left out, equal ones count twice.
+        can_extend: Contexts may be cut; otherwise only equal ones share.
+    """
+
+    def __init__(self, contexts: Sequence[np.ndarray], *, can_extend: bool = True):
+        contexts = [context for context in contexts if len(context)]
+        lengths = _cut_lengths(contexts) if can_extend else [{len(context)} for context in contexts]
+        self._cuts: dict[PrefixKey, tuple[PrefixKey, ...]] = {}
+        self._num_to_come: Counter[PrefixKey] = Counter()
+        for context, cuts in zip(contexts, lengths, strict=True):
+            keys = prefix_keys(context, cuts)
+            ordered = tuple(keys[length] for length in sorted(cuts))
+            self._cuts[ordered[-1]] = ordered
+            self._num_to_come.update(ordered)
+
+    def __contains__(self, context: PrefixKey) -> bool:
+        return context in self._cuts and self._num_to_come[context] > 0
+
+    def cuts(self, context: PrefixKey) -> tuple[PrefixKey, ...]:
+        """Prefixes at which a context is cut, shortest first; the last is the context itself."""
+        return self._cuts[context]
+
+    def finish(self, context: PrefixKey) -> None:
+        """Notes that a context has come."""
+        self._num_to_come.subtract(self._cuts[context])
+
+    def is_to_come(self, prefix: PrefixKey) -> bool:
+        """Whether a context that is still to come is cut at this prefix."""
+        return self._num_to_come[prefix] > 0
+
+
+def _cut_lengths(contexts: Sequence[np.ndarray]) -> list[set[int]]:
+    """Lengths at which each context is cut.
+
+    In the order of their tokens, the prefix that two contexts share is the shortest of those that the neighbours
+    between them share.
+    """
+    # Big-endian bytes have the order of the tokens.
+    order = sorted(range(len(contexts)), key=lambda index: contexts[index].astype(">i8").tobytes())
+    ordered = [contexts[index] for index in order]
+    shared = [_num_shared(left, right) for left, right in itertools.pairwise(ordered)]
+    cuts = [{len(context)} for context in contexts]
+    for place, index in enumerate(order):
+        cuts[index] |= _branches(ordered[place:], shared[place:])
+        cuts[index] |= _branches(ordered[place::-1], shared[:place][::-1])
+    return cuts
+
+
+def _branches(contexts: Sequence[np.ndarray], shared: Sequence[int]) -> set[int]:
+    """Lengths at which the first context is cut on account of those after it, given what neighbours share."""
+    branches, common = set(), len(contexts[0])
+    for other, number in zip(contexts[1:], shared, strict=True):
+        common = min(common, number)
+        if common == 0:
+            break
+        if common >= MIN_SHARED_TOKENS or common == len(other):
+            branches.add(common)
+    return branches
+
+
+def _num_shared(left: np.ndarray, right: np.ndarray) -> int:
+    """Tokens that two contexts begin with alike."""
+    length = min(len(left), len(right))
+    different = left[:length] != right[:length]
+    return int(different.argmax()) if different.any() else length

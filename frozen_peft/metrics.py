@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run logs about its contexts."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from frozen_peft.context import ContextEncoder, EncoderCounts
+
+__all__ = ["ContextMetrics", "Stopwatch"]
+
+
+class Stopwatch:
+    """Adds up the time of what runs inside `running`, without making a GPU wait.
+
+    Args:
+        device: Where the work is done; on a GPU its own events are read, when the time is.
+    """
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._spans: list[tuple[Any, Any]] = []
+        self._seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts the time inside, failed or not."""
+        start = self._mark()
+        try:
+            yield
+        finally:
+            stop = self._mark()
+            if self._on_gpu:
+                self._spans.append((start, stop))
+            else:
+                self._seconds += stop - start
+
+    def read(self) -> float:
+        """Seconds since the last call."""
+        for start, stop in self._spans:
+            stop.synchronize()
+            self._seconds += start.elapsed_time(stop) / 1000
+        seconds, self._seconds = self._seconds, 0.0
+        self._spans.clear()
+        return seconds
+
+    def _mark(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class ContextMetrics:
+    """Figures about contexts since the last log, of this process.
+
+    Args:
+        encoder: Whose work is counted.
+        device: Where it runs.
+    """
+
+    def __init__(self, encoder: ContextEncoder, device: torch.device):
+        self._encoder = encoder
+        self._logged = EncoderCounts()
+        self.step, self.prefill = Stopwatch(device), Stopwatch(device)
+
+    def read(self) -> dict[str, float]:
+        """Names and values to log.
+
+        - `context/tokens_encoded`: context tokens that ran through the model.
+        - `context/tokens_reused`: context tokens that decisions read and that did not have to.
+        - `context/hit_rate`: share of the latter in both.
+        - `context/memory_bytes`, `context/disk_bytes`: what the store holds, if there is one.
+        - `context/prefill_seconds`, `context/decision_seconds`: time to encode or find contexts, and time of forward
+          and backward over them.
+        """
+        counts = self._encoder.counts
+        asked = counts.num_tokens_asked - self._logged.num_tokens_asked
+        encoded = counts.num_tokens_encoded - self._logged.num_tokens_encoded
+        self._logged = replace(counts)
+        prefill_seconds = self.prefill.read()
+        figures = {
+            "context/tokens_encoded": float(encoded),
+            "context/tokens_reused": float(asked - encoded),
+            "context/hit_rate": (asked - encoded) / asked if asked else 0.0,
+            "context/prefill_seconds": prefill_seconds,
+            "context/decision_seconds": max(self.step.read() - prefill_seconds, 0.0),
+        }
+        if self._encoder.store is not None:
+            figures["context/memory_bytes"] = float(self._encoder.store.num_bytes)
+            figures["context/disk_bytes"] = float(self._encoder.store.num_bytes_on_disk)
+        return figures
