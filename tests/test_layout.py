@@ -21,7 +21,8 @@ ARROWS = {
     "adapters": set(),
     "config": {"context", "gradient"},
     "samples": {"config", "context"},
-    "trainer": {"config", "samples", "context", "gradient", "adapters"},
+    "sampling": {"context"},
+    "trainer": {"config", "samples", "sampling", "context", "gradient", "adapters"},
     "errors": set(),
     "data": set(),
 }
