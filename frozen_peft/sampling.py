@@ -175,7 +175,8 @@ class GroupByContextSampler(torch.utils.data.Sampler[int]):
         seed: int = 0,
         drop_last: bool = False,
     ):
-        self._groups = np.asarray(groups, dtype=np.int64).reshape(len(groups), -1)
+        levels = np.asarray(groups, dtype=np.int64)
+        self._groups = levels[:, None] if levels.ndim == 1 else levels
         self._batch_size = batch_size
         self._num_processes = num_processes
         self._step_size = batch_size * accumulation_steps * num_processes
@@ -240,6 +241,8 @@ def _divide(total: int, size: int) -> list[int]:
 
 def _split_by(samples: np.ndarray, keys: np.ndarray) -> list[np.ndarray]:
     """Samples by key, keys and samples in the order in which they appear."""
+    if not len(samples):
+        return []
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     appearance = first[inverse]
     order = np.argsort(appearance, kind="stable")
