@@ -206,7 +206,6 @@ def runs_by_hand(rows: list[int], contexts: Sequence[list[int]], beyond: int) ->
     return found
 
 
-# Ids that sort otherwise when their bytes are compared from the lowest on, or as signed 16-bit numbers.
 TOKENS = st.sampled_from([1, 2, 255, 256, 40_000, 151_000])
 DOCUMENTS = [np.random.default_rng(seed).integers(0, 152_000, 60).tolist() for seed in range(3)]
 
@@ -258,6 +257,14 @@ def test_half_of_the_shorter_context_and_sixteen_tokens_make_a_group(shared: int
     assert len(partition(group_by_shared_prefix(dataset_of(contexts))[:, 0])) == (1 if shared >= 16 else 2)
     contexts = [document[:shared] + [1] * (40 - shared), document[:shared] + [2] * (50 - shared)]
     assert len(partition(group_by_shared_prefix(dataset_of(contexts))[:, 0])) == (1 if shared >= 20 else 2)
+
+
+@pytest.mark.parametrize(("lower", "higher"), [(1, 256), (255, 256), (40_000, 151_000)])
+def test_a_context_joins_the_first_that_extends_it(lower: int, higher: int) -> None:
+    """First by token ids, not by the order of their bytes in memory."""
+    prompt = DOCUMENTS[0][:20]
+    groups = group_by_shared_prefix(dataset_of([prompt + [higher] * 40, prompt, prompt + [lower] * 40]))
+    assert partition(groups[:, 0]) == {frozenset({0}), frozenset({1, 2})}
 
 
 def test_documents_under_one_prompt_are_closer_groups() -> None:

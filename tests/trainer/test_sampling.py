@@ -159,6 +159,15 @@ def test_contexts_are_compared_as_they_are_kept(tmp_path: Path) -> None:
     assert any(len(step) > 1 for step in documents(list(kept._get_train_sampler()), 4))
 
 
+def test_turns_have_what_precedes_the_last_of_them_in_common(tmp_path: Path) -> None:
+    """An early turn leaves nothing before the first boundary, and the documents before the last."""
+    early = ROWS.map(lambda row: {"labels": row["labels"][:3] + row["input_ids"][3:5] + row["labels"][5:]})
+    trainer = make(tmp_path, early)
+    assert any(len(step) > 1 for step in documents(list(trainer._get_train_sampler()), 4))
+    trainer.args.decision_mode = "turns"
+    assert all(len(step) == 1 for step in documents(list(trainer._get_train_sampler()), 4))
+
+
 def test_a_stream_cannot_be_grouped(tmp_path: Path) -> None:
     stream = ROWS.to_iterable_dataset()
     assert isinstance(stream, IterableDataset)
