@@ -107,6 +107,13 @@ class FrozenContextConfig(SFTConfig):
             "the adapter has moved on since it was encoded; 0 is exact. Evaluation never reuses one."
         },
     )
+    group_by_context: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether samples whose contexts begin alike come into the same optimizer step, and within it onto "
+            "the same process, where the common part is encoded once. Steps are in random order, but less mixed."
+        },
+    )
     sequence_chunk_size: int | None = field(
         default=None,
         metadata={"help": "Exact full-gradient backward with one chunk of the sequence in memory at a time."},
@@ -139,6 +146,8 @@ class FrozenContextConfig(SFTConfig):
         self._check_not_implemented()
         if self.checkpoint_every > 1:
             self._check_checkpointing()
+        if self.group_by_context:
+            self._check_grouping()
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> Self:
@@ -236,6 +245,19 @@ class FrozenContextConfig(SFTConfig):
                     f"`checkpoint_every={self.checkpoint_every}` needs non-reentrant checkpoints over whole layers; "
                     f"remove `{name}` from `gradient_checkpointing_kwargs`, or leave `checkpoint_every` at 1."
                 )
+
+    def _check_grouping(self) -> None:
+        default = next(f.default for f in fields(TrainingArguments) if f.name == "train_sampling_strategy")
+        if self.train_sampling_strategy != default:
+            raise ValueError(
+                f"`group_by_context=True` and `train_sampling_strategy={str(self.train_sampling_strategy)!r}` both "
+                f"order the samples. Leave `train_sampling_strategy` at {default!r}, or `group_by_context` at False."
+            )
+        if self.gradient_horizon == -1:
+            logger.warning(
+                "`group_by_context=True` saves nothing with `gradient_horizon=-1`, where no context is frozen, and "
+                "mixes steps less. Leave it at False unless runs of several tiers are to have the same order."
+            )
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

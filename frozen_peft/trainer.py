@@ -44,6 +44,7 @@ from frozen_peft.context.models import get_decoder, get_pretrained_model, requir
 from frozen_peft.gradient import group_checkpoints
 from frozen_peft.metrics import ContextMetrics
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
+from frozen_peft.sampling import GroupByContextSampler, group_by_shared_prefix, require_groupable
 
 __all__ = ["FrozenContextTrainer"]
 
@@ -64,6 +65,7 @@ class FrozenContextTrainer(SFTTrainer):
       store which ones are next.
     - `_prepare_dataset` cuts contexts where TRL would cut decisions, and checks every sample.
     - `log` adds what became of the contexts.
+    - `_get_train_sampler` and `_run_epoch` order the samples with `group_by_context`.
 
     A sample without context is a plain SFT sample. With `gradient_horizon=-1` (tiers 1 and 3) nothing is frozen, and
     every batch goes to TRL as it is.
@@ -97,6 +99,8 @@ class FrozenContextTrainer(SFTTrainer):
             require_rows(dataset, name)
         if not args.context_adapters and not positional:
             _require_adapters(isinstance(model, PeftModel) or kwargs.get("peft_config") is not None)
+        if args.group_by_context:
+            require_groupable(train_dataset)
         if args.gradient_horizon != -1 and not isinstance(model, str):
             require_exact_continuation(get_pretrained_model(model))
         self._max_positions: int | None = None
@@ -109,6 +113,7 @@ class FrozenContextTrainer(SFTTrainer):
         self.data_collator: Any
         self.current_gradient_accumulation_steps: int
         self._next_contexts: list[torch.Tensor] = []
+        self._context_sampler: GroupByContextSampler | None = None
         self.aux_loss_enabled: bool
 
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
@@ -263,6 +268,37 @@ class FrozenContextTrainer(SFTTrainer):
         if args.max_length is not None and not packing and self._cut.mode == "tail":
             dataset = limit_length(dataset, args.max_length, dataset_name, args.dataset_num_proc)
         return self._check_samples(dataset, dataset_name, args, packing)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        if not self.args.group_by_context:
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        accumulation_steps = self.args.gradient_accumulation_steps
+        num_processes = self.get_total_train_batch_size(self.args) // (self._train_batch_size * accumulation_steps)
+        groups = group_by_shared_prefix(
+            dataset, decision_mode=self.args.decision_mode, max_context_length=self.args.max_context_length
+        )
+        num_groups = len(set(groups[:, 0].tolist()))
+        if num_groups == len(dataset):
+            logger.warning("`group_by_context=True` has no effect: no two contexts begin alike for long enough.")
+        else:
+            logger.info(f"`group_by_context`: {len(dataset)} samples in {num_groups} groups.")
+        self._context_sampler = GroupByContextSampler(
+            groups,
+            batch_size=self._train_batch_size // (num_processes if self.accelerator.split_batches else 1),
+            accumulation_steps=accumulation_steps,
+            num_processes=num_processes,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        return self._context_sampler
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> Any:
+        # Behind the batches that a resumed run skips, with several processes, neither transformers 5.23 nor
+        # accelerate 1.15 reaches a sampler to tell it the epoch.
+        if self._context_sampler is not None:
+            self._context_sampler.set_epoch(epoch)
+        return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _check_samples(
         self,

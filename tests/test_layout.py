@@ -23,7 +23,8 @@ ARROWS = {
     "samples": {"config", "context"},
     "batches": {"context"},
     "metrics": {"context"},
-    "trainer": {"batches", "config", "metrics", "samples", "context", "gradient", "adapters"},
+    "sampling": {"context"},
+    "trainer": {"batches", "config", "metrics", "samples", "sampling", "context", "gradient", "adapters"},
     "errors": set(),
     "data": set(),
 }
