@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from frozen_peft.context.entries import Entry, EntryKey
+from frozen_peft.context.entry import Entry, EntryKey
 from frozen_peft.context.files import ContextFiles
 from frozen_peft.context.keys import PrefixKey
 from frozen_peft.context.residence import to_host

@@ -24,7 +24,7 @@ from cachetools import LRUCache
 
 from frozen_peft.context.disk import DiskLevel
 from frozen_peft.context.encoded import EncodedContext
-from frozen_peft.context.entries import Entry, EntryKey
+from frozen_peft.context.entry import Entry, EntryKey
 from frozen_peft.context.fingerprint import adapter_fingerprint, base_fingerprint, run_fingerprint
 from frozen_peft.context.keys import PrefixKey, prefix_keys
 from frozen_peft.context.models import get_pretrained_model
