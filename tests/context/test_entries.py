@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged and foreign files in the place of an entry: reported, removed and missing, never read as one."""
+
+import json
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from frozen_peft.context.files import ContextFiles
+from frozen_peft.context.keys import PrefixKey
+from tests.context.stored import KEY, METADATA, OTHER_KEY, SPACE, content, path_of, same, warnings
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> ContextFiles:
+    return ContextFiles(tmp_path / "contexts")
+
+
+@pytest.fixture
+def written(files: ContextFiles) -> dict[str, torch.Tensor]:
+    """What `files` holds under `KEY`."""
+    tensors = content()
+    assert files.write(SPACE, KEY, tensors, METADATA)
+    return tensors
+
+
+def rejects(files: ContextFiles, data: bytes, caplog: pytest.LogCaptureFixture) -> str:
+    """Puts data where an entry would be, and returns the one warning about it."""
+    path = path_of(files)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    caplog.clear()
+    assert files.read(SPACE, KEY) is None
+    assert not path.exists()
+    assert files.read(SPACE, KEY) is None
+    assert files.keys(SPACE) == set()
+    (warning,) = warnings(caplog)
+    assert warning.startswith(f"{path} is removed, because ")
+    assert files.usable
+    return warning
+
+
+def test_every_flipped_byte_is_found(
+    files: ContextFiles, written: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = path_of(files).read_bytes()
+    header_end = 8 + int.from_bytes(whole[:8], "little")
+    # The header is padded with spaces, which mean nothing.
+    meaningful = len(whole[:header_end].rstrip(b" "))
+    for index in [*range(meaningful), *range(header_end, len(whole))]:
+        for flipped in (1, 0x80):
+            rejects(files, whole[:index] + bytes([whole[index] ^ flipped]) + whole[index + 1 :], caplog)
+
+
+def test_every_truncation_is_found(
+    files: ContextFiles, written: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = path_of(files).read_bytes()
+    for length in range(len(whole)):
+        rejects(files, whole[:length], caplog)
+    # As a power failure leaves it: the length is there, and the data is not.
+    for length in range(8, len(whole) - 1, 7):
+        rejects(files, whole[:length] + bytes(len(whole) - length), caplog)
+    rejects(files, whole + b"\0", caplog)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_is_changed_nothing_wrong_is_read(
+    files: ContextFiles, written: dict[str, torch.Tensor], data: st.DataObject
+) -> None:
+    path = path_of(files)
+    if not path.exists():
+        assert files.write(SPACE, KEY, written, METADATA)
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    for index, byte in data.draw(st.dictionaries(st.integers(0, len(whole) - 1), st.integers(0, 255))).items():
+        changed[index] = byte
+    begin, end = sorted(data.draw(st.tuples(*[st.integers(0, len(whole))] * 2)))
+    changed[begin:end] = data.draw(st.binary(max_size=40) | st.just(bytes(changed[begin:end])))
+    path.write_bytes(changed)
+    found = files.read(SPACE, KEY)
+    assert (found is None) != path.exists()
+    if found is not None:
+        assert same(found[0], written)
+        assert found[1] == METADATA
+
+
+def with_header(header: object, data: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def our_header(**tensors: object) -> dict[str, object]:
+    entry = f"{SPACE}/{KEY}"
+    stamp = {"format": "frozen_peft.context", "version": "1", "entry": entry, "metadata": "{}", "checksum": "0" * 32}
+    return {"__metadata__": stamp, **tensors}
+
+
+def one_tensor(shape: list, offsets: list[int], dtype: str = "U8") -> bytes:
+    """An entry with one byte of data, and whatever a header may say of it."""
+    return with_header(our_header(a={"dtype": dtype, "shape": shape, "data_offsets": offsets}), b"x")
+
+
+FOREIGN = {
+    "pickle": (pickle.dumps({"a": 1}), "no safetensors file"),
+    "text": (b"What is this file for? Nobody knows.", "no safetensors file"),
+    "huge header": (struct.pack("<Q", 2**63) + bytes(100), "no safetensors file"),
+    "other safetensors": (safetensors.torch.save({"a": torch.ones(2)}), "no encoded context"),
+    "other metadata": (safetensors.torch.save({"a": torch.ones(2)}, {"format": "pt"}), "no encoded context"),
+    "list": (with_header([1, 2]), "none of safetensors"),
+    "text as metadata": (with_header({"__metadata__": "text"}), "none of safetensors"),
+    "number": (with_header(5), "none of safetensors"),
+    "no metadata": (with_header({"__metadata__": None}), "none of safetensors"),
+    "nested": (struct.pack("<Q", 100_000) + b"[" * 100_000, "none of safetensors"),
+    "no object": (with_header(our_header(a=[1])), "damaged"),
+    "no type": (with_header(our_header(a={"shape": [], "data_offsets": [0, 0]})), "damaged"),
+    "unknown type": (one_tensor([], [0, 0], dtype="F3"), "damaged"),
+    "fraction": (one_tensor([0.0], [0, 0]), "damaged"),
+    "negative": (one_tensor([-1, -1], [0, 1]), "damaged"),
+    "before": (one_tensor([1], [-1, 0]), "damaged"),
+    "three ends": (one_tensor([1], [0, 1, 1]), "damaged"),
+    "vast": (one_tensor([2**40], [0, 2**40]), "cut off"),
+    "vast and empty": (one_tensor([2**62, 2**62, 0], [0, 0]), "damaged"),
+    "longer": (one_tensor([], [0, 1]) + b"x", "longer"),
+    "wrong checksum": (one_tensor([1], [0, 1]), "checksum"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_files_are_removed(files: ContextFiles, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    data, reason = FOREIGN[name]
+    assert reason in rejects(files, data, caplog)
+
+
+@pytest.mark.parametrize(("namespace", "key"), [("model-2", KEY), (SPACE, OTHER_KEY)])
+def test_an_entry_in_the_place_of_another_is_removed(
+    files: ContextFiles, namespace: str, key: PrefixKey, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert files.write(namespace, key, {"a": torch.ones(2)}, {})
+    data = path_of(files, namespace, key).read_bytes()
+    files.remove(namespace, key)
+    assert f"it holds {namespace}/{key} and not {SPACE}/{KEY}" in rejects(files, data, caplog)
+
+
+def test_entries_of_another_version_are_removed(
+    files: ContextFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("frozen_peft.context.entries.VERSION", "0")
+        assert files.write(SPACE, KEY, content(), METADATA)
+    assert "no encoded context that this version wrote" in rejects(files, path_of(files).read_bytes(), caplog)
+
+
+def test_a_removed_entry_can_be_written_again(files: ContextFiles, caplog: pytest.LogCaptureFixture) -> None:
+    rejects(files, b"", caplog)
+    tensors = content()
+    assert files.write(SPACE, KEY, tensors, METADATA)
+    assert files.keys(SPACE) == {KEY}
+    assert same(files.read(SPACE, KEY)[0], tensors)
