@@ -13,7 +13,7 @@ __all__ = ["Entry", "EntryKey"]
 EntryKey = tuple[str, PrefixKey]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Entry:
     """What a context adds to its prefix.
 

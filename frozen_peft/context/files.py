@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from frozen_peft.context.entries import check_dtypes, read_entry, write_entry
+from frozen_peft.context.entries import read_entry, write_entry
 from frozen_peft.context.keys import PrefixKey
 
 __all__ = ["ContextFiles"]
@@ -86,12 +86,11 @@ class ContextFiles:
         """
         path = self._path(namespace, key)
         try:
-            with path.open("rb") as file:
-                return read_entry(file, _entry_name(namespace, key))
+            return read_entry(path, _entry_name(namespace, key))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            self._report_once(path, f"it cannot be read ({error.strerror})")
+            self._report_once(path, f"it cannot be read ({error.strerror or error})")
         except ValueError as error:
             self._reject(path, str(error))
         return None
@@ -111,12 +110,10 @@ class ContextFiles:
             Whether it is there now.
 
         Raises:
-            ValueError: A tensor has a type that entries cannot hold.
             RuntimeError: Tensors overlap in memory.
         """
         if not self.usable:
             return False
-        check_dtypes(tensors)
         path = self._path(namespace, key)
         try:
             if path.is_dir():

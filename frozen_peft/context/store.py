@@ -15,12 +15,12 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-from cachetools import LRUCache
+from cachetools import Cache, LRUCache
 
 from frozen_peft.context.disk import DiskLevel
 from frozen_peft.context.encoded import EncodedContext
@@ -71,6 +71,11 @@ class _Memory(LRUCache):
         """Marks an entry as used, and after it its prefixes, so that they go later."""
         while (entry := self.get(key)) is not None and entry.prefix is not None:
             key = (key[0], entry.prefix)
+
+    def unused(self) -> Iterator[Entry]:
+        """The entries, oldest first; looking at them here does not count as use."""
+        for key in self:
+            yield Cache.__getitem__(self, key)
 
     def drop(self, namespace: str) -> None:
         """Removes the entries of a namespace."""
@@ -279,12 +284,11 @@ class ContextStore:
 
     def _make_room(self) -> None:
         """Moves entries off the device, oldest first, until it has its reserve back."""
-        on_device = [key for key, entry in self._memory.items() if not entry.on_host]
-        while on_device and self._room(self._device) < 0:
-            key = on_device.pop(0)
-            entry = self._memory[key]
-            self._memory[key] = replace(entry, tensors=to_host(entry.tensors), on_host=True)
-            self._memory.touch(key)
+        for entry in self._memory.unused():
+            if self._room(self._device) >= 0:
+                return
+            if not entry.on_host:
+                entry.tensors, entry.on_host = to_host(entry.tensors), True
 
     def _keep_only(self, namespaces: set[str]) -> None:
         for name in self._steps.keys() - namespaces:

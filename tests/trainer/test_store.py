@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainings whose contexts are found instead of encoded are the trainings they would have been."""
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from frozen_peft import FrozenContextTrainer, lora_config, quantization_config
+from frozen_peft.context import ContextFiles, files
+from tests.reference import IGNORED, Sample, reference_gradients, worst_gradient_error
+from tests.tiny_models import add_lora, tiny_model
+from tests.trainer.runs import (
+    Run,
+    adapted,
+    as_dataset,
+    batches,
+    config,
+    equal,
+    reference_sgd,
+    samples,
+    train,
+    trained_weights,
+    worst_update_error,
+)
+from tests.trainer.test_activated import ROWS as INVOKED
+
+UPDATE_TOLERANCE = 3e-5
+GRADIENT_TOLERANCE = 1e-5
+ROWS = samples()[:4]
+EPOCHS = {"max_steps": -1, "num_train_epochs": 3}
+
+
+def off(folder: Path, **fields: Any) -> Run:
+    """Three epochs over contexts that were encoded without adapters."""
+    arguments = config(folder / "run", context_adapters=False, **(EPOCHS | fields))
+    return train(FrozenContextTrainer, adapted(), arguments, as_dataset(INVOKED[:4]))
+
+
+def on(folder: Path, model: torch.nn.Module | None = None, **fields: Any) -> Run:
+    """Three epochs over contexts that were encoded with adapters."""
+    return train(
+        FrozenContextTrainer, model or adapted(), config(folder / "run", **(EPOCHS | fields)), as_dataset(ROWS)
+    )
+
+
+def encoded(run: Run) -> list[float]:
+    return [entry["context/tokens_encoded"] for entry in run.logs]
+
+
+NUM_TOKENS = [sum(row.boundary for row in batch) for batch in batches(INVOKED[:4], 2, 2)]
+
+
+@pytest.mark.parametrize("level", ["memory", "disk", "both"])
+def test_later_epochs_encode_nothing_and_train_the_same(level: str, tmp_path: Path) -> None:
+    fields = {"context_cache_size": "1GiB"} if level != "disk" else {}
+    fields |= {"context_cache_dir": str(tmp_path / "contexts")} if level != "memory" else {}
+    kept, plain = off(tmp_path, **fields), off(tmp_path)
+    assert encoded(kept) == [*NUM_TOKENS, 0, 0, 0, 0]
+    assert encoded(plain) == NUM_TOKENS * 3
+    assert kept.losses == plain.losses
+    assert equal(kept.weights, plain.weights)
+    last = kept.logs[-1]
+    assert last["context/hit_rate"] == 1.0
+    assert last["context/tokens_reused"] == NUM_TOKENS[1]
+    assert last["context/memory_bytes"] > 0 or level == "disk"
+    assert last["context/disk_bytes"] > 0 or level == "memory"
+    assert last["context/decision_seconds"] > 0
+    assert "context/memory_bytes" not in plain.logs[-1]
+
+
+def test_a_later_run_finds_the_contexts_of_an_earlier_one(tmp_path: Path) -> None:
+    fields = {"context_cache_dir": str(tmp_path / "contexts")}
+    first, second = off(tmp_path, **fields), off(tmp_path, **fields)
+    assert encoded(second) == [0] * 6
+    assert equal(first.weights, second.weights)
+
+
+def test_a_budget_for_some_of_the_contexts(tmp_path: Path) -> None:
+    plain = off(tmp_path)
+    whole = off(tmp_path, context_cache_size="1GiB").logs[-1]["context/memory_bytes"]
+    for share in (0.3, 0.7):
+        run = off(tmp_path, context_cache_size=str(int(share * whole)))
+        assert 0 < run.logs[-1]["context/memory_bytes"] <= share * whole
+        assert sum(encoded(run)) > sum(NUM_TOKENS)
+        assert equal(run.weights, plain.weights)
+
+
+@pytest.mark.parametrize("fields", [{}, {"bf16": True}, {"gradient_checkpointing": False}], ids=str)
+def test_contexts_that_see_the_adapters_are_encoded_in_each_step(fields: dict, tmp_path: Path) -> None:
+    kept, plain = on(tmp_path, context_cache_size="1GiB", **fields), on(tmp_path, **fields)
+    assert encoded(kept) == encoded(plain)
+    assert equal(kept.weights, plain.weights)
+
+
+def test_staleness_reuses_what_the_last_steps_encoded(tmp_path: Path) -> None:
+    exact = on(tmp_path)
+    stale = on(tmp_path, context_cache_size="1GiB", max_context_staleness=2)
+    assert encoded(stale)[2:4] == [0, 0]
+    assert encoded(stale)[4:] == encoded(exact)[4:]
+    # The first epoch is exact, and the second one is not: the comparison above would notice a stale context.
+    assert all(torch.equal(stale.gradients[1][name], exact.gradients[1][name]) for name in exact.weights)
+    assert worst_gradient_error(stale.gradients[2], exact.gradients[2]) > 100 * GRADIENT_TOLERANCE
+
+
+def test_evaluation_encodes_anew_what_training_holds_stale(tmp_path: Path) -> None:
+    fields = {"context_cache_size": "1GiB", "max_context_staleness": 9}
+    run = on(tmp_path, eval_strategy="no", **fields)
+    stale = run.trainer.evaluate(as_dataset(ROWS))["eval_loss"]
+    run.trainer._encoder.store = None
+    assert run.trainer.evaluate(as_dataset(ROWS))["eval_loss"] == stale
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["tail", "turns"])
+def test_on_a_4_bit_base(mode: str, tmp_path: Path) -> None:
+    checkpoint = str(tmp_path / "checkpoint")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_key_value_heads": 2}
+    tiny_model("qwen3_5_text", **sizes).save_pretrained(checkpoint)
+    runs = []
+    for fields in ({}, {"context_cache_size": "1GiB", "context_cache_dir": str(tmp_path / "contexts")}):
+        torch.manual_seed(0)
+        arguments = config(tmp_path / "run", context_adapters=False, decision_mode=mode, **EPOCHS, **fields)
+        options = {"quantization_config": quantization_config(checkpoint), "peft_config": lora_config(checkpoint, r=2)}
+        runs.append(train(FrozenContextTrainer, checkpoint, arguments, as_dataset(INVOKED[:4]), **options))
+    assert encoded(runs[0]) == NUM_TOKENS * 3
+    assert encoded(runs[1]) == [*NUM_TOKENS, 0, 0, 0, 0]
+    assert equal(runs[0].weights, runs[1].weights)
+
+
+def with_shared_document() -> list[Sample]:
+    """Questions to two documents, in an order that no document likes."""
+    made = []
+    for seed, document in enumerate((0, 1, 0, 0, 1, 0, 1, 1)):
+        generator = torch.Generator().manual_seed(document)
+        trunk = torch.randint(3, 95, (66,), generator=generator)
+        tail = torch.randint(3, 95, (9 + seed,), generator=torch.Generator().manual_seed(100 + seed))
+        input_ids = torch.cat([trunk, tail])
+        labels = input_ids.clone()
+        labels[: 66 + 4] = IGNORED
+        made.append(Sample(input_ids, labels))
+    return made
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 4), (1, 8)])
+def test_a_document_is_encoded_once_per_step(size: int, accumulation: int, tmp_path: Path) -> None:
+    rows = with_shared_document()
+    fields = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    run = train(FrozenContextTrainer, adapted(), config(tmp_path, max_steps=2, **fields), as_dataset(rows))
+    prefixes = {tuple(row.context[:length].tolist()) for row in rows for length in range(1, row.boundary + 1)}
+    assert encoded(run) == [len(prefixes)] * 2
+    assert worst_gradient_error(run.gradients[0], reference_gradients(adapted(), rows)) <= GRADIENT_TOLERANCE
+    expected = reference_sgd(adapted(), [rows] * 2)
+    assert worst_update_error(run.weights, expected, trained_weights(adapted())) <= UPDATE_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_5_moe_text"])
+def test_shared_documents_with_windows_and_experts(name: str, tmp_path: Path) -> None:
+    rows = with_shared_document()[:4]
+    fields = {"gradient_accumulation_steps": 2, "max_steps": 1, "router_aux_loss_coef": 0.0}
+    model = add_lora(tiny_model(name))
+    expected = reference_gradients(model, rows)
+    run = train(FrozenContextTrainer, model, config(tmp_path, **fields), as_dataset(rows))
+    assert worst_gradient_error(run.gradients[0], expected) <= GRADIENT_TOLERANCE
+
+
+def test_what_the_next_step_needs_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"context_cache_dir": str(tmp_path / "contexts")}
+    off(tmp_path, **fields)
+    threads = []
+    read = ContextFiles.read
+
+    def noting(self: ContextFiles, *key: Any) -> Any:
+        import threading
+
+        threads.append(threading.current_thread().name)
+        return read(self, *key)
+
+    monkeypatch.setattr(ContextFiles, "read", noting)
+    off(tmp_path, **fields)
+    assert len(threads) >= 12
+    assert sum(name.startswith("contexts-read") for name in threads) >= len(threads) - 2
+
+
+def test_worker_processes_load_the_data(tmp_path: Path) -> None:
+    fields = {"context_cache_size": "1GiB", "context_cache_dir": str(tmp_path / "contexts")}
+    assert equal(off(tmp_path, dataloader_num_workers=1, **fields).weights, off(tmp_path).weights)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_disk_that_fills_up_loses_no_step(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write, calls = files.write_entry, []
+
+    def filling_up(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*args)
+
+    monkeypatch.setattr(files, "write_entry", filling_up)
+    run = off(tmp_path, context_cache_dir=str(tmp_path / "contexts"))
+    assert len(calls) == after + 1
+    assert len([record for record in caplog.records if "No space left on device" in record.getMessage()]) == 1
+    assert equal(run.weights, off(tmp_path).weights)
+
+
+def test_a_resumed_run_finds_its_contexts(tmp_path: Path) -> None:
+    fields = {"context_cache_dir": str(tmp_path / "contexts"), "save_strategy": "steps", "save_steps": 3}
+    whole = off(tmp_path, **fields)
+    arguments = config(tmp_path / "run", context_adapters=False, **EPOCHS, **fields)
+    checkpoint = str(tmp_path / "run" / "checkpoint-3")
+    resumed = train(FrozenContextTrainer, adapted(), arguments, as_dataset(INVOKED[:4]), resume=checkpoint)
+    assert encoded(resumed)[-3:] == [0] * 3
+    assert equal(resumed.weights, whole.weights)
+
+
+@pytest.mark.parametrize("size", ["8 gigs", "-1", "GiB", "", "nan"])
+def test_sizes_that_are_none(size: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`context_cache_size`: .* such as '8GiB'"):
+        config(tmp_path, context_cache_size=size)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tier": 1, "context_cache_size": "1GiB"}, "no context is frozen"),
+        ({"max_context_staleness": 2}, "keep nothing"),
+        ({"max_context_staleness": 2, "context_adapters": False, "context_cache_size": "1GiB"}, "nothing goes stale"),
+        ({"context_cache_dir": "contexts"}, "beyond one optimizer step"),
+    ],
+    ids=str,
+)
+def test_fields_without_effect_are_warned_about(
+    fields: dict, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", logger="frozen_peft.config"):
+        config(tmp_path, **fields)
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize("fields", [{"max_context_staleness": -1}, {"max_decisions_per_forward": 0}], ids=str)
+def test_fields_out_of_range(fields: dict, tmp_path: Path) -> None:
+    (name,) = fields
+    with pytest.raises(ValueError, match=rf"`{name}` must be"):
+        config(tmp_path, **fields)
