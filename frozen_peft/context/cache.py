@@ -200,6 +200,10 @@ class FrozenContext(Cache):
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return sum(storages.values())
 
+    def select(self, indices: list[int]) -> "FrozenContext":
+        """The rows of these indices, shared with this context."""
+        return FrozenContext([self.rows[index] for index in indices], segmented=self.segmented)
+
     def attention_mask(self, decision_mask: torch.Tensor) -> torch.Tensor:
         """Mask over left-padded contexts and decisions.
 

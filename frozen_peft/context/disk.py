@@ -30,10 +30,17 @@ class DiskLevel:
         self._arrived: dict[EntryKey, Entry] = {}
         self._writing: list[Future[bool]] = []
         self._written: dict[str, set[PrefixKey]] = {}
+        self._listed: dict[str, tuple[int, set[PrefixKey]]] = {}
 
     def keys(self, namespace: str) -> set[PrefixKey]:
-        """Entries of a namespace."""
-        return self.files.keys(namespace)
+        """Entries of a namespace, listed again when its directory has changed."""
+        try:
+            changed = (self.files.folder / namespace).stat().st_mtime_ns
+        except OSError:
+            return set()
+        if self._listed.get(namespace, (None, set()))[0] != changed:
+            self._listed[namespace] = (changed, self.files.keys(namespace))
+        return self._listed[namespace][1]
 
     def read(self, key: EntryKey) -> Entry | None:
         """An entry in host memory; None where there is none, or none that is whole."""

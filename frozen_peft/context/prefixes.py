@@ -61,8 +61,8 @@ def _cut_lengths(contexts: Sequence[np.ndarray]) -> list[set[int]]:
     In the order of their tokens, the prefix that two contexts share is the shortest of those that the neighbours
     between them share.
     """
-    # Big-endian bytes have the order of the tokens.
-    order = sorted(range(len(contexts)), key=lambda index: contexts[index].astype(">i8").tobytes())
+    # Big-endian bytes have the order of the tokens, which are no more than 2^31.
+    order = sorted(range(len(contexts)), key=lambda index: contexts[index].astype(">i4").tobytes())
     ordered = [contexts[index] for index in order]
     shared = [_num_shared(left, right) for left, right in itertools.pairwise(ordered)]
     cuts = [{len(context)} for context in contexts]

@@ -202,6 +202,8 @@ class ContextStore:
 
         What was begun before for other contexts is forgotten.
         """
+        if self._nothing_outlives_a_step():
+            return
         candidates = (next(iter(self._candidates(tokens, 0, False)), None) for tokens in contexts)
         wanted = dict.fromkeys(key for key in candidates if key is not None)
         on_host = [key for key in wanted if key in self._memory and self._memory[key].on_host]
@@ -221,8 +223,7 @@ class ContextStore:
             tokens: Token ids of the context, shape `(tokens,)`, int64.
             cuts: Its prefixes to cut at, shortest first, itself the last.
         """
-        if self._adapters and not self.max_staleness:
-            # Nothing outlives the step.
+        if self._nothing_outlives_a_step():
             return cuts
         places = prefix_keys(tokens, range(BRANCH_TOKENS, len(tokens), BRANCH_TOKENS))
         length = max((length for length, key in places.items() if key in self._branches), default=0)
@@ -289,6 +290,9 @@ class ContextStore:
                 return
             if not entry.on_host:
                 entry.tensors, entry.on_host = to_host(entry.tensors), True
+
+    def _nothing_outlives_a_step(self) -> bool:
+        return self._adapters and not self.max_staleness
 
     def _keep_only(self, namespaces: set[str]) -> None:
         for name in self._steps.keys() - namespaces:

@@ -175,7 +175,8 @@ def _frozen_logprobs(
 ) -> torch.Tensor:
     """The same over the frozen context, with gradient checkpointing as in training where layers have no dropout."""
     pretrained = get_pretrained_model(model)
-    frozen = encode_context(model, [context], chunk_size=chunk_size)
+    # Encoded as a context is that extends another one, the way in which most is carried over.
+    frozen = encode_context(model, [context[: len(context) // 2], context], chunk_size=chunk_size).select([1])
     positions = torch.arange(len(context), len(context) + len(decision), device=context.device)
     # Layers that drop out by themselves (OPT) are compared without checkpointing: both hang on their training flag.
     keep_checkpointing = not _has_dropout(pretrained)
