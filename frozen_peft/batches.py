@@ -10,7 +10,7 @@ from transformers.trainer_pt_utils import nested_concat
 from frozen_peft.context import Cut, Decision, cut_batch, pad_decisions
 from frozen_peft.context.boundary import IGNORED_LABEL
 
-__all__ = ["CONTEXTS", "NUM_CONTEXT_TOKENS", "BatchCutter", "join_predictions", "num_labels"]
+__all__ = ["CONTEXTS", "NUM_CONTEXT_TOKENS", "BatchCutter", "join_predictions", "num_labels", "without_labels"]
 
 Batch = dict[str, Any]
 Prediction = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -101,6 +101,12 @@ class BatchCutter:
 def num_labels(batch: Batch) -> int:
     """Labels that a batch predicts."""
     return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+
+
+def without_labels(batch: Batch) -> Batch:
+    """Two tokens of a batch's first decision, without context and labels: a forward and backward that add nothing."""
+    tokens = {name: batch[name][:1, :2] for name in ("input_ids", "attention_mask")}
+    return {**tokens, "labels": torch.full_like(tokens["input_ids"], IGNORED_LABEL)}
 
 
 def join_predictions(predictions: list[Prediction], weights: list[int]) -> Prediction:

@@ -2,15 +2,16 @@
 """The configuration of `FrozenContextTrainer`: `SFTConfig` and what a frozen context adds to it."""
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal, Self
 
 from transformers import TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig
 
-from frozen_peft.context import parse_size
+from frozen_peft.context import ContextFiles, ContextStore, DiskLevel, parse_size
 
-__all__ = ["TIERS", "FrozenContextConfig"]
+__all__ = ["TIERS", "FrozenContextConfig", "make_store"]
 
 logger = logging.get_logger(__name__)
 
@@ -258,6 +259,15 @@ class FrozenContextConfig(SFTConfig):
                 "`group_by_context=True` saves nothing with `gradient_horizon=-1`, where no context is frozen, and "
                 "mixes steps less. Leave it at False unless runs of several tiers are to have the same order."
             )
+
+
+def make_store(config: FrozenContextConfig) -> ContextStore | None:
+    """The store that a configuration asks for; None where it keeps nothing."""
+    max_bytes, folder = parse_size(config.context_cache_size), config.context_cache_dir
+    if not max_bytes and folder is None:
+        return None
+    disk = DiskLevel(ContextFiles(Path(folder).expanduser())) if folder is not None else None
+    return ContextStore(max_bytes, disk, max_staleness=config.max_context_staleness)
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

@@ -19,10 +19,14 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from tqdm import tqdm
+from transformers.utils import logging
 
+from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context.boundary import IGNORED_LABEL
 
-__all__ = ["GroupByContextSampler", "group_by_shared_prefix", "require_groupable"]
+__all__ = ["GroupByContextSampler", "group_by_shared_prefix", "make_sampler", "require_groupable"]
+
+logger = logging.get_logger(__name__)
 
 ROWS_PER_BATCH = 256
 # Big-endian, so that comparing bytes compares token ids in order.
@@ -232,6 +236,35 @@ class GroupByContextSampler(torch.utils.data.Sampler[int]):
             else:
                 parts += self._distribute(group, _divide(len(group), max(capacities)), level + 1)
         return _pack(parts, capacities)
+
+
+def make_sampler(
+    dataset: Dataset, config: FrozenContextConfig, *, batch_size: int, num_processes: int
+) -> GroupByContextSampler:
+    """The sampler that `group_by_context` asks for, with a word on what it found.
+
+    Args:
+        dataset: A prepared dataset.
+        config: The configuration of the training.
+        batch_size: Samples per process and micro-batch.
+        num_processes: Processes that train.
+    """
+    groups = group_by_shared_prefix(
+        dataset, decision_mode=config.decision_mode, max_context_length=config.max_context_length
+    )
+    num_groups = len(set(groups[:, 0].tolist()))
+    if num_groups == len(dataset):
+        logger.warning("`group_by_context=True` has no effect: no two contexts begin alike for long enough.")
+    else:
+        logger.info(f"`group_by_context`: {len(dataset)} samples in {num_groups} groups.")
+    return GroupByContextSampler(
+        groups,
+        batch_size=batch_size,
+        accumulation_steps=config.gradient_accumulation_steps,
+        num_processes=num_processes,
+        seed=config.seed if config.data_seed is None else config.data_seed,
+        drop_last=config.dataloader_drop_last,
+    )
 
 
 def _divide(total: int, size: int) -> list[int]:

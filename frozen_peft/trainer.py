@@ -23,18 +23,21 @@ from frozen_peft.adapters import (
     log_quantization,
     restrict_adapter_rows,
 )
-from frozen_peft.batches import CONTEXTS, NUM_CONTEXT_TOKENS, BatchCutter, join_predictions, num_labels
-from frozen_peft.config import FrozenContextConfig
+from frozen_peft.batches import (
+    CONTEXTS,
+    NUM_CONTEXT_TOKENS,
+    BatchCutter,
+    join_predictions,
+    num_labels,
+    without_labels,
+)
+from frozen_peft.config import FrozenContextConfig, make_store
 from frozen_peft.context import (
     TAIL,
     ContextEncoder,
-    ContextFiles,
-    ContextStore,
     Cut,
-    DiskLevel,
     FrozenContext,
     decision_forward,
-    parse_size,
     require_untouched_base,
     use_segmented_attention,
     verify_context,
@@ -44,7 +47,7 @@ from frozen_peft.context.models import get_decoder, get_pretrained_model, requir
 from frozen_peft.gradient import group_checkpoints
 from frozen_peft.metrics import ContextMetrics
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
-from frozen_peft.sampling import GroupByContextSampler, group_by_shared_prefix, require_groupable
+from frozen_peft.sampling import GroupByContextSampler, make_sampler, require_groupable
 
 __all__ = ["FrozenContextTrainer"]
 
@@ -142,7 +145,7 @@ class FrozenContextTrainer(SFTTrainer):
                 self.model,
                 chunk_size=self.args.prefill_chunk_size,
                 adapters=self.args.context_adapters,
-                store=self._make_store(),
+                store=make_store(self.args),
             )
             self._context_metrics = ContextMetrics(self._encoder, self.args.device)
 
@@ -183,7 +186,7 @@ class FrozenContextTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """TRL's, on decisions, so that the logits and labels it returns belong to each other."""
-        parts = self._cutter.parts(self._prepare_inputs(inputs))
+        parts = self._parts(self._prepare_inputs(inputs))
         steps = [
             super(FrozenContextTrainer, self).prediction_step(
                 model, self._freeze_contexts(part), prediction_loss_only, ignore_keys=ignore_keys
@@ -205,7 +208,7 @@ class FrozenContextTrainer(SFTTrainer):
         if not self._freezes_context:
             return super().training_step(model, inputs, num_items_in_batch)
         with self._context_metrics.step.running():
-            parts = self._cutter.parts(self._prepare_inputs(inputs))
+            parts = self._parts(self._prepare_inputs(inputs))
             self._count_context_tokens(parts[0])
             if len(parts) == 1:
                 return super().training_step(model, parts[0], num_items_in_batch)
@@ -272,24 +275,13 @@ class FrozenContextTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         if not self.args.group_by_context:
             return super()._get_train_sampler(train_dataset)
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        accumulation_steps = self.args.gradient_accumulation_steps
-        num_processes = self.get_total_train_batch_size(self.args) // (self._train_batch_size * accumulation_steps)
-        groups = group_by_shared_prefix(
-            dataset, decision_mode=self.args.decision_mode, max_context_length=self.args.max_context_length
-        )
-        num_groups = len(set(groups[:, 0].tolist()))
-        if num_groups == len(dataset):
-            logger.warning("`group_by_context=True` has no effect: no two contexts begin alike for long enough.")
-        else:
-            logger.info(f"`group_by_context`: {len(dataset)} samples in {num_groups} groups.")
-        self._context_sampler = GroupByContextSampler(
-            groups,
-            batch_size=self._train_batch_size // (num_processes if self.accelerator.split_batches else 1),
-            accumulation_steps=accumulation_steps,
+        steps, size = self.args.gradient_accumulation_steps, self._train_batch_size
+        num_processes = self.get_total_train_batch_size(self.args) // (size * steps)
+        self._context_sampler = make_sampler(
+            self.train_dataset if train_dataset is None else train_dataset,
+            self.args,
+            batch_size=size // (num_processes if self.accelerator.split_batches else 1),
             num_processes=num_processes,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            drop_last=self.args.dataloader_drop_last,
         )
         return self._context_sampler
 
@@ -347,13 +339,6 @@ class FrozenContextTrainer(SFTTrainer):
         max_length = args.max_length if args.decision_mode == "turns" else None
         return Cut(args.decision_mode, horizon, args.max_context_length, max_length, invocation)
 
-    def _make_store(self) -> ContextStore | None:
-        max_bytes, folder = parse_size(self.args.context_cache_size), self.args.context_cache_dir
-        if not max_bytes and folder is None:
-            return None
-        disk = DiskLevel(ContextFiles(folder)) if folder is not None else None
-        return ContextStore(max_bytes, disk, max_staleness=self.args.max_context_staleness)
-
     def _freeze_contexts(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch of decisions with a frozen context in place of their contexts."""
         kept = {name: value for name, value in inputs.items() if name not in (CONTEXTS, NUM_CONTEXT_TOKENS)}
@@ -362,7 +347,6 @@ class FrozenContextTrainer(SFTTrainer):
         if not self._context_verified or self.args.verify_context == "always":
             self._verify(inputs)
         with self._context_metrics.prefill.running(), self.accelerator.autocast():
-            # What is measured is measured on the model as it is.
             kept["past_key_values"] = self._encoder.encode(
                 inputs[CONTEXTS], step=self.state.global_step, stale=self.model.training
             )
@@ -405,6 +389,15 @@ class FrozenContextTrainer(SFTTrainer):
             finally:
                 self.current_gradient_accumulation_steps = steps
         return torch.stack(losses).sum()
+
+    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """A batch in parts, as many on every process: each part's forward and backward has collective operations."""
+        parts = self._cutter.parts(inputs)
+        if self._cut.mode == "turns" and self.accelerator.num_processes > 1:
+            num_parts = torch.tensor(len(parts), device=self.accelerator.device)
+            missing = int(self.accelerator.gather(num_parts).max()) - len(parts)
+            parts += [without_labels(parts[-1])] * missing
+        return parts
 
     def _count_context_tokens(self, batch: dict[str, Any]) -> None:
         """Adds contexts to `num_tokens`, which TRL counts from the attention mask and so from decisions only."""

@@ -23,7 +23,7 @@ ARROWS = {
     "samples": {"config", "context"},
     "batches": {"context"},
     "metrics": {"context"},
-    "sampling": {"context"},
+    "sampling": {"config", "context"},
     "trainer": {"batches", "config", "metrics", "samples", "sampling", "context", "gradient", "adapters"},
     "errors": set(),
     "data": set(),

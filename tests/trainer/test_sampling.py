@@ -192,7 +192,7 @@ def test_grouping_without_frozen_contexts_warns_and_orders(tmp_path: Path, caplo
 def test_contexts_with_nothing_in_common_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def warnings(dataset: Dataset) -> list[str]:
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="frozen_peft.trainer"):
+        with caplog.at_level(logging.WARNING, logger="frozen_peft.sampling"):
             make(tmp_path, dataset)._get_train_sampler()
         return [record.getMessage() for record in caplog.records if "no two contexts" in record.getMessage()]
 
