@@ -186,14 +186,16 @@ class FrozenContextTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """TRL's, on decisions, so that the logits and labels it returns belong to each other."""
-        parts = self._parts(self._prepare_inputs(inputs))
+        own = self._cutter.parts(self._prepare_inputs(inputs))
         steps = [
             super(FrozenContextTrainer, self).prediction_step(
                 model, self._freeze_contexts(part), prediction_loss_only, ignore_keys=ignore_keys
             )
-            for part in parts
+            for part in self._as_many_on_every_process(own)
         ]
-        return join_predictions(steps, [num_labels(part) for part in parts]) if len(steps) > 1 else steps[0]
+        if len(own) == 1:
+            return steps[0]
+        return join_predictions(steps[: len(own)], [num_labels(part) for part in own])
 
     def training_step(
         self,
@@ -208,7 +210,7 @@ class FrozenContextTrainer(SFTTrainer):
         if not self._freezes_context:
             return super().training_step(model, inputs, num_items_in_batch)
         with self._context_metrics.step.running():
-            parts = self._parts(self._prepare_inputs(inputs))
+            parts = self._as_many_on_every_process(self._cutter.parts(self._prepare_inputs(inputs)))
             self._count_context_tokens(parts[0])
             if len(parts) == 1:
                 return super().training_step(model, parts[0], num_items_in_batch)
@@ -390,14 +392,16 @@ class FrozenContextTrainer(SFTTrainer):
                 self.current_gradient_accumulation_steps = steps
         return torch.stack(losses).sum()
 
-    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """A batch in parts, as many on every process: each part's forward and backward has collective operations."""
-        parts = self._cutter.parts(inputs)
-        if self._cut.mode == "turns" and self.accelerator.num_processes > 1:
-            num_parts = torch.tensor(len(parts), device=self.accelerator.device)
-            missing = int(self.accelerator.gather(num_parts).max()) - len(parts)
-            parts += [without_labels(parts[-1])] * missing
-        return parts
+    def _as_many_on_every_process(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Parts of a batch, with some that add nothing where another process has more.
+
+        The forward and backward of each part have collective operations, which every process must enter.
+        """
+        if self._cut.mode == "tail" or self.accelerator.num_processes == 1:
+            return parts
+        num_parts = torch.tensor(len(parts), device=self.accelerator.device)
+        missing = int(self.accelerator.gather(num_parts).max()) - len(parts)
+        return parts + [without_labels(parts[-1])] * missing
 
     def _count_context_tokens(self, batch: dict[str, Any]) -> None:
         """Adds contexts to `num_tokens`, which TRL counts from the attention mask and so from decisions only."""
