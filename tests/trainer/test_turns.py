@@ -2,16 +2,18 @@
 """A conversation's turns give the losses and gradients of one sample per supervised span with its full context."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
 
-from frozen_peft import FrozenContextTrainer
+from frozen_peft import FrozenContextTrainer, lora_config, quantization_config
 from tests.reference import Sample, negative_log_likelihood, num_labels, reference_gradients, worst_gradient_error
 from tests.tiny_models import ARCHITECTURES, add_lora, tiny_model
 from tests.trainer.runs import (
     IGNORED,
+    Run,
     adapted,
     as_dataset,
     batches,
@@ -236,3 +238,43 @@ def test_a_full_gradient_needs_no_turns(tmp_path: Path) -> None:
         for mode in ("tail", "turns")
     ]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def naive(model: Any, folder: Path, rows: list[Sample], **fields: Any) -> Run:
+    """One step over one sample per span, in one batch and with nothing shared between them but equal contexts."""
+    spans = per_span(rows)
+    fields = {"per_device_train_batch_size": len(spans), "max_steps": 1} | fields
+    return train(FrozenContextTrainer, model, config(folder, **fields), as_dataset(spans))
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "gemma3_text"])
+def test_under_autocast(name: str, tmp_path: Path) -> None:
+    """In 16 bit, where cutting a context elsewhere rounds differently; the error is that of 16 bit in float32."""
+    fields = {"bf16": True, "max_steps": 1}
+    turns = train(
+        FrozenContextTrainer, adapted(name), config(tmp_path, decision_mode="turns", **fields), as_dataset(ROWS)
+    )
+    spans = naive(adapted(name), tmp_path, ROWS[:2], bf16=True)
+    exact = reference_gradients(adapted(name), per_span(ROWS[:2]))
+    assert worst_gradient_error(turns.gradients[0], spans.gradients[0]) <= 2 * worst_gradient_error(
+        spans.gradients[0], exact
+    )
+    for key, gradient in turns.gradients[0].items():
+        assert torch.cosine_similarity(gradient.flatten(), exact[key].flatten(), dim=0) > 0.99, key
+
+
+@pytest.mark.slow
+def test_on_a_4_bit_base(tmp_path: Path) -> None:
+    checkpoint = str(tmp_path / "checkpoint")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_key_value_heads": 2}
+    tiny_model("qwen3_5_text", **sizes).save_pretrained(checkpoint)
+    gradients = []
+    for fields, rows in (({"decision_mode": "turns"}, ROWS[:2]), ({}, per_span(ROWS[:2]))):
+        torch.manual_seed(0)
+        arguments = config(tmp_path / "run", per_device_train_batch_size=len(rows), max_steps=1, **fields)
+        options = {
+            "quantization_config": quantization_config(checkpoint, bnb_4bit_compute_dtype=torch.float32),
+            "peft_config": lora_config(checkpoint, r=2, init_lora_weights=False),
+        }
+        gradients.append(train(FrozenContextTrainer, checkpoint, arguments, as_dataset(rows), **options).gradients[0])
+    assert worst_gradient_error(*gradients) <= GRADIENT_TOLERANCE
