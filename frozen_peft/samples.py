@@ -15,7 +15,15 @@ from datasets import Dataset, IterableDataset
 
 from frozen_peft.context.boundary import IGNORED_LABEL, TAIL, Cut
 
-__all__ = ["SampleLengths", "SampleLimits", "check_samples", "limit_length", "measure_samples", "require_rows"]
+__all__ = [
+    "SampleLengths",
+    "SampleLimits",
+    "check_samples",
+    "limit_length",
+    "measure_samples",
+    "measure_table",
+    "require_rows",
+]
 
 ROWS_PER_BATCH = 1000
 
@@ -61,9 +69,34 @@ def measure_samples(dataset: Dataset, cut: Cut = TAIL) -> SampleLengths:
     """Lengths and boundaries of every sample of a prepared dataset, packed or not, as `cut` will cut it."""
     parts, offset = [], 0
     for table in _tables(dataset):
-        parts.append(_measure_table(table, offset, cut))
+        parts.append(measure_table(table, cut, offset))
         offset += table.num_rows
     return SampleLengths(*(np.concatenate(arrays) for arrays in zip(*map(astuple, parts), strict=True)))
+
+
+def measure_table(table: pa.Table, cut: Cut, first_row: int = 0) -> SampleLengths:
+    """Lengths of the samples in a table whose first row is `first_row` of the dataset."""
+    labels = table["labels" if "labels" in table.column_names else "input_ids"]
+    supervised = np.not_equal(pc.list_flatten(labels).to_numpy(), IGNORED_LABEL)
+    row_lengths = pc.list_value_length(labels).to_numpy()
+    if "seq_lengths" in table.column_names:
+        totals = pc.list_flatten(table["seq_lengths"]).to_numpy()
+        rows = np.repeat(np.arange(table.num_rows), pc.list_value_length(table["seq_lengths"]).to_numpy())
+    else:
+        totals, rows = row_lengths, np.arange(table.num_rows)
+    starts = np.concatenate([[0], np.cumsum(totals)[:-1]]).astype(np.int64)
+    if cut.mode == "turns":
+        rows, starts, firsts, stops = _turns(supervised, rows, starts, totals)
+    else:
+        places = np.append(np.flatnonzero(supervised), len(supervised))
+        firsts, stops = places[np.searchsorted(places, starts)], starts + totals
+    has_decision = firsts < stops
+    boundaries = np.where(has_decision, np.maximum(firsts - starts - (len(cut.invocation) or 1), 0), -1)
+    invoked, invoked_again = has_decision | True, has_decision & False
+    if cut.invocation:
+        input_ids = pc.list_flatten(table["input_ids"]).to_numpy()
+        invoked, invoked_again = _invocations(input_ids, np.asarray(cut.invocation), starts, firsts, stops)
+    return SampleLengths(rows + first_row, stops - starts, boundaries, invoked, invoked_again)
 
 
 @dataclass(frozen=True)
@@ -104,7 +137,7 @@ def check_samples(dataset: Dataset | IterableDataset, name: str, limits: SampleL
 
         def check_one(sample: dict[str, Any], index: int) -> dict[str, Any]:
             table = pa.table({key: [sample[key]] for key in ("input_ids", "labels", "seq_lengths") if key in sample})
-            _require_sound(_measure_table(table, index, limits.cut), name, limits)
+            _require_sound(measure_table(table, limits.cut, index), name, limits)
             return sample
 
         return dataset.map(check_one, with_indices=True)
@@ -138,31 +171,6 @@ def limit_length(
 def _tables(dataset: Dataset) -> Iterator[pa.Table]:
     columns = [column for column in ("input_ids", "labels", "seq_lengths") if column in dataset.column_names]
     yield from dataset.select_columns(columns).with_format("arrow").iter(batch_size=ROWS_PER_BATCH)
-
-
-def _measure_table(table: pa.Table, first_row: int, cut: Cut) -> SampleLengths:
-    """Lengths of the samples in a table whose first row is `first_row` of the dataset."""
-    labels = table["labels" if "labels" in table.column_names else "input_ids"]
-    supervised = np.not_equal(pc.list_flatten(labels).to_numpy(), IGNORED_LABEL)
-    row_lengths = pc.list_value_length(labels).to_numpy()
-    if "seq_lengths" in table.column_names:
-        totals = pc.list_flatten(table["seq_lengths"]).to_numpy()
-        rows = np.repeat(np.arange(table.num_rows), pc.list_value_length(table["seq_lengths"]).to_numpy())
-    else:
-        totals, rows = row_lengths, np.arange(table.num_rows)
-    starts = np.concatenate([[0], np.cumsum(totals)[:-1]]).astype(np.int64)
-    if cut.mode == "turns":
-        rows, starts, firsts, stops = _turns(supervised, rows, starts, totals)
-    else:
-        places = np.append(np.flatnonzero(supervised), len(supervised))
-        firsts, stops = places[np.searchsorted(places, starts)], starts + totals
-    has_decision = firsts < stops
-    boundaries = np.where(has_decision, np.maximum(firsts - starts - (len(cut.invocation) or 1), 0), -1)
-    invoked, invoked_again = has_decision | True, has_decision & False
-    if cut.invocation:
-        input_ids = pc.list_flatten(table["input_ids"]).to_numpy()
-        invoked, invoked_again = _invocations(input_ids, np.asarray(cut.invocation), starts, firsts, stops)
-    return SampleLengths(rows + first_row, stops - starts, boundaries, invoked, invoked_again)
 
 
 def _turns(

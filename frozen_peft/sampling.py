@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -22,7 +21,9 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from frozen_peft.config import FrozenContextConfig
-from frozen_peft.context.boundary import IGNORED_LABEL
+from frozen_peft.context import Cut
+from frozen_peft.context.boundary import DecisionMode
+from frozen_peft.samples import measure_table
 
 __all__ = ["GroupByContextSampler", "group_by_shared_prefix", "make_sampler", "require_groupable"]
 
@@ -50,7 +51,7 @@ def require_groupable(dataset: Any) -> None:
 
 
 def group_by_shared_prefix(
-    dataset: Dataset, *, decision_mode: str = "tail", max_context_length: int | None = None
+    dataset: Dataset, *, decision_mode: DecisionMode = "tail", max_context_length: int | None = None
 ) -> np.ndarray:
     """Groups the rows of a prepared dataset by common prefixes of their contexts.
 
@@ -90,38 +91,23 @@ def group_by_shared_prefix(
     return groups
 
 
-def _read_contexts(dataset: Dataset, decision_mode: str, max_context_length: int | None) -> Iterator[bytes]:
+def _read_contexts(dataset: Dataset, decision_mode: DecisionMode, max_context_length: int | None) -> Iterator[bytes]:
     """The context of each row, 4 bytes per token."""
     columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
     tables = dataset.select_columns(columns).with_format("arrow").iter(batch_size=ROWS_PER_BATCH)
     with tqdm(total=len(dataset), desc="Grouping contexts", unit=" rows", delay=2) as bar:
         for table in tables:
             ids = pc.list_flatten(table["input_ids"]).to_numpy().astype(TOKEN_TYPE)
-            starts, boundaries = _row_boundaries(table, last_span=decision_mode == "turns")
+            lengths = pc.list_value_length(table["input_ids"]).to_numpy()
+            starts = np.cumsum(lengths, dtype=np.int64) - lengths
+            decisions = measure_table(table, Cut(decision_mode))
+            # Of several decisions the last one has the longest context.
+            boundaries = np.zeros_like(starts)
+            np.maximum.at(boundaries, decisions.rows, decisions.boundaries)
             oldest = 0 if max_context_length is None else np.maximum(boundaries - max_context_length, 0)
             for first, end in zip(starts + oldest, starts + boundaries, strict=True):
                 yield ids[first:end].tobytes()
             bar.update(table.num_rows)
-
-
-def _row_boundaries(table: pa.Table, *, last_span: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Start of each row among the tokens of a table, and its boundary before the first or the last supervised span."""
-    labels = table["labels" if "labels" in table.column_names else "input_ids"]
-    supervised = pc.list_flatten(labels).to_numpy() != IGNORED_LABEL
-    lengths = pc.list_value_length(labels).to_numpy()
-    ends = np.cumsum(lengths, dtype=np.int64)
-    starts = ends - lengths
-    continues = np.concatenate([[False], supervised[:-1]])
-    continues[starts[lengths > 0]] = False
-    span_starts = np.flatnonzero(supervised & ~continues)
-    if last_span:
-        places = np.searchsorted(span_starts, ends) - 1
-    else:
-        places = np.searchsorted(span_starts, starts)
-    found = (places >= 0) & (places < len(span_starts))
-    spans = np.where(found, np.append(span_starts, -1)[places], -1)
-    inside = (spans >= starts) & (spans < ends)
-    return starts, np.where(inside, np.maximum(spans - starts - 1, 0), 0)
 
 
 def _runs(rows: list[int], contexts: list[bytes], beyond: int = 0) -> Iterator[list[int]]:

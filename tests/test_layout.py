@@ -23,7 +23,7 @@ ARROWS = {
     "samples": {"config", "context"},
     "batches": {"context"},
     "metrics": {"context"},
-    "sampling": {"config", "context"},
+    "sampling": {"config", "context", "samples"},
     "trainer": {"batches", "config", "metrics", "samples", "sampling", "context", "gradient", "adapters"},
     "errors": set(),
     "data": set(),

@@ -11,8 +11,19 @@ from typing import Literal
 
 import torch
 
-__all__ = ["TAIL", "Cut", "Decision", "SplitBatch", "cut_batch", "find_boundary", "pad_decisions", "split_batch"]
+__all__ = [
+    "TAIL",
+    "Cut",
+    "Decision",
+    "DecisionMode",
+    "SplitBatch",
+    "cut_batch",
+    "find_boundary",
+    "pad_decisions",
+    "split_batch",
+]
 
+DecisionMode = Literal["tail", "turns"]
 IGNORED_LABEL = -100
 # A decision of one token would run the fused recurrent kernels, which write their state in place and have no
 # backward; two tokens run the chunked ones.
@@ -58,7 +69,7 @@ class Cut:
             label.
     """
 
-    mode: Literal["tail", "turns"] = "tail"
+    mode: DecisionMode = "tail"
     gradient_horizon: int = 0
     max_context_length: int | None = None
     max_length: int | None = None
@@ -153,7 +164,7 @@ def split_batch(
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    mode: Literal["tail", "turns"] = "tail",
+    mode: DecisionMode = "tail",
     gradient_horizon: int = 0,
     max_context_length: int | None = None,
     pad_token_id: int = 0,
