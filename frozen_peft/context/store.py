@@ -145,11 +145,11 @@ class ContextStore:
         namespace = hashlib.blake2b(
             f"{self._base} {run_fingerprint(model)} {state}".encode(), digest_size=16
         ).hexdigest()
+        if adapters and self._is_another_training(namespace, step):
+            # Nothing that was encoded before is known to be near the weights of now.
+            self._keep_only(set())
         if namespace != self._current:
             self._origin.clear()
-            if adapters and self._steps.get(self._current) == step:
-                # The weights changed without a step: nothing that was encoded before is known to be near them.
-                self._keep_only(set())
         self._current = namespace
         self._steps[namespace] = step
         self._keep_only({name for name, last in self._steps.items() if step - last <= self.max_staleness})
@@ -286,13 +286,19 @@ class ContextStore:
     def _make_room(self) -> None:
         """Moves entries off the device, oldest first, until it has its reserve back."""
         for entry in self._memory.unused():
+            if entry.on_host:
+                continue
             if self._room(self._device) >= 0:
                 return
-            if not entry.on_host:
-                entry.tensors, entry.on_host = to_host(entry.tensors), True
+            entry.tensors, entry.on_host = to_host(entry.tensors), True
 
     def _nothing_outlives_a_step(self) -> bool:
         return self._adapters and not self.max_staleness
+
+    def _is_another_training(self, namespace: str, step: int) -> bool:
+        """Whether weights changed without a step, or steps are counted from an earlier one again."""
+        last = self._steps.get(self._current, -1)
+        return step < last or (step == last and namespace != self._current)
 
     def _keep_only(self, namespaces: set[str]) -> None:
         for name in self._steps.keys() - namespaces:

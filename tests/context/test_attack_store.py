@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attacks on the store: what is stale, foreign or lost, and what costs more than it should."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from frozen_peft.context import ContextFiles, encode_context
+from tests.context.test_prefixes import tokens
+from tests.context.test_store import encoded_by, encoder, memory, move_adapters, on_disk, same
+from tests.tiny_models import add_lora, tiny_model
+
+
+@pytest.mark.parametrize("staleness", [0, 9])
+@pytest.mark.parametrize("first_steps", [(5,), (0, 1, 2)], ids=str)
+def test_steps_that_are_counted_again_from_the_start(first_steps: tuple[int, ...], staleness: int) -> None:
+    """A second training with the same store: what the first one left is not of these weights."""
+    model = add_lora(tiny_model("llama"))
+    store = memory(max_staleness=staleness)
+    again = encoder(model, store)
+    for step in first_steps:
+        again.encode([tokens(40 + step, 1)], step=step)
+        move_adapters(model)
+    contexts = [tokens(40 + step, 1) for step in first_steps]
+    frozen, num_encoded = encoded_by(again, contexts, step=0)
+    assert num_encoded == max(map(len, contexts))
+    assert same(frozen, encode_context(model, contexts))
+
+
+def test_room_is_asked_for_only_while_entries_are_on_the_device() -> None:
+    calls = []
+    store = memory(room=lambda device: calls.append(device) or -1)
+    one = encoder(add_lora(tiny_model("llama")), store, adapters=False)
+    one.encode([tokens(20 + seed, seed) for seed in range(20)])
+    calls.clear()
+    one.encode([tokens(20, 0)], step=1)
+    assert len(calls) <= 1
