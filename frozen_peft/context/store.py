@@ -25,7 +25,7 @@ from cachetools import Cache, LRUCache
 from frozen_peft.context.disk import DiskLevel
 from frozen_peft.context.encoded import EncodedContext
 from frozen_peft.context.entry import Entry, EntryKey
-from frozen_peft.context.fingerprint import adapter_fingerprint, base_fingerprint, run_fingerprint
+from frozen_peft.context.fingerprint import adapter_fingerprint, base_fingerprint, base_state, run_fingerprint
 from frozen_peft.context.keys import PrefixKey, prefix_keys
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.residence import DeviceCopy, device_room, to_device, to_host
@@ -107,7 +107,9 @@ class ContextStore:
         self._disk = disk
         self._room = room
         self._device = torch.device("cpu")
-        self._base: str | None = None
+        self._base = ""
+        self._readable_base = ""
+        self._base_state: tuple[object, ...] | None = None
         self._adapters = True
         # Namespaces that are kept, with the last step at which they were current; the current one, and the readable.
         self._steps: dict[str, int] = {}
@@ -137,17 +139,18 @@ class ContextStore:
             step: Optimizer steps so far.
             stale: Whether entries up to `max_staleness` steps old may be read.
         """
-        if self._base is None:
-            self._base = base_fingerprint(model)
+        state = base_state(model)
+        if state != self._base_state:
+            self._base, self._base_state = base_fingerprint(model), state
         self._device = get_pretrained_model(model).get_input_embeddings().weight.device
         self._adapters = adapters
-        state = adapter_fingerprint(model) if adapters else "adapters off"
-        namespace = hashlib.blake2b(
-            f"{self._base} {run_fingerprint(model)} {state}".encode(), digest_size=16
-        ).hexdigest()
-        if adapters and self._is_another_training(namespace, step):
+        base = f"{self._base} {run_fingerprint(model)}"
+        trained = adapter_fingerprint(model) if adapters else "adapters off"
+        namespace = hashlib.blake2b(f"{base} {trained}".encode(), digest_size=16).hexdigest()
+        if base != self._readable_base or (adapters and self._is_another_training(namespace, step)):
             # Nothing that was encoded before is known to be near the weights of now.
             self._keep_only(set())
+        self._readable_base = base
         if namespace != self._current:
             self._origin.clear()
         self._current = namespace

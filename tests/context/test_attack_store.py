@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attacks on the store: what is stale, foreign or lost, and what costs more than it should."""
 
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from frozen_peft.context import ContextFiles, encode_context
+from frozen_peft.context import encode_context
 from tests.context.test_prefixes import tokens
 from tests.context.test_store import encoded_by, encoder, memory, move_adapters, on_disk, same
 from tests.tiny_models import add_lora, tiny_model
@@ -37,3 +36,31 @@ def test_room_is_asked_for_only_while_entries_are_on_the_device() -> None:
     calls.clear()
     one.encode([tokens(20, 0)], step=1)
     assert len(calls) <= 1
+
+
+def halved(model: torch.nn.Module) -> None:
+    model.to(torch.bfloat16)
+
+
+def written(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [halved, written])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_base_weights_that_change_after_the_store_was_opened(change, adapters: bool, tmp_path: Path) -> None:
+    model, contexts = add_lora(tiny_model("llama")), [tokens(40, 1)]
+    store = on_disk(tmp_path, 1 << 30)
+    one = encoder(model, store, adapters=adapters)
+    one.encode(contexts)
+    change(model)
+    frozen, num_encoded = encoded_by(one, contexts)
+    assert num_encoded == 40
+    assert same(frozen, encode_context(model, contexts, adapters=adapters))
+    # Nor does a run of the model as it was find what the changed one encoded.
+    one.encode([tokens(50, 2)])
+    store.flush()
+    before = add_lora(tiny_model("llama"))
+    fresh, _ = encoded_by(encoder(before, on_disk(tmp_path), adapters=adapters), [tokens(50, 2)])
+    assert same(fresh, encode_context(before, [tokens(50, 2)], adapters=adapters))
