@@ -21,6 +21,7 @@ from frozen_peft.adapters import (
     find_invocation,
     keep_linear4bit_trainable,
     log_quantization,
+    require_always_active,
     restrict_adapter_rows,
 )
 from frozen_peft.batches import CONTEXTS, NUM_CONTEXT_TOKENS, BatchCutter, join_predictions, num_labels
@@ -164,8 +165,8 @@ class FrozenContextTrainer(SFTTrainer):
             if num_items_in_batch is None:
                 num_items_in_batch = sum(map(num_labels, parts))
             return sum(self.compute_loss(model, part, num_items_in_batch=num_items_in_batch) for part in parts)
-        inputs = self._freeze_contexts(parts[0])
         unwrapped = self.accelerator.unwrap_model(model)
+        inputs = self._freeze_contexts(parts[0], unwrapped)
         with ExitStack() as stack:
             if isinstance(inputs.get("past_key_values"), FrozenContext):
                 stack.enter_context(decision_forward(unwrapped))
@@ -184,9 +185,12 @@ class FrozenContextTrainer(SFTTrainer):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """TRL's, on decisions, so that the logits and labels it returns belong to each other."""
         parts = self._cutter.parts(self._prepare_inputs(inputs))
+        unwrapped = self.accelerator.unwrap_model(model)
+        if len(parts) > 1:
+            self._encoder.expect([c for part in parts for c in part.get(CONTEXTS, ())], step=self.state.global_step)
         steps = [
             super(FrozenContextTrainer, self).prediction_step(
-                model, self._freeze_contexts(part), prediction_loss_only, ignore_keys=ignore_keys
+                model, self._freeze_contexts(part, unwrapped), prediction_loss_only, ignore_keys=ignore_keys
             )
             for part in parts
         ]
@@ -332,7 +336,9 @@ class FrozenContextTrainer(SFTTrainer):
 
     def _settle_context_adapters(self) -> None:
         """Makes an adapter that is off in contexts one that is switched on by the invocation tokens."""
-        if not self.args.context_adapters:
+        if self.args.context_adapters:
+            require_always_active(self.model)
+        else:
             _require_adapters(isinstance(self.model, PeftModel))
             require_untouched_base(self.model)
             activate_at_invocation(self.model, self._cut.invocation)
@@ -354,11 +360,16 @@ class FrozenContextTrainer(SFTTrainer):
         disk = DiskLevel(ContextFiles(folder)) if folder is not None else None
         return ContextStore(max_bytes, disk, max_staleness=self.args.max_context_staleness)
 
-    def _freeze_contexts(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _freeze_contexts(self, inputs: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
         """A batch of decisions with a frozen context in place of their contexts."""
         kept = {name: value for name, value in inputs.items() if name not in (CONTEXTS, NUM_CONTEXT_TOKENS)}
         if CONTEXTS not in inputs:
             return kept
+        if get_pretrained_model(model) is not get_pretrained_model(self._encoder.model):
+            raise ValueError(
+                "The decisions' model is not the one that encodes their contexts, which is the one that this trainer "
+                "was made with. Make a trainer for the other model."
+            )
         if not self._context_verified or self.args.verify_context == "always":
             self._verify(inputs)
         with self._context_metrics.prefill.running(), self.accelerator.autocast():
