@@ -272,6 +272,8 @@ class ContextStore:
             return None
         prefix = self._assemble(namespace, entry.prefix, known) if entry.prefix is not None else None
         if entry.prefix is not None and prefix is None:
+            if is_new and self._disk is not None:
+                self._disk.remove((namespace, key))
             return None
         copying = self._copying.pop((namespace, key), None)
         tensors = copying.wait() if copying is not None else to_device(entry.tensors, self._device)

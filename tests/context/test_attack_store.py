@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from frozen_peft.context import encode_context
+from frozen_peft.context import ContextFiles, encode_context
 from tests.context.test_prefixes import tokens
 from tests.context.test_store import encoded_by, encoder, memory, move_adapters, on_disk, same
 from tests.tiny_models import add_lora, tiny_model
@@ -64,3 +64,38 @@ def test_base_weights_that_change_after_the_store_was_opened(change, adapters: b
     before = add_lora(tiny_model("llama"))
     fresh, _ = encoded_by(encoder(before, on_disk(tmp_path), adapters=adapters), [tokens(50, 2)])
     assert same(fresh, encode_context(before, [tokens(50, 2)], adapters=adapters))
+
+
+def test_reading_ahead_reads_each_entry_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The turns of a conversation, each of which extends all before it."""
+    model, base = tiny_model("llama"), tokens(400, 1)
+    turns = [base[:length] for length in range(10, 401, 10)]
+    store = on_disk(tmp_path)
+    encoder(model, store).encode(turns)
+    store.flush()
+    reads, read = [], ContextFiles.read
+    monkeypatch.setattr(ContextFiles, "read", lambda self, *key: reads.append(key) or read(self, *key))
+    later = on_disk(tmp_path, max_staleness=1)
+    later.open(model, adapters=True, step=0)
+    one = encoder(model, later)
+    one.read_ahead(turns)
+    frozen, num_encoded = encoded_by(one, turns)
+    assert num_encoded == 0
+    assert same(frozen, encode_context(model, turns))
+    assert len(reads) == len(turns)
+
+
+def test_an_entry_whose_prefix_is_lost_is_written_again(tmp_path: Path) -> None:
+    model, short = tiny_model("llama"), tokens(40, 1)
+    long = torch.cat([short, tokens(20, 2)])
+    store = on_disk(tmp_path)
+    encoder(model, store).encode([short, long])
+    store.flush()
+    (file,) = tmp_path.glob("*/40-*")
+    file.write_bytes(b"damaged")
+    num_encoded = []
+    for _ in range(3):
+        store = on_disk(tmp_path)
+        num_encoded.append(encoded_by(encoder(model, store), [long])[1])
+        store.flush()
+    assert num_encoded == [60, 0, 0]
