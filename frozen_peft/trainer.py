@@ -21,6 +21,7 @@ from frozen_peft.adapters import (
     find_invocation,
     keep_linear4bit_trainable,
     log_quantization,
+    require_always_active,
     restrict_adapter_rows,
 )
 from frozen_peft.batches import (
@@ -167,8 +168,8 @@ class FrozenContextTrainer(SFTTrainer):
             if num_items_in_batch is None:
                 num_items_in_batch = sum(map(num_labels, parts))
             return sum(self.compute_loss(model, part, num_items_in_batch=num_items_in_batch) for part in parts)
-        inputs = self._freeze_contexts(parts[0])
         unwrapped = self.accelerator.unwrap_model(model)
+        inputs = self._freeze_contexts(parts[0], unwrapped)
         with ExitStack() as stack:
             if isinstance(inputs.get("past_key_values"), FrozenContext):
                 stack.enter_context(decision_forward(unwrapped))
@@ -187,9 +188,13 @@ class FrozenContextTrainer(SFTTrainer):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """TRL's, on decisions, so that the logits and labels it returns belong to each other."""
         own = self._cutter.parts(self._prepare_inputs(inputs))
+        unwrapped = self.accelerator.unwrap_model(model)
+        if len(own) > 1:
+            contexts = [context for part in own for context in part.get(CONTEXTS, ())]
+            self._encoder.expect(contexts, step=self.state.global_step)
         steps = [
             super(FrozenContextTrainer, self).prediction_step(
-                model, self._freeze_contexts(part), prediction_loss_only, ignore_keys=ignore_keys
+                model, self._freeze_contexts(part, unwrapped), prediction_loss_only, ignore_keys=ignore_keys
             )
             for part in self._as_many_on_every_process(own)
         ]
@@ -326,7 +331,9 @@ class FrozenContextTrainer(SFTTrainer):
 
     def _settle_context_adapters(self) -> None:
         """Makes an adapter that is off in contexts one that is switched on by the invocation tokens."""
-        if not self.args.context_adapters:
+        if self.args.context_adapters:
+            require_always_active(self.model)
+        else:
             _require_adapters(isinstance(self.model, PeftModel))
             require_untouched_base(self.model)
             activate_at_invocation(self.model, self._cut.invocation)
@@ -341,11 +348,16 @@ class FrozenContextTrainer(SFTTrainer):
         max_length = args.max_length if args.decision_mode == "turns" else None
         return Cut(args.decision_mode, horizon, args.max_context_length, max_length, invocation)
 
-    def _freeze_contexts(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _freeze_contexts(self, inputs: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
         """A batch of decisions with a frozen context in place of their contexts."""
         kept = {name: value for name, value in inputs.items() if name not in (CONTEXTS, NUM_CONTEXT_TOKENS)}
         if CONTEXTS not in inputs:
             return kept
+        if get_pretrained_model(model) is not get_pretrained_model(self._encoder.model):
+            raise ValueError(
+                "The decisions' model is not the one that encodes their contexts, which is the one that this trainer "
+                "was made with. Make a trainer for the other model."
+            )
         if not self._context_verified or self.args.verify_context == "always":
             self._verify(inputs)
         with self._context_metrics.prefill.running(), self.accelerator.autocast():

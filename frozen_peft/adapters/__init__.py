@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Roles of projections per architecture, LoRA presets on them, and the 4-bit base."""
 
-from frozen_peft.adapters.activated import activate_at_invocation, active_everywhere, find_invocation
+from frozen_peft.adapters.activated import (
+    activate_at_invocation,
+    active_everywhere,
+    find_invocation,
+    require_always_active,
+)
 from frozen_peft.adapters.lora import PRESETS, RoleLoraConfig, lora_config
 from frozen_peft.adapters.quantization import (
     QuantizationReport,
@@ -33,5 +38,6 @@ __all__ = [
     "lora_config",
     "quantization_config",
     "quantization_report",
+    "require_always_active",
     "restrict_adapter_rows",
 ]

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import ALoraLinearVariant
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["activate_at_invocation", "active_everywhere", "find_invocation"]
+__all__ = ["activate_at_invocation", "active_everywhere", "find_invocation", "require_always_active"]
 
 CANNOT_MERGE = (
     "An adapter trained with `context_adapters=False` cannot be merged: contexts were encoded by the base model, and "
@@ -102,6 +102,24 @@ def activate_at_invocation(model: PeftModel, invocation: Sequence[int]) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and model.active_adapter in layer.scaling:
             layer.lora_variant[model.active_adapter] = _variant_of(layer, config, name)
+
+
+def require_always_active(model: torch.nn.Module) -> None:
+    """Refuses an adapter that PEFT switches on by tokens, which a decision without them would not switch on.
+
+    Raises:
+        ValueError: An active adapter has `alora_invocation_tokens`.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    for name in model.active_adapters:
+        tokens = getattr(model.peft_config[name], "alora_invocation_tokens", None)
+        if tokens:
+            raise ValueError(
+                f"Adapter `{name}` is switched on by `alora_invocation_tokens={list(tokens)}`, and "
+                "`context_adapters=True` has it on everywhere. Set `context_adapters=False`, or remove "
+                "`alora_invocation_tokens` from its configuration."
+            )
 
 
 @contextmanager

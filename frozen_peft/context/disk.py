@@ -55,9 +55,11 @@ class DiskLevel:
         """
         self._arrived = {}
         self._reading = {key: self._reading[key] for key in keys if key in self._reading}
-        for key in keys:
+        begun: set[EntryKey] = set()
+        # Prefixes before what extends them, which then finds them begun.
+        for key in sorted(keys, key=lambda key: key[1].num_tokens):
             if key not in self._reading:
-                self._reading[key] = self._reader.submit(self._read_chain, key, is_at_hand)
+                self._reading[key] = self._reader.submit(self._read_chain, key, is_at_hand, begun)
 
     def write(self, key: EntryKey, entry: Entry) -> None:
         """Begins to write an entry, after waiting while too many others are unwritten."""
@@ -67,6 +69,11 @@ class DiskLevel:
             self._writing.pop(0).result()
         self._written.setdefault(key[0], set()).add(key[1])
         self._writing.append(self._writer.submit(self._write, key, entry))
+
+    def remove(self, key: EntryKey) -> None:
+        """Removes an entry that is of no use, so that it can be written again."""
+        self.files.remove(*key)
+        self._listed.pop(key[0], None)
 
     def remove_written(self, namespace: str) -> None:
         """Removes the entries of a namespace that this process has written."""
@@ -78,9 +85,12 @@ class DiskLevel:
         self._writer.submit(bool).result()
         self._writing.clear()
 
-    def _read_chain(self, key: EntryKey, is_at_hand: Callable[[EntryKey], bool]) -> dict[EntryKey, Entry]:
+    def _read_chain(
+        self, key: EntryKey, is_at_hand: Callable[[EntryKey], bool], begun: set[EntryKey]
+    ) -> dict[EntryKey, Entry]:
         chain: dict[EntryKey, Entry] = {}
-        while (entry := self._read(key)) is not None:
+        while key not in begun and (entry := self._read(key)) is not None:
+            begun.add(key)
             chain[key] = entry
             if entry.prefix is None or is_at_hand((key[0], entry.prefix)):
                 break

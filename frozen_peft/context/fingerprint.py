@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from frozen_peft.context.kernels import KERNEL_PACKAGES
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 
-__all__ = ["adapter_fingerprint", "base_fingerprint", "require_untouched_base", "run_fingerprint"]
+__all__ = ["adapter_fingerprint", "base_fingerprint", "base_state", "require_untouched_base", "run_fingerprint"]
 
 # Values read of a tensor: all of a small one, else at least these many, and one of each row.
 MIN_SAMPLES = 4096
@@ -45,6 +45,16 @@ def base_fingerprint(model: torch.nn.Module) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(_bytes(_sampled(tensor)))
     return digest.hexdigest()
+
+
+def base_state(model: torch.nn.Module) -> tuple[object, ...]:
+    """What changes when a weight that `base_fingerprint` reads is replaced, converted or written to; nothing is read.
+
+    Writes through `tensor.data` go unnoticed.
+    """
+    trained = {id(tensor) for _, tensor in _trained_tensors(model)}
+    tensors = (tensor for _, tensor in _tensors(get_pretrained_model(model)) if id(tensor) not in trained)
+    return tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
 
 
 def adapter_fingerprint(model: torch.nn.Module) -> str:
@@ -80,8 +90,18 @@ def require_untouched_base(model: torch.nn.Module) -> None:
     """Refuses to encode contexts with the adapters off where training changes more than adapters.
 
     Raises:
-        ValueError: A weight of the base model itself is trainable.
+        ValueError: A weight of the base model itself is trainable, or a whole module is trained that PEFT's own
+            forward would apply to the context as well.
     """
+    head = get_pretrained_model(model).get_output_embeddings()
+    for name, module in model.named_modules():
+        # The head alone is read at no context token.
+        if isinstance(module, AuxiliaryTrainingWrapper) and module is not head:
+            raise ValueError(
+                f"`context_adapters=False` encodes contexts without what is trained, and `{name}` is trained as a "
+                "whole (`modules_to_save` or `trainable_token_indices`): an activated LoRA switches LoRA alone, so it "
+                "would act on contexts when the adapter is served. Leave it out, or set `context_adapters=True`."
+            )
     switched_off = {id(tensor) for tensor in _switchable_tensors(model)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in switched_off:

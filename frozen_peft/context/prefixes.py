@@ -65,22 +65,31 @@ def _cut_lengths(contexts: Sequence[np.ndarray]) -> list[set[int]]:
     order = sorted(range(len(contexts)), key=lambda index: contexts[index].astype(">i4").tobytes())
     ordered = [contexts[index] for index in order]
     shared = [_num_shared(left, right) for left, right in itertools.pairwise(ordered)]
-    cuts = [{len(context)} for context in contexts]
+    lengths = [len(context) for context in ordered]
+    before = _branches(lengths, shared)
+    after = _branches(lengths[::-1], shared[::-1])[::-1]
+    cuts: list[set[int]] = [set()] * len(contexts)
     for place, index in enumerate(order):
-        cuts[index] |= _branches(ordered[place:], shared[place:])
-        cuts[index] |= _branches(ordered[place::-1], shared[:place][::-1])
+        cuts[index] = {lengths[place]} | before[place] | after[place]
     return cuts
 
 
-def _branches(contexts: Sequence[np.ndarray], shared: Sequence[int]) -> set[int]:
-    """Lengths at which the first context is cut on account of those after it, given what neighbours share."""
-    branches, common = set(), len(contexts[0])
-    for other, number in zip(contexts[1:], shared, strict=True):
-        common = min(common, number)
-        if common == 0:
-            break
-        if common >= MIN_SHARED_TOKENS or common == len(other):
-            branches.add(common)
+def _branches(lengths: Sequence[int], shared: Sequence[int]) -> list[set[int]]:
+    """Lengths at which each context is cut on account of those before it, given what neighbours share.
+
+    What a context shares with those before it falls the farther they are, so one stack holds the different numbers,
+    each with whether a context ends there.
+    """
+    branches: list[set[int]] = [set()]
+    stack: list[tuple[int, bool]] = []
+    for length, common in zip(lengths, shared, strict=False):
+        ends = common == length
+        while stack and stack[-1][0] >= common:
+            number, is_end = stack.pop()
+            ends |= is_end and number == common
+        if common:
+            stack.append((common, ends))
+        branches.append({number for number, is_end in stack if is_end or number >= MIN_SHARED_TOKENS})
     return branches
 
 

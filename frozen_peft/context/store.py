@@ -25,7 +25,7 @@ from cachetools import Cache, LRUCache
 from frozen_peft.context.disk import DiskLevel
 from frozen_peft.context.encoded import EncodedContext
 from frozen_peft.context.entry import Entry, EntryKey
-from frozen_peft.context.fingerprint import adapter_fingerprint, base_fingerprint, run_fingerprint
+from frozen_peft.context.fingerprint import adapter_fingerprint, base_fingerprint, base_state, run_fingerprint
 from frozen_peft.context.keys import PrefixKey, prefix_keys
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.residence import DeviceCopy, device_room, to_device, to_host
@@ -107,7 +107,9 @@ class ContextStore:
         self._disk = disk
         self._room = room
         self._device = torch.device("cpu")
-        self._base: str | None = None
+        self._base = ""
+        self._readable_base = ""
+        self._base_state: tuple[object, ...] | None = None
         self._adapters = True
         # Namespaces that are kept, with the last step at which they were current; the current one, and the readable.
         self._steps: dict[str, int] = {}
@@ -137,19 +139,20 @@ class ContextStore:
             step: Optimizer steps so far.
             stale: Whether entries up to `max_staleness` steps old may be read.
         """
-        if self._base is None:
-            self._base = base_fingerprint(model)
+        state = base_state(model)
+        if state != self._base_state:
+            self._base, self._base_state = base_fingerprint(model), state
         self._device = get_pretrained_model(model).get_input_embeddings().weight.device
         self._adapters = adapters
-        state = adapter_fingerprint(model) if adapters else "adapters off"
-        namespace = hashlib.blake2b(
-            f"{self._base} {run_fingerprint(model)} {state}".encode(), digest_size=16
-        ).hexdigest()
+        base = f"{self._base} {run_fingerprint(model)}"
+        trained = adapter_fingerprint(model) if adapters else "adapters off"
+        namespace = hashlib.blake2b(f"{base} {trained}".encode(), digest_size=16).hexdigest()
+        if base != self._readable_base or (adapters and self._is_another_training(namespace, step)):
+            # Nothing that was encoded before is known to be near the weights of now.
+            self._keep_only(set())
+        self._readable_base = base
         if namespace != self._current:
             self._origin.clear()
-            if adapters and self._steps.get(self._current) == step:
-                # The weights changed without a step: nothing that was encoded before is known to be near them.
-                self._keep_only(set())
         self._current = namespace
         self._steps[namespace] = step
         self._keep_only({name for name, last in self._steps.items() if step - last <= self.max_staleness})
@@ -269,6 +272,8 @@ class ContextStore:
             return None
         prefix = self._assemble(namespace, entry.prefix, known) if entry.prefix is not None else None
         if entry.prefix is not None and prefix is None:
+            if is_new and self._disk is not None:
+                self._disk.remove((namespace, key))
             return None
         copying = self._copying.pop((namespace, key), None)
         tensors = copying.wait() if copying is not None else to_device(entry.tensors, self._device)
@@ -286,13 +291,19 @@ class ContextStore:
     def _make_room(self) -> None:
         """Moves entries off the device, oldest first, until it has its reserve back."""
         for entry in self._memory.unused():
+            if entry.on_host:
+                continue
             if self._room(self._device) >= 0:
                 return
-            if not entry.on_host:
-                entry.tensors, entry.on_host = to_host(entry.tensors), True
+            entry.tensors, entry.on_host = to_host(entry.tensors), True
 
     def _nothing_outlives_a_step(self) -> bool:
         return self._adapters and not self.max_staleness
+
+    def _is_another_training(self, namespace: str, step: int) -> bool:
+        """Whether weights changed without a step, or steps are counted from an earlier one again."""
+        last = self._steps.get(self._current, -1)
+        return step < last or (step == last and namespace != self._current)
 
     def _keep_only(self, namespaces: set[str]) -> None:
         for name in self._steps.keys() - namespaces:
