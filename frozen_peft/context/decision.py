@@ -15,7 +15,7 @@ from frozen_peft.context.handover import counted_forward, current_use, frozen_le
 from frozen_peft.context.models import get_decoder, get_pretrained_model, latent_expansions
 from frozen_peft.context.segments import is_segmented
 
-__all__ = ["decision_forward"]
+__all__ = ["cache_under_checkpointing", "decision_forward", "freeze_latent_expansions"]
 
 
 @contextmanager
@@ -39,10 +39,10 @@ def decision_forward(model: torch.nn.Module) -> Iterator[None]:
     """
     pretrained = get_pretrained_model(model)
     decoder = get_decoder(pretrained)
-    _freeze_latent_expansions(decoder)
+    freeze_latent_expansions(decoder)
     handle = decoder.register_forward_pre_hook(_mask_context_and_decision, with_kwargs=True)
     try:
-        with _cache_under_checkpointing(decoder), counted_forward(is_segmented(pretrained)) as use:
+        with cache_under_checkpointing(decoder), counted_forward(is_segmented(pretrained)) as use:
             yield
             require_all_read(use, pretrained.config.model_type)
     finally:
@@ -50,7 +50,7 @@ def decision_forward(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _cache_under_checkpointing(decoder: PreTrainedModel) -> Iterator[None]:
+def cache_under_checkpointing(decoder: PreTrainedModel) -> Iterator[None]:
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         layer._can_checkpoint_with_cache = True
@@ -90,7 +90,7 @@ def _mask_context_and_decision(
     return args, {**kwargs, "attention_mask": frozen.attention_mask(decision_mask)}
 
 
-def _freeze_latent_expansions(decoder: torch.nn.Module) -> None:
+def freeze_latent_expansions(decoder: torch.nn.Module) -> None:
     """Stops the gradient of `kv_b_proj` at context positions.
 
     The hook stays on the module, since the backward pass may run the layer again; it acts only on latents that come

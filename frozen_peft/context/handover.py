@@ -18,6 +18,7 @@ from frozen_peft.errors import ContextMismatchError
 __all__ = [
     "CONTIGUOUS",
     "CacheUse",
+    "KeyValueGradient",
     "Segment",
     "counted_forward",
     "current_use",
@@ -32,23 +33,27 @@ __all__ = [
 
 SEGMENT_ATTRIBUTE = "_frozen_peft_segment"
 FROZEN_LENGTH_ATTRIBUTE = "_frozen_peft_length"
+KeyValueGradient = tuple[torch.Tensor, torch.Tensor]
 # Marks prefill keys: the context so far with the chunk, contiguous, the chunk's queries at the end.
 CONTIGUOUS = object()
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The frozen part of what a layer's decision attends to: per sample its pieces, oldest first, without padding.
+    """What a layer attends to before the tokens at hand: per sample its pieces, oldest first, without padding.
 
     Attributes:
         keys: Shapes `(1, key/value heads, tokens of the piece, head dim)`.
         values: Shapes `(1, key/value heads, tokens of the piece, value head dim)`.
-        padded_length: Context columns that a mask for this layer has.
+        padded_length: Columns that a mask for this layer has before the tokens at hand.
+        gradients: Gradient of each piece's keys and values, which the backward pass adds to, in float32 or more; None
+            for a piece that is constant. Without any (the default), all pieces are constants.
     """
 
     keys: tuple[tuple[torch.Tensor, ...], ...]
     values: tuple[tuple[torch.Tensor, ...], ...]
     padded_length: int
+    gradients: tuple[tuple[KeyValueGradient | None, ...], ...] = ()
 
 
 @dataclass

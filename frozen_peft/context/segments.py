@@ -34,7 +34,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from frozen_peft.context.handover import CONTIGUOUS, Segment, current_use, get_segment
+from frozen_peft.context.handover import CONTIGUOUS, KeyValueGradient, Segment, current_use, get_segment
 from frozen_peft.context.models import get_decoder
 
 __all__ = ["IMPLEMENTATION", "is_segmented"]
@@ -161,19 +161,19 @@ def _flash_with_logsumexp(
 
 @dataclass(frozen=True)
 class _Block:
-    """One block of scores: the queries `start:stop` of one sample against one block of keys.
+    """One block of scores: some queries of one sample against one block of keys.
 
     Attributes:
         keys: Shape `(K, keys, E)`.
         values: Shape `(K, keys, V)`.
         hidden: True where a query may not look, shape `(queries, keys)`; None: it may look everywhere.
-        decision: The decision tokens that the keys belong to; None for context keys.
+        gradient: Where the backward pass adds the gradient of keys and values; None: they are constants.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     hidden: torch.Tensor | None
-    decision: slice | None
+    gradient: KeyValueGradient | None
 
 
 def _blocks(
@@ -184,17 +184,24 @@ def _blocks(
     value: torch.Tensor,
     segment: Segment,
     mask: torch.Tensor | None,
+    gradient: KeyValueGradient | None = None,
 ) -> Iterator[_Block]:
-    """Blocks of keys that a block of queries of one sample looks at: context first, then decision."""
+    """Blocks of keys that a block of queries of one sample looks at: context first, then decision.
+
+    Pieces of the context may lie on another device; they are read block by block.
+    """
     num_queries = queries.stop - queries.start
     size = max(_score_block(key) // (key.shape[1] * num_groups * num_queries), MIN_KEY_BLOCK)
     column = segment.padded_length - sum(piece.shape[-2] for piece in segment.keys[row])
-    for piece_keys, piece_values in zip(segment.keys[row], segment.values[row], strict=True):
+    gradients = segment.gradients[row] if segment.gradients else (None,) * len(segment.keys[row])
+    pieces = zip(segment.keys[row], segment.values[row], gradients, strict=True)
+    for piece_keys, piece_values, piece_gradient in pieces:
         for start in range(0, piece_keys.shape[-2], size):
-            keys, values = piece_keys[0, :, start : start + size], piece_values[0, :, start : start + size]
+            tokens = slice(start, start + size)
+            keys, values = piece_keys[0, :, tokens].to(key.device), piece_values[0, :, tokens].to(key.device)
             hidden = None if mask is None else ~mask[row, 0, queries, column : column + keys.shape[-2]]
             column += keys.shape[-2]
-            yield _Block(keys, values, hidden, None)
+            yield _Block(keys, values, hidden, _part(piece_gradient, 0, tokens))
     positions = torch.arange(queries.start, queries.stop, device=key.device)[:, None]
     for start in range(0, queries.stop, size):
         stop = min(start + size, queries.stop)
@@ -202,7 +209,12 @@ def _blocks(
         if mask is not None:
             columns = slice(segment.padded_length + start, segment.padded_length + stop)
             hidden = ~mask[row, 0, queries, columns]
-        yield _Block(key[row, :, start:stop], value[row, :, start:stop], hidden, slice(start, stop))
+        tokens = slice(start, stop)
+        yield _Block(key[row, :, tokens], value[row, :, tokens], hidden, _part(gradient, row, tokens))
+
+
+def _part(gradient: KeyValueGradient | None, row: int, tokens: slice) -> KeyValueGradient | None:
+    return None if gradient is None else (gradient[0][row, :, tokens], gradient[1][row, :, tokens])
 
 
 def _query_blocks(query: torch.Tensor) -> Iterator[slice]:
@@ -294,14 +306,15 @@ class _TwoSegmentAttention(torch.autograd.Function):
                 normalizer = logsumexp[row, :, queries].reshape(num_kv_heads, -1, 1)
                 delta = (folded_grad * folded_output).sum(-1, keepdim=True)
                 folded_grad_query = torch.zeros_like(folded)
-                for block in _blocks(row, queries, num_groups, key, value, ctx.segment, mask):
+                for block in _blocks(row, queries, num_groups, key, value, ctx.segment, mask, (grad_key, grad_value)):
                     weights = _scores(folded, block, scale).sub_(normalizer).exp_()
                     grad_scores = (folded_grad @ block.values.to(dtype).transpose(-1, -2)).sub_(delta).mul_(weights)
                     grad_scores.mul_(scale)
                     folded_grad_query += grad_scores @ block.keys.to(dtype)
-                    if block.decision is not None:
-                        grad_key[row, :, block.decision] += grad_scores.transpose(-1, -2) @ folded
-                        grad_value[row, :, block.decision] += weights.transpose(-1, -2) @ folded_grad
+                    if block.gradient is not None:
+                        of_keys, of_values = block.gradient
+                        of_keys += (grad_scores.transpose(-1, -2) @ folded).to(of_keys.device)
+                        of_values += (weights.transpose(-1, -2) @ folded_grad).to(of_values.device)
                 shape = (query.shape[1], queries.stop - queries.start, query.shape[-1])
                 grad_query[row, :, queries] = folded_grad_query.view(shape).to(query.dtype)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache that one stretch of a sequence reads from, and what the stretch leaves behind.
+
+Like a frozen context (see `context.cache`) it is only read: a layer gets what lies before the stretch together with
+its own keys and values, and running it again gives the same again. Two things differ. What lies before the stretch
+has a gradient, and what the stretch itself produced is noted, for the stretches behind it:
+
+1. Keys and values are constants to autograd all the same. The backward pass of attention adds their gradient straight
+   to the piece they belong to, in float32 or more, so that no gradient of the whole length is ever built. An attention
+   whose own keys need no gradient gives none to those before it either: they come from the same weights.
+2. The states of linear attention are ordinary inputs and outputs of the stretch, with gradient.
+
+Shapes: B samples, H key/value heads, P tokens of a piece, E head dimension.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from frozen_peft.context.handover import KeyValueGradient, Segment, give_segment, mark_frozen_length
+from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
+
+__all__ = ["FrozenPast", "LayerEnd", "LayerKind", "LayerPast", "LinearStates", "Piece", "StretchCache", "layer_kinds"]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What a decoder layer keeps of the tokens before it.
+
+    Attributes:
+        attends: It keeps keys and values.
+        sliding_window: Window of its attention in tokens, None for full attention.
+        num_linear_states: Linear-attention states that it keeps.
+    """
+
+    attends: bool = False
+    sliding_window: int | None = None
+    num_linear_states: int = 0
+
+
+LAYER_TYPES = {
+    DynamicLayer: (True, False),
+    DynamicSlidingWindowLayer: (True, False),
+    LinearAttentionLayer: (False, True),
+    LinearAttentionAndFullAttentionLayer: (True, True),
+    LinearAttentionAndSlidingWindowAttentionLayer: (True, True),
+    DummyLayer: (False, False),
+}
+
+
+def layer_kinds(model: PreTrainedModel) -> list[LayerKind]:
+    """The kind of each decoder layer, by the cache that transformers would make for it.
+
+    Raises:
+        UnsupportedArchitectureError: A layer keeps something that stretches cannot hand on.
+    """
+    kinds = []
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) not in LAYER_TYPES:
+            raise UnsupportedArchitectureError(
+                f"`{model.config.model_type}` has layers with a `{type(layer).__name__}`, which stretches of a sequence "
+                "cannot hand on. Leave `sequence_chunk_size` out, or use another architecture."
+            )
+        attends, is_linear = LAYER_TYPES[type(layer)]
+        window = getattr(layer, "sliding_window", None) if attends else None
+        kinds.append(LayerKind(attends, window, layer.number_of_states if is_linear else 0))
+    return kinds
+
+
+@dataclass
+class Piece:
+    """Keys and values that one stretch produced in one layer, and the gradient that later stretches give them.
+
+    Attributes:
+        keys: Shape `(B, H, P, E)`.
+        values: Shape `(B, H, P, value head dimension)`.
+        gradient: Of keys and values, in float32 or more, on their device; None as long as there is none.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    gradient: KeyValueGradient | None = None
+
+    def add_gradient_to(self) -> KeyValueGradient:
+        """The gradient so far, zeros to begin with."""
+        if self.gradient is None:
+            self.gradient = (_zeros_like(self.keys), _zeros_like(self.values))
+        return self.gradient
+
+    def last(self, num_tokens: int) -> "Piece":
+        """A view of the last tokens, with the same gradient."""
+        if num_tokens >= self.keys.shape[-2]:
+            return self
+        return _PieceEnd(self, num_tokens)
+
+
+def _zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+class _PieceEnd(Piece):
+    """The last tokens of a piece."""
+
+    def __init__(self, piece: Piece, num_tokens: int):
+        super().__init__(piece.keys[..., -num_tokens:, :], piece.values[..., -num_tokens:, :])
+        self.piece, self.num_tokens = piece, num_tokens
+
+    def add_gradient_to(self) -> KeyValueGradient:
+        keys, values = self.piece.add_gradient_to()
+        return keys[..., -self.num_tokens :, :], values[..., -self.num_tokens :, :]
+
+
+@dataclass
+class LinearStates:
+    """States of a linear-attention layer between two stretches, by state index.
+
+    Attributes:
+        conv: Last inputs of the short convolution, shape `(B, channels, kernel size)` each.
+        recurrent: Recurrent state, shape `(B, value heads, key dim, value dim)` or as the architecture has it.
+    """
+
+    conv: dict[int, torch.Tensor] = field(default_factory=dict)
+    recurrent: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All states, in an order that depends on their indices only."""
+        return [kind[index] for kind in (self.conv, self.recurrent) for index in sorted(kind)]
+
+
+@dataclass(frozen=True)
+class FrozenPast:
+    """Constant keys and values of a frozen context in one layer.
+
+    Attributes:
+        keys: Per sample its pieces of shape `(1, H, tokens, E)`, oldest first.
+        values: Per sample its pieces of shape `(1, H, tokens, value head dimension)`.
+        padded_length: Tokens of the longest sample.
+    """
+
+    keys: tuple[tuple[torch.Tensor, ...], ...]
+    values: tuple[tuple[torch.Tensor, ...], ...]
+    padded_length: int
+
+
+@dataclass
+class LayerPast:
+    """What lies before a stretch in one layer.
+
+    Attributes:
+        pieces: Keys and values of the stretches before it, oldest first; for a sliding window only what it sees.
+        frozen: Keys and values of a frozen context before those, None where there is none to be seen.
+        linear: States that linear attention starts from; empty at the beginning of a sequence.
+    """
+
+    pieces: list[Piece] = field(default_factory=list)
+    frozen: FrozenPast | None = None
+    linear: LinearStates = field(default_factory=LinearStates)
+
+    @property
+    def num_frozen(self) -> int:
+        return self.frozen.padded_length if self.frozen is not None else 0
+
+    @property
+    def num_kept(self) -> int:
+        """Columns that a mask has before the stretch."""
+        return self.num_frozen + sum(piece.keys.shape[-2] for piece in self.pieces)
+
+
+@dataclass
+class LayerEnd:
+    """What a stretch leaves behind in one layer: its own keys and values, and the linear-attention states."""
+
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    linear: LinearStates = field(default_factory=LinearStates)
+
+
+class _JoinedPast(torch.autograd.Function):
+    """Earlier pieces and a stretch's own keys (or values) as one tensor, for attention that reads no segments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        own: torch.Tensor,
+        past: tuple[torch.Tensor, ...],
+        gradients: tuple[torch.Tensor | None, ...],
+    ) -> torch.Tensor:
+        ctx.lengths, ctx.gradients = [piece.shape[-2] for piece in past], gradients
+        return torch.cat([*(piece.to(own.device) for piece in past), own], dim=-2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *before, own = gradient.split([*ctx.lengths, gradient.shape[-2] - sum(ctx.lengths)], dim=-2)
+        for total, part in zip(ctx.gradients, before, strict=True):
+            if total is not None:
+                total += part.to(total.device)
+        return own, None, None
+
+
+class _StretchAttention(CacheLayerMixin):
+    """Attention layer of one stretch: gives what lies before it together with its own, and stores nothing."""
+
+    def __init__(self, kind: LayerKind, past: LayerPast, num_before: int, segmented: bool):
+        CacheLayerMixin.__init__(self)
+        self.past, self.num_before, self.segmented = past, num_before, segmented
+        self.sliding_window = kind.sliding_window
+        self.is_sliding = kind.sliding_window is not None
+        self.is_initialized = True
+        self.end = LayerEnd()
+
+    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
+        raise AssertionError("a stretch's cache is only read")
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Own keys and values `(B, H, tokens, E)` with those before them."""
+        if self.end.keys is None:
+            # A layer that is run again, for its activations, produces nothing new.
+            self.end.keys, self.end.values = key_states, value_states
+        if not self.past.num_kept:
+            return key_states, value_states
+        needs_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
+        gradients = [piece.add_gradient_to() if needs_gradient else None for piece in self.past.pieces]
+        if self.segmented:
+            give_segment(key_states, self._segment(key_states.shape[0], gradients))
+            return key_states, value_states
+        keys, values = (
+            self._joined(own, index, gradients) for index, own in enumerate((key_states, value_states))
+        )
+        for tensor in (keys, values):
+            mark_frozen_length(tensor, self.past.num_frozen)
+        return keys, values
+
+    def _segment(self, num_rows: int, gradients: list[KeyValueGradient | None]) -> Segment:
+        frozen, pieces = self.past.frozen, self.past.pieces
+        keys, values, of_rows = [], [], []
+        for row in range(num_rows):
+            frozen_keys, frozen_values = (frozen.keys[row], frozen.values[row]) if frozen else ((), ())
+            keys.append((*frozen_keys, *(piece.keys[row : row + 1] for piece in pieces)))
+            values.append((*frozen_values, *(piece.values[row : row + 1] for piece in pieces)))
+            own = [g and (g[0][row : row + 1], g[1][row : row + 1]) for g in gradients]
+            of_rows.append((*(None for _ in frozen_keys), *own))
+        return Segment(tuple(keys), tuple(values), self.past.num_kept, tuple(of_rows))
+
+    def _joined(self, own: torch.Tensor, index: int, gradients: list[KeyValueGradient | None]) -> torch.Tensor:
+        """Keys (index 0) or values (1) of the past and a stretch's own, shape `(B, H, kept tokens + own, E)`."""
+        past = [piece.values if index else piece.keys for piece in self.past.pieces]
+        totals = [gradient and gradient[index] for gradient in gradients]
+        if self.past.frozen is not None:
+            frozen = self.past.frozen.values if index else self.past.frozen.keys
+            past, totals = [_left_padded(frozen, self.past.num_frozen), *past], [None, *totals]
+        return _JoinedPast.apply(own, tuple(past), tuple(totals))
+
+    def get_seq_length(self) -> int:
+        return self.num_before
+
+    def get_max_length(self) -> int:
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of the mask, and the index of its first column."""
+        return self.past.num_kept + query_length, self.num_before - self.past.num_kept
+
+
+def _left_padded(rows: tuple[tuple[torch.Tensor, ...], ...], length: int) -> torch.Tensor:
+    """Pieces of each sample as one batch, padded on the left with zeros, shape `(B, H, length, E)`."""
+    template = rows[0][0]
+    batch = template.new_zeros(len(rows), template.shape[1], length, template.shape[-1])
+    for row, pieces in enumerate(rows):
+        joined = torch.cat(pieces, dim=-2)
+        batch[row, :, length - joined.shape[-2] :] = joined[0]
+    return batch
+
+
+class _StretchLinear(LinearAttentionCacheLayerMixin):
+    """Linear-attention layer of one stretch: gives its starting states, and notes its final ones."""
+
+    def __init__(self, kind: LayerKind, past: LayerPast):
+        LinearAttentionCacheLayerMixin.__init__(self, number_of_states=kind.num_linear_states)
+        self.past, self.end = past, LayerEnd()
+        for index in range(kind.num_linear_states):
+            self.has_previous_state[index] = bool(past.linear.conv or past.linear.recurrent)
+            self.is_conv_states_initialized[index] = index in past.linear.conv
+            self.is_recurrent_states_initialized[index] = index in past.linear.recurrent
+        # With this flag a layer takes its chunked path even for few tokens, which leaves the conv state alone.
+        self.record_past = True
+
+    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
+        raise AssertionError("a stretch's cache is only read")
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: object
+    ) -> torch.Tensor:
+        """The convolution's input after the inputs before it, `(B, channels, kernel size + tokens)`."""
+        past = self.past.linear.conv.get(state_idx)
+        if past is not None:
+            conv_states = torch.cat([past.to(conv_states.dtype), conv_states], dim=-1)
+            conv_kernel_size = past.shape[-1]
+        if conv_kernel_size is None:
+            raise UnsupportedArchitectureError(
+                "A short convolution does not tell its cache the size of its kernel. Leave `sequence_chunk_size` out, "
+                "or use another architecture."
+            )
+        if state_idx not in self.end.linear.conv:
+            missing = max(conv_kernel_size - conv_states.shape[-1], 0)
+            padded = torch.nn.functional.pad(conv_states, (missing, 0))
+            # A copy: a view would keep the inputs of the whole stretch.
+            self.end.linear.conv[state_idx] = padded[..., -conv_kernel_size:].clone()
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: object
+    ) -> torch.Tensor:
+        self.end.linear.recurrent.setdefault(state_idx, recurrent_states)
+        return recurrent_states
+
+
+class _StretchHybrid(_StretchLinear, _StretchAttention):
+    """Layer of both kinds (Falcon-H1)."""
+
+    def __init__(self, kind: LayerKind, past: LayerPast, num_before: int, segmented: bool):
+        _StretchAttention.__init__(self, kind, past, num_before, segmented)
+        _StretchLinear.__init__(self, kind, past)
+
+    get_max_length = _StretchAttention.get_max_length
+
+
+class StretchCache(Cache):
+    """Passed as `past_key_values` to the forward of one stretch.
+
+    Args:
+        kinds: Kind of each decoder layer.
+        pasts: What lies before the stretch in each of them.
+        num_before: Tokens before the stretch, those of the longest frozen context included.
+        segmented: The model's attention reads segments; otherwise keys and values are joined for each layer.
+    """
+
+    def __init__(self, kinds: list[LayerKind], pasts: list[LayerPast], num_before: int, segmented: bool):
+        layers: list[Any] = []
+        for kind, past in zip(kinds, pasts, strict=True):
+            if kind.attends and kind.num_linear_states:
+                layers.append(_StretchHybrid(kind, past, num_before, segmented))
+            elif kind.attends:
+                layers.append(_StretchAttention(kind, past, num_before, segmented))
+            else:
+                layers.append(_StretchLinear(kind, past) if kind.num_linear_states else DummyLayer())
+        super().__init__(layers=layers)
+        self.kinds = kinds
+
+    def ends(self, model_type: str) -> list[LayerEnd]:
+        """What the stretch left behind in each layer.
+
+        Raises:
+            ContextMismatchError: A layer did not use its cache.
+        """
+        ends = []
+        for index, (kind, layer) in enumerate(zip(self.kinds, self.layers, strict=True)):
+            end = LayerEnd() if isinstance(layer, DummyLayer) else layer.end
+            if (kind.attends and end.keys is None) or (kind.num_linear_states and not end.linear.tensors()):
+                raise ContextMismatchError(
+                    f"Layer {index} of `{model_type}` ran without its cache, so the next stretch has nothing to "
+                    "continue from. Leave `sequence_chunk_size` out, or use another architecture."
+                )
+            ends.append(end)
+        return ends
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self._linear(layer_idx).conv.get(state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self._linear(layer_idx).recurrent.get(state_idx)
+
+    def _linear(self, layer_idx: int) -> LinearStates:
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, _StretchLinear), f"layer {layer_idx} is a {type(layer).__name__}"
+        return layer.past.linear
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [kind.num_linear_states > 0 and not kind.attends for kind in self.kinds]
+
+    @property
+    def is_compileable(self) -> bool:
+        return False

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder over the stretches of one batch, as one function of its weights (see `stretches` for the mechanism).
+
+Shapes: B samples, S tokens of a sample, E hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
+from transformers import PreTrainedModel
+
+from frozen_peft.context.cache import FrozenContext
+from frozen_peft.context.decision import cache_under_checkpointing
+from frozen_peft.context.handover import counted_forward, require_all_read
+from frozen_peft.context.models import get_decoder
+from frozen_peft.context.segments import is_segmented
+from frozen_peft.gradient.past import Past
+from frozen_peft.gradient.stretch_cache import LayerEnd, LayerPast, Piece, StretchCache, layer_kinds
+
+__all__ = ["MIN_STRETCH_TOKENS", "StretchedDecoder", "stretch_bounds"]
+
+# A stretch of one token would run the kernels for one step, which write their state in place.
+MIN_STRETCH_TOKENS = 2
+
+# An output of a stretch and the gradient it gets; None where nothing behind it gives one.
+Root = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def stretch_bounds(num_tokens: int, stretch_size: int) -> list[tuple[int, int]]:
+    """First token of each stretch, and the first behind it; none is shorter than two tokens unless the sequence is."""
+    starts = list(range(0, num_tokens, max(stretch_size, MIN_STRETCH_TOKENS)))
+    if len(starts) > 1 and num_tokens - starts[-1] < MIN_STRETCH_TOKENS:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], num_tokens], strict=True))
+
+
+class StretchedDecoder:
+    """One forward of the decoder over the stretches of a batch, and the backward that belongs to it.
+
+    Padding lies on the right, where nothing that counts comes after it. So stretches run without a mask (but for the
+    padding of a frozen context), and what is computed at padding meets labels that are ignored.
+
+    Args:
+        model: The transformers model.
+        forward: The decoder's own forward.
+        arguments: What the decoder was called with, by name.
+        stretch_size: Tokens per stretch.
+        offload: Keep what the stretches hand on in host memory.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forward: Callable[..., Any],
+        arguments: dict[str, Any],
+        stretch_size: int,
+        *,
+        offload: bool = False,
+    ):
+        self.decoder, self.forward, self.model_type = get_decoder(model), forward, model.config.model_type
+        self.segmented = is_segmented(model)
+        arguments = dict(arguments)
+        self.input_ids, self.embeddings = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
+        tokens = self.embeddings if self.input_ids is None else self.input_ids
+        self.num_rows, self.num_tokens = tokens.shape[:2]
+        self.device = tokens.device
+        self.bounds = stretch_bounds(self.num_tokens, stretch_size)
+        self.frozen: FrozenContext | None = arguments.pop("past_key_values", None)
+        self.num_frozen = max(self.frozen.lengths) if self.frozen is not None else 0
+        self.position_ids = arguments.pop("position_ids", None)
+        if self.position_ids is None:
+            positions = torch.arange(self.num_frozen, self.num_frozen + self.num_tokens, device=self.device)
+            self.position_ids = positions.expand(self.num_rows, -1)
+        self.options = arguments | {"attention_mask": None, "use_cache": False}
+        self.parameters = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
+        device_type = self.device.type
+        self.autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+        self.past = Past(layer_kinds(model), self.frozen, torch.device("cpu") if offload else None)
+        self.random_states: list[_RandomState] = []
+        self.output_type: type[Any] | None = None
+        self.needs_backward = False
+
+    def outputs(self) -> Any:
+        """What the decoder returns: the hidden states of all tokens, and router logits where asked for."""
+        inputs = [self.embeddings, *self.parameters]
+        needs_gradient = any(tensor is not None and tensor.requires_grad for tensor in inputs)
+        self.needs_backward = torch.is_grad_enabled() and needs_gradient
+        hidden_states, *router_logits = _AllStretches.apply(self, *inputs)
+        assert self.output_type is not None
+        outputs = self.output_type(last_hidden_state=hidden_states)
+        if router_logits:
+            outputs["router_logits"] = tuple(router_logits)
+        return outputs
+
+    def run_forward(self) -> tuple[torch.Tensor, ...]:
+        """Hidden states `(B, S, E)`, and the router logits `(B * S, experts)` of each routed layer."""
+        collected: list[torch.Tensor] = []
+        for index, (start, stop) in enumerate(self.bounds):
+            if self.needs_backward:
+                self.random_states.append(_RandomState.now(self.device.type, self.parameters))
+            else:
+                self.past.forget_states_before(index)
+            embeddings = None if self.embeddings is None else self.embeddings[:, start:stop]
+            outputs, ends = self._run_stretch(index, self.past.before(index, self.device), embeddings)
+            if index + 1 < len(self.bounds):
+                self.past.append(ends, stop - start)
+            parts = self._by_row(_results(outputs))
+            if not collected:
+                self.output_type = type(outputs)
+                collected = [part.new_empty(self.num_rows, self.num_tokens, part.shape[-1]) for part in parts]
+            for whole, part in zip(collected, parts, strict=True):
+                whole[:, start:stop] = part
+        return collected[0], *(logits.flatten(0, 1) for logits in collected[1:])
+
+    def run_backward(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Gradient of the embeddings, if they were passed in, and of the weights.
+
+        Args:
+            gradients: Gradient of what `run_forward` returned.
+
+        Raises:
+            RuntimeError: It ran before.
+        """
+        if not self.random_states:
+            raise RuntimeError(
+                "Going backward through the stretches of a sequence a second time: what they handed on is freed by the "
+                "first. Call `backward` once per forward."
+            )
+        by_row = self._by_row(gradients)
+        totals = _Totals([self.embeddings, *self.parameters])
+        of_states: list[torch.Tensor | None] = []
+        for index, (start, stop) in reversed(list(enumerate(self.bounds))):
+            pieces = self.past.pop(index)
+            pasts = self.past.before(index, self.device, with_gradient=index > 0)
+            states = [state for past in pasts for state in past.linear.tensors() if state.requires_grad]
+            embeddings = totals.leaf_of_embeddings(start, stop)
+            with torch.enable_grad(), self.random_states.pop().again():
+                outputs, ends = self._run_stretch(index, pasts, embeddings)
+                roots = list(zip(self._by_row(_results(outputs)), [_part(g, start, stop) for g in by_row], strict=True))
+                for end, piece in zip(ends, pieces, strict=True):
+                    roots += _key_value_roots(end, piece)
+            if of_states:
+                roots += zip([state for end in ends for state in end.linear.tensors()], of_states, strict=True)
+            of_states = handed_back(totals.add(roots, embeddings, states, start))
+        return totals.results()
+
+    def _run_stretch(
+        self, index: int, pasts: list[LayerPast], embeddings: torch.Tensor | None
+    ) -> tuple[Any, list[LayerEnd]]:
+        """The decoder's output for one stretch, and what the stretch leaves behind in each layer."""
+        start, stop = self.bounds[index]
+        cache = StretchCache(self.past.kinds, pasts, self.num_frozen + start, self.segmented)
+        options = dict(self.options)
+        if self.frozen is not None:
+            tokens = torch.ones(self.num_rows, stop, dtype=torch.long, device=self.device)
+            options["attention_mask"] = self.frozen.attention_mask(tokens)
+        enabled, dtype = self.autocast
+        with (
+            # Without its cache: weights that were cast without gradient would get none when used again.
+            torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False),
+            cache_under_checkpointing(self.decoder),
+            counted_forward(self.segmented) as use,
+        ):
+            outputs = self.forward(
+                input_ids=None if self.input_ids is None else self.input_ids[:, start:stop],
+                inputs_embeds=embeddings,
+                position_ids=self.position_ids[..., start:stop],
+                past_key_values=cache,
+                **options,
+            )
+        require_all_read(use, self.model_type)
+        return outputs, cache.ends(self.model_type)
+
+    def _by_row(self, results: Sequence[torch.Tensor | None]) -> list[Any]:
+        """Router logits come as `(B * tokens, experts)`; everything as `(B, tokens, ...)`."""
+        return [None if result is None else result.view(self.num_rows, -1, result.shape[-1]) for result in results]
+
+
+def handed_back(of_states: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Gradient of the states that a stretch started from, on its way to the stretch before."""
+    return of_states
+
+
+class _AllStretches(torch.autograd.Function):
+    """To autograd, the decoder is one function of its weights."""
+
+    @staticmethod
+    def forward(ctx: Any, run: StretchedDecoder, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.run = run
+        return run.run_forward()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return None, *ctx.run.run_backward(gradients)
+
+
+class _Totals:
+    """Gradient of the embeddings and the weights, summed over the stretches, in float32 or more.
+
+    Args:
+        inputs: Embeddings of all tokens or None, then the weights.
+    """
+
+    def __init__(self, inputs: list[torch.Tensor | None]):
+        self.embeddings, *self.parameters = inputs
+        self.of_parameters: list[torch.Tensor | None] = [None] * len(self.parameters)
+        self.of_embeddings: torch.Tensor | None = None
+        if self.embeddings is not None and self.embeddings.requires_grad:
+            self.of_embeddings = torch.zeros_like(self.embeddings)
+
+    def leaf_of_embeddings(self, start: int, stop: int) -> torch.Tensor | None:
+        """Embeddings of a stretch, cut off from what made them."""
+        if self.embeddings is None:
+            return None
+        return self.embeddings[:, start:stop].detach().requires_grad_(self.of_embeddings is not None)
+
+    def add(
+        self, roots: list[Root], embeddings: torch.Tensor | None, states: list[torch.Tensor], start: int
+    ) -> list[torch.Tensor | None]:
+        """Differentiates a stretch, adds what is for embeddings and weights, and returns what is for its states.
+
+        Args:
+            roots: Outputs of the stretch with their gradients.
+            embeddings: The leaf that the stretch ran on, if it ran on embeddings.
+            states: The leaves that it started from.
+            start: Its first token.
+        """
+        live = [(output, gradient) for output, gradient in roots if gradient is not None and output.requires_grad]
+        needs_embeddings = embeddings is not None and embeddings.requires_grad
+        leaves = [*self.parameters, *states, *([embeddings] if needs_embeddings else [])]
+        if not live:
+            return [None] * len(states)
+        gradients = list(
+            torch.autograd.grad(
+                [output for output, _ in live],
+                leaves,
+                [gradient.to(output.device, output.dtype) for output, gradient in live],
+                allow_unused=True,
+            )
+        )
+        if needs_embeddings and (of_embeddings := gradients.pop()) is not None:
+            assert self.of_embeddings is not None
+            self.of_embeddings[:, start : start + of_embeddings.shape[1]] = of_embeddings
+        for index, gradient in enumerate(gradients[: len(self.parameters)]):
+            if gradient is not None:
+                self.of_parameters[index] = _sum(self.of_parameters[index], gradient)
+        return gradients[len(self.parameters) :]
+
+    def results(self) -> list[torch.Tensor | None]:
+        """Gradients in the order and the types of the inputs."""
+        of_parameters = zip(self.of_parameters, self.parameters, strict=True)
+        return [self.of_embeddings, *(total if total is None else total.to(p.dtype) for total, p in of_parameters)]
+
+
+def _sum(total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:
+    if total is None:
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return total.add_(gradient)
+
+
+def _results(outputs: Any) -> list[torch.Tensor]:
+    """What a loss can be computed from: hidden states, and router logits."""
+    return [outputs.last_hidden_state, *(outputs.get("router_logits") or ())]
+
+
+def _part(gradient: torch.Tensor | None, start: int, stop: int) -> torch.Tensor | None:
+    return None if gradient is None else gradient[:, start:stop]
+
+
+def _key_value_roots(end: LayerEnd, piece: Piece | None) -> list[Root]:
+    """A stretch's own keys and values, as far as later stretches read them, with the gradient they gave."""
+    if piece is None or piece.gradient is None or end.keys is None or end.values is None:
+        return []
+    first = end.keys.shape[-2] - piece.keys.shape[-2]
+    return [(end.keys[..., first:, :], piece.gradient[0]), (end.values[..., first:, :], piece.gradient[1])]
+
+
+@dataclass(frozen=True)
+class _RandomState:
+    """State of the random number generators before a stretch, so that it draws the same when it runs again."""
+
+    cpu: torch.Tensor
+    device_type: str
+    devices: list[int]
+    device_states: list[torch.Tensor]
+
+    @classmethod
+    def now(cls, device_type: str, tensors: Sequence[torch.Tensor]) -> "_RandomState":
+        devices, states = get_device_states(*tensors)
+        return cls(torch.get_rng_state(), device_type, devices, states)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        with torch.random.fork_rng(devices=self.devices, device_type=self.device_type):
+            torch.set_rng_state(self.cpu)
+            if self.devices:
+                set_device_states(self.devices, self.device_states, device_type=self.device_type)
+            yield
