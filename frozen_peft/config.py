@@ -29,7 +29,6 @@ class FrozenContextConfig(SFTConfig):
 
     Raises:
         ValueError: A field is out of range, or two fields contradict each other.
-        NotImplementedError: A field names something that this version does not have yet.
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS
@@ -117,7 +116,18 @@ class FrozenContextConfig(SFTConfig):
     )
     sequence_chunk_size: int | None = field(
         default=None,
-        metadata={"help": "Exact full-gradient backward with one chunk of the sequence in memory at a time."},
+        metadata={
+            "help": "Tokens per stretch of the sequence. What carries gradient (`gradient_horizon`) runs one stretch "
+            "at a time, forward and backward: the exact gradient, with the activations of one stretch in memory. 1 "
+            "means 2."
+        },
+    )
+    offload_stretches: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep in host memory what the stretches of `sequence_chunk_size` hand on to each other (keys, "
+            "values, their gradients, states), so that it bounds the length of a sequence."
+        },
     )
     checkpoint_every: int = field(
         default=1,
@@ -144,9 +154,9 @@ class FrozenContextConfig(SFTConfig):
         super().__post_init__()
         self._check_ranges()
         self._check_store()
-        self._check_not_implemented()
         if self.checkpoint_every > 1:
             self._check_checkpointing()
+        self._check_stretches()
         if self.group_by_context:
             self._check_grouping()
 
@@ -186,7 +196,7 @@ class FrozenContextConfig(SFTConfig):
         _require(self.max_context_staleness >= 0, "max_context_staleness", self.max_context_staleness, "0 or more")
         decisions = self.max_decisions_per_forward
         _require(decisions >= 1, "max_decisions_per_forward", decisions, "1 decision or more")
-        for name in ("max_context_length", "max_length"):
+        for name in ("max_context_length", "max_length", "sequence_chunk_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "1 token or more, or None")
         for name in ("decision_mode", "verify_context"):
@@ -224,15 +234,6 @@ class FrozenContextConfig(SFTConfig):
         for reason in without_effect:
             logger.warning(f"No effect of {reason}.")
 
-    def _check_not_implemented(self) -> None:
-        not_implemented = {
-            "sequence_chunk_size": None,
-        }
-        for name, only in not_implemented.items():
-            value = getattr(self, name)
-            if value != only and str(value) != str(only):
-                raise NotImplementedError(f"`{name}={value!r}` is not there yet; leave `{name}` at {only!r}.")
-
     def _check_checkpointing(self) -> None:
         kwargs = self.gradient_checkpointing_kwargs or {}
         if not self.gradient_checkpointing:
@@ -245,6 +246,23 @@ class FrozenContextConfig(SFTConfig):
                 raise ValueError(
                     f"`checkpoint_every={self.checkpoint_every}` needs non-reentrant checkpoints over whole layers; "
                     f"remove `{name}` from `gradient_checkpointing_kwargs`, or leave `checkpoint_every` at 1."
+                )
+
+    def _check_stretches(self) -> None:
+        if self.sequence_chunk_size is None:
+            if self.offload_stretches:
+                raise ValueError("`offload_stretches=True` has no effect without `sequence_chunk_size`. Set that too.")
+            return
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                f"`sequence_chunk_size={self.sequence_chunk_size}` needs non-reentrant checkpoints; remove "
+                "`use_reentrant` from `gradient_checkpointing_kwargs`."
+            )
+        for name in ("packing", "padding_free"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`sequence_chunk_size={self.sequence_chunk_size}` runs through each sample by itself, and "
+                    f"`{name}` puts several into one row. Leave one of the two out."
                 )
 
     def _check_grouping(self) -> None:

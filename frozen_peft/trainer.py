@@ -4,7 +4,7 @@
 import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +45,7 @@ from frozen_peft.context import (
 )
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
-from frozen_peft.gradient import group_checkpoints
+from frozen_peft.gradient import MIN_TOKENS_TO_VERIFY, group_checkpoints, stretched_forward, verify_stretches
 from frozen_peft.metrics import ContextMetrics
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
 from frozen_peft.sampling import GroupByContextSampler, make_sampler, require_groupable
@@ -108,7 +108,7 @@ class FrozenContextTrainer(SFTTrainer):
         if args.gradient_horizon != -1 and not isinstance(model, str):
             require_exact_continuation(get_pretrained_model(model))
         self._max_positions: int | None = None
-        self._context_verified = False
+        self._context_verified = self._stretches_verified = False
         adapter = model.active_peft_config if isinstance(model, PeftModel) else kwargs.get("peft_config")
         # Tokens that the adapter came with; `invocation` wins.
         given = args.invocation is None and getattr(adapter, "alora_invocation_tokens", None)
@@ -138,10 +138,11 @@ class FrozenContextTrainer(SFTTrainer):
             keep_linear4bit_trainable(self.model)
             log_quantization(pretrained)
         choose_kernels(pretrained)
-        if self._freezes_context:
+        if self._freezes_context or self.args.sequence_chunk_size is not None:
             require_exact_continuation(pretrained)
-            self._settle_context_adapters()
             use_segmented_attention(self.model)
+        if self._freezes_context:
+            self._settle_context_adapters()
             self._encoder = ContextEncoder(
                 self.model,
                 chunk_size=self.args.prefill_chunk_size,
@@ -171,8 +172,7 @@ class FrozenContextTrainer(SFTTrainer):
         unwrapped = self.accelerator.unwrap_model(model)
         inputs = self._freeze_contexts(parts[0], unwrapped)
         with ExitStack() as stack:
-            if isinstance(inputs.get("past_key_values"), FrozenContext):
-                stack.enter_context(decision_forward(unwrapped))
+            stack.enter_context(self._decoder_mode(unwrapped, inputs))
             if not self.args.context_adapters:
                 stack.enter_context(active_everywhere(unwrapped))
             return super().compute_loss(
@@ -383,6 +383,28 @@ class FrozenContextTrainer(SFTTrainer):
                 adapters=self.args.context_adapters,
             )
         logger.info(f"The decision over a frozen context agrees with a plain forward: {check}")
+
+    def _decoder_mode(self, model: torch.nn.Module, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+        """What the forward of a batch has to run in, by what it carries and how its gradient is to be had."""
+        if self.args.sequence_chunk_size is not None:
+            self._verify_stretches(model, inputs)
+            return stretched_forward(model, self.args.sequence_chunk_size, offload=self.args.offload_stretches)
+        return decision_forward(model) if isinstance(inputs.get("past_key_values"), FrozenContext) else nullcontext()
+
+    def _verify_stretches(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+        """Compares the longest sample with a plain forward and backward."""
+        mode = self.args.verify_context
+        if mode == "never" or (mode == "first_batch" and self._stretches_verified):
+            return
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        row = int(mask.sum(-1).argmax())
+        input_ids = inputs["input_ids"][row][mask[row]]
+        if len(input_ids) < MIN_TOKENS_TO_VERIFY:
+            return
+        self._stretches_verified = True
+        with self.accelerator.autocast():
+            check = verify_stretches(model, input_ids, self.args.sequence_chunk_size)
+        logger.info(f"The gradient in stretches agrees with that of a plain forward and backward: {check}")
 
     def _train_parts(
         self, model: torch.nn.Module, parts: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None

@@ -51,6 +51,7 @@ def decision_forward(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def cache_under_checkpointing(decoder: PreTrainedModel) -> Iterator[None]:
+    """Lets decoder layers keep a cache that is only read under gradient checkpointing."""
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         layer._can_checkpoint_with_cache = True

@@ -19,7 +19,7 @@ from frozen_peft.context.models import get_decoder, get_pretrained_model, requir
 from frozen_peft.context.modes import adapters_active, without_dropout
 from frozen_peft.errors import ContextMismatchError
 
-__all__ = ["ContextCheck", "verify_context"]
+__all__ = ["ContextCheck", "context_tokens_needed", "has_dropout", "has_low_precision", "verify_context"]
 
 # Mean absolute difference of log-probabilities per token, in nats.
 TOLERANCE_FLOAT32 = 1e-3
@@ -89,7 +89,7 @@ def verify_context(
     pretrained = get_pretrained_model(model)
     require_exact_continuation(pretrained)
     choose_kernels(pretrained)
-    kept = _context_tokens_needed(pretrained)
+    kept = context_tokens_needed(pretrained)
     context = input_ids[max(boundary - kept, 0) : boundary]
     decision = input_ids[boundary : boundary + MAX_DECISION_TOKENS]
     changed = _changed_context(context, pretrained)
@@ -136,14 +136,19 @@ def _require_match(check: ContextCheck, model: PreTrainedModel) -> None:
 
 
 def _tolerance(model: PreTrainedModel, effect: float) -> float:
-    low_precision = model.dtype in (torch.bfloat16, torch.float16) or getattr(model, "is_loaded_in_4bit", False)
-    device_type = get_decoder(model).get_input_embeddings().weight.device.type
-    if low_precision or getattr(model, "is_loaded_in_8bit", False) or torch.is_autocast_enabled(device_type):
+    if has_low_precision(model):
         return TOLERANCE_LOW_PRECISION
     return min(TOLERANCE_FLOAT32, max(FLOAT32_NOISE, MAX_SHARE_OF_EFFECT * effect))
 
 
-def _context_tokens_needed(model: PreTrainedModel) -> int:
+def has_low_precision(model: PreTrainedModel) -> bool:
+    """Whether a forward now rounds to less than float32: its weights are quantized or in 16 bit, or by autocast."""
+    quantized = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    device_type = get_decoder(model).get_input_embeddings().weight.device.type
+    return quantized or model.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device_type)
+
+
+def context_tokens_needed(model: PreTrainedModel) -> int:
     """Context tokens that overflow every sliding window and fill several chunks of the chunked kernels."""
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
@@ -179,7 +184,7 @@ def _frozen_logprobs(
     frozen = encode_context(model, [context[: len(context) // 2], context], chunk_size=chunk_size).select([1])
     positions = torch.arange(len(context), len(context) + len(decision), device=context.device)
     # Layers that drop out by themselves (OPT) are compared without checkpointing: both hang on their training flag.
-    keep_checkpointing = not _has_dropout(pretrained)
+    keep_checkpointing = not has_dropout(pretrained)
     with without_dropout(model, keep_checkpointing=keep_checkpointing), decision_forward(model):
         hidden = get_decoder(pretrained)(
             input_ids=decision[None], position_ids=positions[None], past_key_values=frozen, use_cache=False
@@ -187,7 +192,8 @@ def _frozen_logprobs(
     return _logprobs(pretrained, hidden[0], decision)
 
 
-def _has_dropout(model: PreTrainedModel) -> bool:
+def has_dropout(model: PreTrainedModel) -> bool:
+    """Whether the configuration asks for dropout anywhere."""
     values = model.config.get_text_config().to_dict()
     return any(isinstance(value, float) and value > 0.0 for name, value in values.items() if "drop" in name)
 

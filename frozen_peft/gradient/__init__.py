@@ -3,5 +3,6 @@
 
 from frozen_peft.gradient.checkpoint import group_checkpoints
 from frozen_peft.gradient.stretches import stretched_forward
+from frozen_peft.gradient.verify import MIN_TOKENS_TO_VERIFY, StretchCheck, verify_stretches
 
-__all__ = ["group_checkpoints", "stretched_forward"]
+__all__ = ["MIN_TOKENS_TO_VERIFY", "StretchCheck", "group_checkpoints", "stretched_forward", "verify_stretches"]

@@ -71,8 +71,8 @@ def layer_kinds(model: PreTrainedModel) -> list[LayerKind]:
     for layer in DynamicCache(config=model.config).layers:
         if type(layer) not in LAYER_TYPES:
             raise UnsupportedArchitectureError(
-                f"`{model.config.model_type}` has layers with a `{type(layer).__name__}`, which stretches of a sequence "
-                "cannot hand on. Leave `sequence_chunk_size` out, or use another architecture."
+                f"`{model.config.model_type}` has layers with a `{type(layer).__name__}`, which stretches of a "
+                "sequence cannot hand on. Leave `sequence_chunk_size` out, or use another architecture."
             )
         attends, is_linear = LAYER_TYPES[type(layer)]
         window = getattr(layer, "sliding_window", None) if attends else None
@@ -239,9 +239,7 @@ class _StretchAttention(CacheLayerMixin):
         if self.segmented:
             give_segment(key_states, self._segment(key_states.shape[0], gradients))
             return key_states, value_states
-        keys, values = (
-            self._joined(own, index, gradients) for index, own in enumerate((key_states, value_states))
-        )
+        keys, values = (self._joined(own, index, gradients) for index, own in enumerate((key_states, value_states)))
         for tensor in (keys, values):
             mark_frozen_length(tensor, self.past.num_frozen)
         return keys, values

@@ -128,11 +128,11 @@ class StretchedDecoder:
         """
         if not self.random_states:
             raise RuntimeError(
-                "Going backward through the stretches of a sequence a second time: what they handed on is freed by the "
-                "first. Call `backward` once per forward."
+                "Going backward through the stretches of a sequence a second time: what they handed on to each other "
+                "is freed by the first. Call `backward` once per forward."
             )
         by_row = self._by_row(gradients)
-        totals = _Totals([self.embeddings, *self.parameters])
+        totals = _Totals(self.embeddings, self.parameters)
         of_states: list[torch.Tensor | None] = []
         for index, (start, stop) in reversed(list(enumerate(self.bounds))):
             pieces = self.past.pop(index)
@@ -141,7 +141,8 @@ class StretchedDecoder:
             embeddings = totals.leaf_of_embeddings(start, stop)
             with torch.enable_grad(), self.random_states.pop().again():
                 outputs, ends = self._run_stretch(index, pasts, embeddings)
-                roots = list(zip(self._by_row(_results(outputs)), [_part(g, start, stop) for g in by_row], strict=True))
+                results = self._by_row(_results(outputs))
+                roots = list(zip(results, [_part(g, start, stop) for g in by_row], strict=True))
                 for end, piece in zip(ends, pieces, strict=True):
                     roots += _key_value_roots(end, piece)
             if of_states:
@@ -205,12 +206,13 @@ class _Totals:
     """Gradient of the embeddings and the weights, summed over the stretches, in float32 or more.
 
     Args:
-        inputs: Embeddings of all tokens or None, then the weights.
+        embeddings: Of all tokens, shape `(B, S, E)`, or None where the decoder embeds them itself.
+        parameters: The weights.
     """
 
-    def __init__(self, inputs: list[torch.Tensor | None]):
-        self.embeddings, *self.parameters = inputs
-        self.of_parameters: list[torch.Tensor | None] = [None] * len(self.parameters)
+    def __init__(self, embeddings: torch.Tensor | None, parameters: list[torch.Tensor]):
+        self.embeddings, self.parameters = embeddings, parameters
+        self.of_parameters: list[torch.Tensor | None] = [None] * len(parameters)
         self.of_embeddings: torch.Tensor | None = None
         if self.embeddings is not None and self.embeddings.requires_grad:
             self.of_embeddings = torch.zeros_like(self.embeddings)
@@ -233,28 +235,28 @@ class _Totals:
             start: Its first token.
         """
         live = [(output, gradient) for output, gradient in roots if gradient is not None and output.requires_grad]
-        needs_embeddings = embeddings is not None and embeddings.requires_grad
-        leaves = [*self.parameters, *states, *([embeddings] if needs_embeddings else [])]
         if not live:
             return [None] * len(states)
-        gradients = list(
-            torch.autograd.grad(
-                [output for output, _ in live],
-                leaves,
-                [gradient.to(output.device, output.dtype) for output, gradient in live],
-                allow_unused=True,
-            )
+        leaves = [*self.parameters, *states]
+        if embeddings is not None and embeddings.requires_grad:
+            leaves.append(embeddings)
+        gradients = torch.autograd.grad(
+            [output for output, _ in live],
+            leaves,
+            [gradient.to(output.device, output.dtype) for output, gradient in live],
+            allow_unused=True,
         )
-        if needs_embeddings and (of_embeddings := gradients.pop()) is not None:
-            assert self.of_embeddings is not None
-            self.of_embeddings[:, start : start + of_embeddings.shape[1]] = of_embeddings
-        for index, gradient in enumerate(gradients[: len(self.parameters)]):
+        num_weights, num_states = len(self.parameters), len(states)
+        for index, gradient in enumerate(gradients[:num_weights]):
             if gradient is not None:
                 self.of_parameters[index] = _sum(self.of_parameters[index], gradient)
-        return gradients[len(self.parameters) :]
+        for of_embeddings in gradients[num_weights + num_states :]:
+            assert self.of_embeddings is not None
+            self.of_embeddings[:, start : start + of_embeddings.shape[1]] = of_embeddings
+        return list(gradients[num_weights : num_weights + num_states])
 
     def results(self) -> list[torch.Tensor | None]:
-        """Gradients in the order and the types of the inputs."""
+        """Gradient of the embeddings or None, then of each weight in its type."""
         of_parameters = zip(self.of_parameters, self.parameters, strict=True)
         return [self.of_embeddings, *(total if total is None else total.to(p.dtype) for total, p in of_parameters)]
 

@@ -63,8 +63,8 @@ def samples(num_samples: int, context: int, decision: int) -> Any:
     )
 
 
-def train(method: str, model: Any, context: int, decision: int, steps: int) -> list[Timing]:
-    """Time of each optimizer step, trained with a trainer."""
+def train(method: str, model: Any, context: int, decision: int, steps: int, **fields: Any) -> list[Timing]:
+    """Time of each optimizer step, trained with a trainer, `fields` being more of its configuration."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -82,10 +82,9 @@ def train(method: str, model: Any, context: int, decision: int, steps: int) -> l
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.steps.append(since(self.start))
 
-    trainer_class, config_class = {
-        "sft": (SFTTrainer, SFTConfig),
-        "frozen": (FrozenContextTrainer, FrozenContextConfig),
-    }[method]
+    trainer_class, config_class = (
+        (SFTTrainer, SFTConfig) if method == "sft" else (FrozenContextTrainer, FrozenContextConfig)
+    )
     words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="<eos>")), pad_token="<pad>", eos_token="<eos>"
@@ -103,6 +102,7 @@ def train(method: str, model: Any, context: int, decision: int, steps: int) -> l
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
+            **fields,
         )
         trainer = trainer_class(
             model,

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A check on one sample that stretches give the hidden states and the gradient of one plain forward and backward.
+
+The sample is cut to a bounded length that still exercises every kind of layer, a sliding window included. In place of
+a loss stands a fixed random direction in the hidden states of all tokens, so that no logits are computed.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from frozen_peft.context.models import get_decoder, get_pretrained_model
+from frozen_peft.context.prefill import without_dropout
+from frozen_peft.context.verify import context_tokens_needed, has_dropout, has_low_precision
+from frozen_peft.errors import ContextMismatchError
+from frozen_peft.gradient.stretches import stretched_forward
+
+__all__ = ["MIN_TOKENS_TO_VERIFY", "StretchCheck", "verify_stretches"]
+
+# Relative errors in the Euclidean norm.
+TOLERANCE_FLOAT32 = 1e-3
+TOLERANCE_LOW_PRECISION = 3e-1
+# So that there are two stretches at least.
+MIN_TOKENS_TO_VERIFY = 4
+NUM_STRETCHES = 3
+
+
+@dataclass(frozen=True)
+class StretchCheck:
+    """What a check found.
+
+    Attributes:
+        hidden_error: Relative error of the hidden states.
+        gradient_error: Relative error of the gradient of all trainable weights together.
+        tolerance: The largest error allowed.
+        num_tokens: Tokens compared.
+        stretch_size: Tokens per stretch.
+    """
+
+    hidden_error: float
+    gradient_error: float
+    tolerance: float
+    num_tokens: int
+    stretch_size: int
+
+
+def verify_stretches(model: torch.nn.Module, input_ids: torch.Tensor, stretch_size: int) -> StretchCheck:
+    """Compares a sample in stretches with one plain forward and backward.
+
+    Args:
+        model: A causal language model of transformers, or a `PeftModel` of one; modes and gradients are left alone.
+        input_ids: Tokens of one sample, shape `(tokens,)`, int64, at least `MIN_TOKENS_TO_VERIFY`.
+        stretch_size: Tokens per stretch; made smaller so that there are several.
+
+    Returns:
+        The differences found.
+
+    Raises:
+        ContextMismatchError: A difference is beyond tolerance (relative, 1e-3 in float32; 0.3 in 16 bit or on a 4-bit
+            base, where rounding chooses other experts and other quantized values).
+    """
+    pretrained = get_pretrained_model(model)
+    # Stretches of a third must overflow a window too.
+    input_ids = input_ids[: 2 * context_tokens_needed(pretrained)]
+    stretch_size = min(stretch_size, -(-len(input_ids) // NUM_STRETCHES))
+    plain_hidden, plain_gradient = _hidden_and_gradient(model, input_ids, nullcontext())
+    hidden, gradient = _hidden_and_gradient(model, input_ids, stretched_forward(model, stretch_size))
+    check = StretchCheck(
+        _relative_error(hidden, plain_hidden),
+        _relative_error(gradient, plain_gradient),
+        TOLERANCE_LOW_PRECISION if has_low_precision(pretrained) else TOLERANCE_FLOAT32,
+        len(input_ids),
+        stretch_size,
+    )
+    # Negated, so that a NaN is an error as well.
+    if not max(check.hidden_error, check.gradient_error) <= check.tolerance:
+        raise ContextMismatchError(
+            f"`{pretrained.config.get_text_config().model_type}` does not run exactly in stretches of the sequence: "
+            f"over {check.num_tokens} tokens in stretches of {check.stretch_size} the relative error of the hidden "
+            f"states is {check.hidden_error:.2e} and that of the gradient {check.gradient_error:.2e}, where "
+            f"{check.tolerance:.0e} is allowed. Leave `sequence_chunk_size` out, use another architecture, or a newer "
+            "transformers."
+        )
+    return check
+
+
+def _hidden_and_gradient(
+    model: torch.nn.Module, input_ids: torch.Tensor, mode: AbstractContextManager[None]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states `(1, tokens, E)`, and the gradient of all trainable weights of the decoder as one vector."""
+    pretrained = get_pretrained_model(model)
+    decoder = get_decoder(pretrained)
+    weights = [weight for weight in decoder.parameters() if weight.requires_grad]
+    with without_dropout(model, keep_checkpointing=not has_dropout(pretrained)), mode, torch.enable_grad():
+        hidden = decoder(
+            input_ids=input_ids[None],
+            position_ids=torch.arange(len(input_ids), device=input_ids.device)[None],
+            use_cache=False,
+        ).last_hidden_state
+    if not weights:
+        return hidden, hidden.new_zeros(1)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+    gradients = torch.autograd.grad((hidden.float() * direction).sum(), weights, allow_unused=True)
+    found = [gradient.flatten().float() for gradient in gradients if gradient is not None]
+    return hidden.detach(), torch.cat(found) if found else hidden.new_zeros(1)
+
+
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    difference, norm = (actual.float() - expected.float()).norm(), expected.float().norm()
+    return (difference / norm).item() if norm > 0.0 else difference.item()
