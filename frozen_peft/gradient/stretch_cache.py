@@ -220,7 +220,7 @@ class _StretchAttention(CacheLayerMixin):
         self.sliding_window = kind.sliding_window
         self.is_sliding = kind.sliding_window is not None
         self.is_initialized = True
-        self.end = LayerEnd()
+        self.end: LayerEnd | None = LayerEnd()
 
     def lazy_initialization(self, *args: object, **kwargs: object) -> None:
         raise AssertionError("a stretch's cache is only read")
@@ -229,8 +229,7 @@ class _StretchAttention(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Own keys and values `(B, H, tokens, E)` with those before them."""
-        if self.end.keys is None:
-            # A layer that is run again, for its activations, produces nothing new.
+        if self.end is not None:
             self.end.keys, self.end.values = key_states, value_states
         if not self.past.num_kept:
             return key_states, value_states
@@ -290,7 +289,8 @@ class _StretchLinear(LinearAttentionCacheLayerMixin):
 
     def __init__(self, kind: LayerKind, past: LayerPast):
         LinearAttentionCacheLayerMixin.__init__(self, number_of_states=kind.num_linear_states)
-        self.past, self.end = past, LayerEnd()
+        self.past = past
+        self.end: LayerEnd | None = LayerEnd()
         for index in range(kind.num_linear_states):
             self.has_previous_state[index] = bool(past.linear.conv or past.linear.recurrent)
             self.is_conv_states_initialized[index] = index in past.linear.conv
@@ -314,7 +314,7 @@ class _StretchLinear(LinearAttentionCacheLayerMixin):
                 "A short convolution does not tell its cache the size of its kernel. Leave `sequence_chunk_size` out, "
                 "or use another architecture."
             )
-        if state_idx not in self.end.linear.conv:
+        if self.end is not None:
             missing = max(conv_kernel_size - conv_states.shape[-1], 0)
             padded = torch.nn.functional.pad(conv_states, (missing, 0))
             # A copy: a view would keep the inputs of the whole stretch.
@@ -324,7 +324,8 @@ class _StretchLinear(LinearAttentionCacheLayerMixin):
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: object
     ) -> torch.Tensor:
-        self.end.linear.recurrent.setdefault(state_idx, recurrent_states)
+        if self.end is not None:
+            self.end.linear.recurrent[state_idx] = recurrent_states
         return recurrent_states
 
 
@@ -360,15 +361,20 @@ class StretchCache(Cache):
         super().__init__(layers=layers)
         self.kinds = kinds
 
-    def ends(self, model_type: str) -> list[LayerEnd]:
+    def take_ends(self, model_type: str) -> list[LayerEnd]:
         """What the stretch left behind in each layer.
+
+        From then on nothing is noted: a layer that runs again, for its activations, leaves nothing new behind, and a
+        graph that refers to this cache is not referred to by it.
 
         Raises:
             ContextMismatchError: A layer did not use its cache.
         """
         ends = []
         for index, (kind, layer) in enumerate(zip(self.kinds, self.layers, strict=True)):
-            end = LayerEnd() if isinstance(layer, DummyLayer) else layer.end
+            end = LayerEnd()
+            if not isinstance(layer, DummyLayer):
+                end, layer.end = layer.end, None
             if (kind.attends and end.keys is None) or (kind.num_linear_states and not end.linear.tensors()):
                 raise ContextMismatchError(
                     f"Layer {index} of `{model_type}` ran without its cache, so the next stretch has nothing to "

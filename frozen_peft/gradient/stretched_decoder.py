@@ -134,21 +134,42 @@ class StretchedDecoder:
         by_row = self._by_row(gradients)
         totals = _Totals(self.embeddings, self.parameters)
         of_states: list[torch.Tensor | None] = []
-        for index, (start, stop) in reversed(list(enumerate(self.bounds))):
-            pieces = self.past.pop(index)
-            pasts = self.past.before(index, self.device, with_gradient=index > 0)
-            states = [state for past in pasts for state in past.linear.tensors() if state.requires_grad]
-            embeddings = totals.leaf_of_embeddings(start, stop)
-            with torch.enable_grad(), self.random_states.pop().again():
-                outputs, ends = self._run_stretch(index, pasts, embeddings)
-                results = self._by_row(_results(outputs))
-                roots = list(zip(results, [_part(g, start, stop) for g in by_row], strict=True))
-                for end, piece in zip(ends, pieces, strict=True):
-                    roots += _key_value_roots(end, piece)
-            if of_states:
-                roots += zip([state for end in ends for state in end.linear.tensors()], of_states, strict=True)
-            of_states = handed_back(totals.add(roots, embeddings, states, start))
+        for index in reversed(range(len(self.bounds))):
+            of_states = handed_back(self._differentiate(index, by_row, of_states, totals))
         return totals.results()
+
+    def _differentiate(
+        self,
+        index: int,
+        by_row: list[torch.Tensor | None],
+        of_states: list[torch.Tensor | None],
+        totals: "_Totals",
+    ) -> list[torch.Tensor | None]:
+        """Computes a stretch again, with gradient, and differentiates it.
+
+        Args:
+            index: The stretch, the last one that is left.
+            by_row: Gradient of hidden states and router logits of all tokens, shapes `(B, S, ...)`.
+            of_states: Gradient of the states that the next stretch started from; empty where there is none.
+            totals: Gets the gradient of embeddings and weights.
+
+        Returns:
+            Gradient of the states that this stretch started from.
+        """
+        start, stop = self.bounds[index]
+        pieces = self.past.pop(index)
+        pasts = self.past.before(index, self.device, with_gradient=index > 0)
+        states = [state for past in pasts for state in past.linear.tensors() if state.requires_grad]
+        embeddings = totals.leaf_of_embeddings(start, stop)
+        with torch.enable_grad(), self.random_states.pop().again():
+            outputs, ends = self._run_stretch(index, pasts, embeddings)
+            results = self._by_row(_results(outputs))
+            roots = list(zip(results, [_part(g, start, stop) for g in by_row], strict=True))
+            for end, piece in zip(ends, pieces, strict=True):
+                roots += _key_value_roots(end, piece)
+        if of_states:
+            roots += zip([state for end in ends for state in end.linear.tensors()], of_states, strict=True)
+        return totals.add(roots, embeddings, states, start)
 
     def _run_stretch(
         self, index: int, pasts: list[LayerPast], embeddings: torch.Tensor | None
@@ -175,7 +196,7 @@ class StretchedDecoder:
                 **options,
             )
         require_all_read(use, self.model_type)
-        return outputs, cache.ends(self.model_type)
+        return outputs, cache.take_ends(self.model_type)
 
     def _by_row(self, results: Sequence[torch.Tensor | None]) -> list[Any]:
         """Router logits come as `(B * tokens, experts)`; everything as `(B, tokens, ...)`."""
