@@ -9,8 +9,8 @@ Methods: `sft` (SFTTrainer with gradient checkpointing, its default) and `stretc
 an honest out-of-memory error.
 
 The model has the proportions of the large hybrids: many layers, a quarter of them attention with few key and value
-heads. On a CPU TRL's head computes logits of all positions, up to 4096 x 32768 of them at a time whatever the
-vocabulary; that buffer is made as wide as the vocabulary here, for both methods, or it would be all there is to see.
+heads. On a CPU TRL's head computes logits of all positions, in a buffer for 4096 x 32768 of them whatever the
+vocabulary; it is made narrow here, for both methods, or it would be all there is to see.
 """
 
 import argparse
@@ -27,6 +27,8 @@ import trl.trainer.utils
 from tests.benchmarks.step import ALLOCATOR, VOCABULARY, cache_bytes, resident_bytes, train
 
 DECISION = 64
+# Vocabulary entries whose logits are computed at a time.
+HEAD_TILE = 256
 
 
 def build_model() -> Any:
@@ -80,7 +82,7 @@ def main() -> None:
         os.execve(sys.executable, command, os.environ | ALLOCATOR)
 
     warnings.simplefilter("ignore")
-    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = VOCABULARY
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = HEAD_TILE
     fields = trainer_fields(arguments)
     model = build_model()
     # A short run first: libraries, kernels and thread pools are loaded before the baseline is read.
