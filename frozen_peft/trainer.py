@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -138,11 +139,17 @@ class FrozenContextTrainer(SFTTrainer):
             keep_linear4bit_trainable(self.model)
             log_quantization(pretrained)
         choose_kernels(pretrained)
-        if self._freezes_context or self.args.sequence_chunk_size is not None:
+        if self._freezes_context:
             require_exact_continuation(pretrained)
+            self._settle_context_adapters()
+        if self.args.sequence_chunk_size is not None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "`sequence_chunk_size` runs a decoder again in its backward pass, which needs its weights in one "
+                "piece: not FSDP and not DeepSpeed ZeRO-3. Use DDP, or leave `sequence_chunk_size` out."
+            )
+        if self._freezes_context or self.args.sequence_chunk_size is not None:
             use_segmented_attention(self.model)
         if self._freezes_context:
-            self._settle_context_adapters()
             self._encoder = ContextEncoder(
                 self.model,
                 chunk_size=self.args.prefill_chunk_size,

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from frozen_peft.context.cache import FrozenContext
@@ -76,6 +77,7 @@ def stretched_forward(model: torch.nn.Module, stretch_size: int, *, offload: boo
         frozen = isinstance(arguments.get("past_key_values"), FrozenContext)
         if not frozen and _tokens(arguments).shape[1] <= max(stretch_size, MIN_STRETCH_TOKENS):
             return forward(*args, **kwargs)
+        _require_adapters_everywhere(model)
         _require_stretchable(arguments)
         return StretchedDecoder(pretrained, forward, arguments, stretch_size, offload=offload).outputs()
 
@@ -103,6 +105,15 @@ def _require_plain_checkpoints(model: PreTrainedModel) -> None:
                 "`sequence_chunk_size` needs non-reentrant checkpoints: a reentrant one hides keys, values and states "
                 "from autograd. Remove `use_reentrant` from `gradient_checkpointing_kwargs`, or set it to False."
             )
+
+
+def _require_adapters_everywhere(model: torch.nn.Module) -> None:
+    configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
+    if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
+        raise ValueError(
+            "`sequence_chunk_size` cannot run an adapter that its invocation tokens switch on within a sequence "
+            "(`alora_invocation_tokens`). Set `context_adapters=False`, or leave one of the two out."
+        )
 
 
 def _require_stretchable(arguments: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from frozen_peft.context.models import get_decoder, get_pretrained_model
-from frozen_peft.context.prefill import without_dropout
+from frozen_peft.context.modes import without_dropout
 from frozen_peft.context.verify import context_tokens_needed, has_dropout, has_low_precision
 from frozen_peft.errors import ContextMismatchError
 from frozen_peft.gradient.stretches import stretched_forward
