@@ -106,7 +106,8 @@ class FrozenContextTrainer(SFTTrainer):
             _require_adapters(isinstance(model, PeftModel) or kwargs.get("peft_config") is not None)
         if args.group_by_context:
             require_groupable(train_dataset)
-        if args.gradient_horizon != -1 and not isinstance(model, str):
+        continues = args.gradient_horizon != -1 or args.sequence_chunk_size is not None
+        if continues and not isinstance(model, str):
             require_exact_continuation(get_pretrained_model(model))
         self._max_positions: int | None = None
         self._context_verified = self._stretches_verified = False

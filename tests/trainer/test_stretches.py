@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training with `sequence_chunk_size` is training with the full gradient, or with that of a horizon."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl import SFTConfig, SFTTrainer
+
+from frozen_peft import (
+    ContextMismatchError,
+    FrozenContextConfig,
+    FrozenContextTrainer,
+    lora_config,
+    quantization_config,
+)
+from frozen_peft.gradient import stretched_decoder
+from tests.reference import (
+    Sample,
+    negative_log_likelihood,
+    num_labels,
+    stop_gradient_at_context,
+    worst_gradient_error,
+)
+from tests.tiny_models import tiny_model
+from tests.trainer.runs import (
+    IGNORED,
+    adapted,
+    as_dataset,
+    batches,
+    config,
+    gradients_of,
+    samples,
+    train,
+    word_tokenizer,
+)
+
+ROWS = samples()
+TOLERANCE = 1e-4
+# Wall-clock figures and what follows from them.
+TIMINGS = ("runtime", "per_second")
+
+
+def worst_gap(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
+    """Largest difference of any figure of two logs with the same figures."""
+    assert [entry.keys() for entry in ours] == [entry.keys() for entry in theirs]
+    return max(
+        abs(value - theirs[index][key])
+        for index, entry in enumerate(ours)
+        for key, value in entry.items()
+        if not key.endswith(TIMINGS)
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen3_5_moe_text", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen3_5", "gemma3_text"))],
+)
+def test_losses_metrics_and_gradients_are_those_of_sft_trainer(name: str, tmp_path: Path) -> None:
+    """The auxiliary loss of experts, gradient accumulation, a scheduler, clipping and evaluation included."""
+    model, dataset = adapted(name), as_dataset(ROWS)
+    fields = {
+        "gradient_accumulation_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "max_grad_norm": 1.0,
+    }
+    ours = train(
+        FrozenContextTrainer,
+        copy.deepcopy(model),
+        config(tmp_path, tier=3, sequence_chunk_size=20, **fields),
+        dataset,
+        eval_dataset=dataset,
+    )
+    theirs = train(
+        SFTTrainer, copy.deepcopy(model), config(tmp_path, SFTConfig, **fields), dataset, eval_dataset=dataset
+    )
+    assert len(theirs.losses) == 3
+    assert worst_gap(ours.trainer.state.log_history, theirs.trainer.state.log_history) < TOLERANCE
+    # Later steps start from weights that Adam moved by the sign of gradients however small.
+    assert worst_gradient_error(ours.gradients[0], theirs.gradients[0]) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "qwen3_5_text"])
+def test_fifty_steps_lie_on_the_curve_of_sft_trainer(name: str, tmp_path: Path) -> None:
+    model, dataset = adapted(name), as_dataset(ROWS)
+    fields = {"max_steps": 50, "verify_context": "never"}
+    ours = train(
+        FrozenContextTrainer,
+        copy.deepcopy(model),
+        config(tmp_path, tier=3, sequence_chunk_size=16, **fields),
+        dataset,
+    )
+    theirs = train(SFTTrainer, copy.deepcopy(model), config(tmp_path, SFTConfig, max_steps=50), dataset)
+    gaps = torch.tensor(ours.losses) - torch.tensor(theirs.losses)
+    assert len(gaps) == 50
+    assert theirs.losses[-1] < theirs.losses[0] - 0.1
+    assert gaps.abs().max() < 1e-3
+    assert gaps.mean().abs() < 1e-4
+
+
+@pytest.mark.parametrize("fields", [{}, {"checkpoint_every": 3}, {"gradient_checkpointing": False}])
+def test_layer_checkpoints_change_nothing(fields: dict[str, Any], tmp_path: Path) -> None:
+    model, dataset = adapted("qwen3_5_text"), as_dataset(ROWS)
+    ours = train(
+        FrozenContextTrainer,
+        copy.deepcopy(model),
+        config(tmp_path, tier=3, sequence_chunk_size=16, **fields),
+        dataset,
+    )
+    theirs = train(SFTTrainer, copy.deepcopy(model), config(tmp_path, SFTConfig), dataset)
+    for step in range(3):
+        assert worst_gradient_error(ours.gradients[step], theirs.gradients[step]) < TOLERANCE
+
+
+def horizon_gradients(model: torch.nn.Module, rows: list[Sample], horizon: int) -> dict[str, torch.Tensor]:
+    total: dict[str, torch.Tensor] = {}
+    for row in rows:
+        with stop_gradient_at_context(model, max(row.boundary - horizon, 0), len(row.input_ids)):
+            logits = model(input_ids=row.input_ids[None], use_cache=False).logits[0]
+        for key, gradient in gradients_of(negative_log_likelihood(logits, row.labels), model).items():
+            total[key] = total.get(key, 0) + gradient / num_labels(rows)
+    return total
+
+
+@pytest.mark.parametrize("horizon", [0, 13])
+@pytest.mark.parametrize("name", ["llama", "qwen3_5_text"])
+def test_a_horizon_carries_gradient_in_stretches(name: str, horizon: int, tmp_path: Path) -> None:
+    """The rest of the context is frozen; a learning rate of almost nothing keeps the weights where they are."""
+    model = adapted(name)
+    fields = {"gradient_horizon": horizon, "sequence_chunk_size": 5, "learning_rate": 1e-12}
+    ours = train(FrozenContextTrainer, copy.deepcopy(model), config(tmp_path, **fields), as_dataset(ROWS))
+    for step, rows in enumerate(batches(ROWS, 2, 3)):
+        expected = horizon_gradients(model, rows, horizon)
+        assert worst_gradient_error(ours.gradients[step], expected) < TOLERANCE
+
+
+def test_bf16_autocast_gives_every_adapter_its_gradient(tmp_path: Path) -> None:
+    model, dataset = adapted("qwen3_5_text"), as_dataset(ROWS)
+    ours = train(
+        FrozenContextTrainer,
+        copy.deepcopy(model),
+        config(tmp_path, tier=3, sequence_chunk_size=16, bf16=True, max_steps=1),
+        dataset,
+    )
+    theirs = train(SFTTrainer, copy.deepcopy(model), config(tmp_path, SFTConfig, max_steps=1), dataset)
+    for key, gradient in ours.gradients[0].items():
+        assert gradient.dtype == torch.float32
+        expected = theirs.gradients[0][key]
+        assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.98, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "qwen3_5_text"])
+def test_a_4bit_base(name: str, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_key_value_heads": 2}
+    tiny_model(name, **sizes).save_pretrained(checkpoint)
+    word_tokenizer().save_pretrained(checkpoint)
+
+    def gradients(kind: type[SFTTrainer], arguments: SFTConfig) -> dict[str, torch.Tensor]:
+        run = train(
+            kind,
+            str(checkpoint),
+            arguments,
+            as_dataset(ROWS),
+            quantization_config=quantization_config(str(checkpoint)),
+            peft_config=lora_config(str(checkpoint), r=2, init_lora_weights=True),
+        )
+        return run.gradients[0]
+
+    ours = gradients(FrozenContextTrainer, config(tmp_path, tier=3, sequence_chunk_size=16, max_steps=1))
+    theirs = gradients(SFTTrainer, config(tmp_path, SFTConfig, max_steps=1))
+    moved = [key for key in theirs if theirs[key].norm() > 0]
+    assert moved
+    for key in moved:
+        assert torch.nn.functional.cosine_similarity(ours[key].flatten(), theirs[key].flatten(), dim=0) > 0.95, key
+
+
+def test_a_gradient_that_gets_lost_stops_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stretched_decoder, "handed_back", lambda gradients: [None for _ in gradients])
+    fields = {"tier": 3, "sequence_chunk_size": 16}
+    with pytest.raises(ContextMismatchError, match="does not run exactly in stretches"):
+        train(FrozenContextTrainer, adapted("qwen3_5_text"), config(tmp_path, **fields), as_dataset(ROWS))
+    train(
+        FrozenContextTrainer,
+        adapted("qwen3_5_text"),
+        config(tmp_path, **fields, verify_context="never"),
+        as_dataset(ROWS),
+    )
+
+
+def test_the_model_is_checked_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checked = []
+    original = FrozenContextTrainer._verify_stretches
+
+    class Counting(FrozenContextTrainer):
+        def _verify_stretches(self, *args: Any) -> None:
+            before = self._stretches_verified
+            original(self, *args)
+            checked.append(self._stretches_verified and not before)
+
+    train(Counting, adapted("llama"), config(tmp_path, tier=3, sequence_chunk_size=16), as_dataset(ROWS))
+    assert checked == [True, False, False]
+
+
+def test_left_padding_is_refused(tmp_path: Path) -> None:
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        return {
+            "input_ids": torch.tensor([[0] * (width - len(row["input_ids"])) + row["input_ids"] for row in rows]),
+            "labels": torch.tensor([[IGNORED] * (width - len(row["labels"])) + row["labels"] for row in rows]),
+            "attention_mask": torch.tensor(
+                [[0] * (width - len(row["input_ids"])) + [1] * len(row["input_ids"]) for row in rows]
+            ),
+        }
+
+    arguments = config(tmp_path, tier=3, sequence_chunk_size=16)
+    with pytest.raises(ValueError, match="padding on the right only"):
+        train(FrozenContextTrainer, adapted("llama"), arguments, as_dataset(ROWS), data_collator=collate)
+
+
+def test_an_architecture_that_cannot_continue_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ContextMismatchError, match="jamba"):
+        train(
+            FrozenContextTrainer, tiny_model("jamba"), config(tmp_path, tier=3, sequence_chunk_size=16),
+            as_dataset(ROWS),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sequence_chunk_size": 0}, r"`sequence_chunk_size` must be 1 token or more, or None, found 0"),
+        ({"sequence_chunk_size": -3}, r"`sequence_chunk_size` must be 1 token or more, or None, found -3"),
+        ({"sequence_chunk_size": 8, "packing": True}, r"`packing` puts several into one row"),
+        ({"sequence_chunk_size": 8, "padding_free": True}, r"`padding_free` puts several into one row"),
+        (
+            {"sequence_chunk_size": 8, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            r"needs non-reentrant checkpoints; remove `use_reentrant`",
+        ),
+        ({"offload_stretches": True}, r"`offload_stretches=True` has no effect without `sequence_chunk_size`"),
+    ],
+)
+def test_configurations_that_contradict_themselves(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, FrozenContextConfig, tier=3, **fields)
