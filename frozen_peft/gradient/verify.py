@@ -92,19 +92,16 @@ def _hidden_and_gradient(
     pretrained = get_pretrained_model(model)
     decoder = get_decoder(pretrained)
     weights = [weight for weight in decoder.parameters() if weight.requires_grad]
+    positions = torch.arange(len(input_ids), device=input_ids.device)[None]
     with without_dropout(model, keep_checkpointing=not has_dropout(pretrained)), mode, torch.enable_grad():
-        hidden = decoder(
-            input_ids=input_ids[None],
-            position_ids=torch.arange(len(input_ids), device=input_ids.device)[None],
-            use_cache=False,
-        ).last_hidden_state
-    if not weights:
+        hidden = decoder(input_ids=input_ids[None], position_ids=positions, use_cache=False).last_hidden_state
+        direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
+        loss = (hidden.float() * direction).sum()
+    if not loss.requires_grad:
         return hidden, hidden.new_zeros(1)
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(hidden.shape, generator=generator).to(hidden.device)
-    gradients = torch.autograd.grad((hidden.float() * direction).sum(), weights, allow_unused=True)
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True)
     found = [gradient.flatten().float() for gradient in gradients if gradient is not None]
-    return hidden.detach(), torch.cat(found) if found else hidden.new_zeros(1)
+    return hidden.detach(), torch.cat(found)
 
 
 def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

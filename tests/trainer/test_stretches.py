@@ -65,6 +65,7 @@ def test_losses_metrics_and_gradients_are_those_of_sft_trainer(name: str, tmp_pa
         "gradient_accumulation_steps": 2,
         "eval_strategy": "steps",
         "eval_steps": 1,
+        "eval_on_start": True,
         "optim": "adamw_torch",
         "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine",
