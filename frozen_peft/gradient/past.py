@@ -9,7 +9,7 @@ states that each stretch starts from.
 import torch
 
 from frozen_peft.context.cache import FrozenContext
-from frozen_peft.gradient.stretch_cache import FrozenPast, LayerEnd, LayerKind, LayerPast, LinearStates, Piece
+from frozen_peft.gradient.layers import FrozenPast, LayerEnd, LayerKind, LayerPast, LinearStates, Piece
 
 __all__ = ["Past"]
 
@@ -112,14 +112,10 @@ def _frozen_past(frozen: FrozenContext | None, layer: int) -> FrozenPast | None:
         return None
     attention = frozen.layers[layer]
     return FrozenPast(
-        tuple(_pieces_of(state.keys) for state in attention.attention_states),
-        tuple(_pieces_of(state.values) for state in attention.attention_states),
+        tuple(state.keys for state in attention.attention_states),
+        tuple(state.values for state in attention.attention_states),
         attention.padded_length,
     )
-
-
-def _pieces_of(tensors: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (tensors,) if isinstance(tensors, torch.Tensor) else tensors
 
 
 def _frozen_states(frozen: FrozenContext | None, layer: int, kind: LayerKind) -> LinearStates:

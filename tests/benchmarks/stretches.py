@@ -8,9 +8,9 @@ Methods: `sft` (SFTTrainer with gradient checkpointing, its default) and `stretc
 `--more-bytes` the process may not map more than that above the loaded model, so that a sample which does not fit is
 an honest out-of-memory error.
 
-The model has the proportions of the large hybrids: many layers, a quarter of them attention with few key and value
-heads. On a CPU TRL's head computes logits of all positions, in a buffer for 4096 x 32768 of them whatever the
-vocabulary; it is made narrow here, for both methods, or it would be all there is to see.
+The model has the proportions of the large hybrids: many layers, a quarter of them attention, and for a token keys and
+values of six hidden states. On a CPU TRL's head computes logits of all positions, in a buffer for 4096 x 32768 of them
+whatever the vocabulary; it is made narrow here, for both methods, or it would be all there is to see.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def build_model() -> Any:
         num_hidden_layers=32,
         num_attention_heads=4,
         num_key_value_heads=1,
-        head_dim=32,
+        head_dim=48,
         linear_num_key_heads=2,
         linear_num_value_heads=4,
         linear_key_head_dim=32,
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", choices=["sft", "stretches"], required=True)
     parser.add_argument("--tokens", type=int, required=True, help="tokens of a sample")
-    parser.add_argument("--stretch", type=int, default=512, help="tokens per stretch")
+    parser.add_argument("--stretch", type=int, default=1024, help="tokens per stretch")
     parser.add_argument("--checkpointing", action="store_true", help="layer checkpoints inside a stretch")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps; the first is not counted in the time")
     parser.add_argument("--more-bytes", type=int, help="bytes that the process may map above the loaded model")

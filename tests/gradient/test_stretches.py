@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from frozen_peft import ContextMismatchError
 from frozen_peft.context import encode_context, use_segmented_attention
 from frozen_peft.gradient import group_checkpoints, stretched_decoder, stretched_forward, verify_stretches
-from frozen_peft.gradient.stretch_cache import Piece
+from frozen_peft.gradient.layers import Piece
 from frozen_peft.gradient.stretched_decoder import stretch_bounds
 from tests.frozen_runs import PADDING, checkpoint_layers
 from tests.reference import (

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares the full gradient in stretches with `SFTTrainer`'s, in time, in memory and in the longest sample that fits.
+
+    python -m tests.benchmarks.full_gradient
+
+Prints a table and writes it, with every figure behind it, to `docs/benchmarks/stretches.md` and `stretches.json`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.step import MEBIBYTE
+
+RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
+TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+# Memory above the loaded model in which the longest sample is looked for.
+MORE_BYTES = 160 * MEBIBYTE
+HEADER = ("tokens", "SFTTrainer s", "stretches s", "ratio", "SFTTrainer MiB", "stretches MiB", "ratio", "cache MiB")
+
+
+def measure(method: str, tokens: int, *, steps: int, more_bytes: int | None = None) -> dict[str, Any] | None:
+    """Runs one measurement in a process of its own; None where it ran out of the memory it was given."""
+    command = [sys.executable, "-m", "tests.benchmarks.stretches", "--method", method, "--tokens", str(tokens)]
+    command += ["--steps", str(steps), "--checkpointing"]
+    if more_bytes is not None:
+        command += ["--more-bytes", str(more_bytes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    if more_bytes is not None and ("MemoryError" in done.stderr or "not enough memory" in done.stderr):
+        return None
+    raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+
+
+def longest(method: str, lengths: list[int]) -> int:
+    """The last of these lengths, in ascending order, that fits into `MORE_BYTES`; 0 if none does."""
+    best = 0
+    for tokens in lengths:
+        if measure(method, tokens, steps=1, more_bytes=MORE_BYTES) is None:
+            break
+        best = tokens
+    return best
+
+
+def row(sft: dict[str, Any], stretches: dict[str, Any]) -> tuple[str, ...]:
+    """One line of the table."""
+    return (
+        f"{sft['tokens']}",
+        f"{sft['cpu_seconds']:.1f}",
+        f"{stretches['cpu_seconds']:.1f}",
+        f"{stretches['cpu_seconds'] / sft['cpu_seconds']:.2f}",
+        f"{sft['peak_bytes'] / MEBIBYTE:.0f}",
+        f"{stretches['peak_bytes'] / MEBIBYTE:.0f}",
+        f"{stretches['peak_bytes'] / sft['peak_bytes']:.2f}",
+        f"{stretches['cache_bytes'] / MEBIBYTE:.1f}",
+    )
+
+
+def markdown(rows: list[tuple[str, ...]], fits: dict[str, int], machine: dict[str, str]) -> str:
+    """The page that is kept with the figures."""
+    widths = [max(len(line[column]) for line in [HEADER, *rows]) for column in range(len(HEADER))]
+    lines = [HEADER, tuple("-" * (width - 1) + ":" for width in widths), *rows]
+    table = "\n".join(
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+    facts = "\n".join(f"- {name}: {text}" for name, text in machine.items())
+    return (
+        "# The full gradient in stretches\n\n"
+        "Made by `python -m tests.benchmarks.full_gradient`; do not edit.\n\n"
+        "One sample per step, 64 of its tokens supervised, float32, the same LoRA adapters of the same model "
+        "(Qwen3.5-style, 24 Gated DeltaNet and 8 attention layers, hidden size 128). `SFTTrainer` with gradient "
+        "checkpointing, its default, against `tier: 3` with `sequence_chunk_size: 1024` and gradient checkpointing "
+        "inside a stretch. Seconds are processor time of a step on one thread; memory is the peak above the loaded "
+        "model. *Cache* is what keys, values and states of that many tokens take.\n\n"
+        f"{table}\n\n"
+        f"The longest sample that fits into an address space of {MORE_BYTES // MEBIBYTE} MiB above the loaded model: "
+        f"{fits['sft']} tokens with `SFTTrainer`, {fits['stretches']} in stretches.\n\n{facts}\n"
+    )
+
+
+def main() -> None:
+    """Measures every length and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of a sample")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps per measurement")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    arguments = parser.parse_args()
+    all_figures, rows = [], []
+    for tokens in arguments.tokens:
+        print(f"{tokens} tokens ...", file=sys.stderr, flush=True)
+        pair = [measure(method, tokens, steps=arguments.steps) for method in ("sft", "stretches")]
+        all_figures += pair
+        rows.append(row(*pair))
+    fits = {"sft": longest("sft", [512 * count for count in range(1, 40)])}
+    fits["stretches"] = longest("stretches", [fits["sft"] * count for count in (4, 8, 10, 12, 16)])
+    page = markdown(rows, fits, describe_machine())
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "stretches.md").write_text(page)
+    results = {"machine": describe_machine(), "figures": all_figures, "longest": fits, "more_bytes": MORE_BYTES}
+    (arguments.output / "stretches.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()
