@@ -193,16 +193,3 @@ def test_a_collator_that_adds_what_cannot_be_cut(tmp_path: Path) -> None:
 def test_a_field_out_of_range(fields: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **fields)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"sequence_chunk_size": 512},
-    ],
-    ids=str,
-)
-def test_a_field_that_is_not_there_yet(fields: dict, tmp_path: Path) -> None:
-    (name,) = fields
-    with pytest.raises(NotImplementedError, match=rf"`{name}="):
-        config(tmp_path, **fields)
