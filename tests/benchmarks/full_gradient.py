@@ -23,10 +23,12 @@ MORE_BYTES = 160 * MEBIBYTE
 HEADER = ("tokens", "SFTTrainer s", "stretches s", "ratio", "SFTTrainer MiB", "stretches MiB", "ratio", "cache MiB")
 
 
-def measure(method: str, tokens: int, *, steps: int, more_bytes: int | None = None) -> dict[str, Any] | None:
+def measure(
+    method: str, tokens: int, *, steps: int, stretch: int = 1024, more_bytes: int | None = None
+) -> dict[str, Any] | None:
     """Runs one measurement in a process of its own; None where it ran out of the memory it was given."""
     command = [sys.executable, "-m", "tests.benchmarks.stretches", "--method", method, "--tokens", str(tokens)]
-    command += ["--steps", str(steps), "--checkpointing"]
+    command += ["--steps", str(steps), "--stretch", str(stretch), "--checkpointing"]
     if more_bytes is not None:
         command += ["--more-bytes", str(more_bytes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
