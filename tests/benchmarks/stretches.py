@@ -9,8 +9,9 @@ Methods: `sft` (SFTTrainer with gradient checkpointing, its default) and `stretc
 an honest out-of-memory error.
 
 The model has the proportions of the large hybrids: many layers, a quarter of them attention, and for a token keys and
-values of six hidden states. On a CPU TRL's head computes logits of all positions, in a buffer for 4096 x 32768 of them
-whatever the vocabulary; it is made narrow here, for both methods, or it would be all there is to see.
+values of six hidden states (`--head-dim 48`, the default; 16: of two). On a CPU TRL's head computes logits of all
+positions, in a buffer for 4096 x 32768 of them whatever the vocabulary; it is made narrow here, for both methods, or it
+would be all there is to see.
 """
 
 import argparse
@@ -31,7 +32,7 @@ DECISION = 64
 HEAD_TILE = 256
 
 
-def build_model() -> Any:
+def build_model(head_dim: int) -> Any:
     """A Qwen3.5-style hybrid of 8M parameters: 24 Gated DeltaNet and 8 attention layers."""
     import torch
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
@@ -44,7 +45,7 @@ def build_model() -> Any:
         num_hidden_layers=32,
         num_attention_heads=4,
         num_key_value_heads=1,
-        head_dim=48,
+        head_dim=head_dim,
         linear_num_key_heads=2,
         linear_num_value_heads=4,
         linear_key_head_dim=32,
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--method", choices=["sft", "stretches"], required=True)
     parser.add_argument("--tokens", type=int, required=True, help="tokens of a sample")
     parser.add_argument("--stretch", type=int, default=1024, help="tokens per stretch")
+    parser.add_argument("--head-dim", type=int, default=48, help="numbers in a key, and in a value")
     parser.add_argument("--checkpointing", action="store_true", help="layer checkpoints inside a stretch")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps; the first is not counted in the time")
     parser.add_argument("--more-bytes", type=int, help="bytes that the process may map above the loaded model")
@@ -84,9 +86,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = HEAD_TILE
     fields = trainer_fields(arguments)
-    model = build_model()
+    model = build_model(arguments.head_dim)
     # A short run first: libraries, kernels and thread pools are loaded before the baseline is read.
-    train(arguments.method, build_model(), 256, DECISION, 2, **fields)
+    train(arguments.method, build_model(arguments.head_dim), 256, DECISION, 2, **fields)
     baseline = resident_bytes("VmRSS")
     if arguments.more_bytes is not None:
         limit = resident_bytes("VmSize") + arguments.more_bytes
@@ -96,6 +98,7 @@ def main() -> None:
     figures = {
         "method": arguments.method,
         "tokens": arguments.tokens,
+        "head_dim": arguments.head_dim,
         "stretch": arguments.stretch if arguments.method == "stretches" else None,
         "checkpointing": arguments.checkpointing or arguments.method == "sft",
         "seconds": statistics.median(wall for wall, _ in counted),
@@ -105,7 +108,7 @@ def main() -> None:
         "more_bytes": arguments.more_bytes,
     }
     if arguments.more_bytes is None:
-        figures["cache_bytes"] = cache_bytes(build_model(), arguments.tokens)
+        figures["cache_bytes"] = cache_bytes(build_model(arguments.head_dim), arguments.tokens)
     print(json.dumps(figures))
 
 
