@@ -42,7 +42,7 @@ def measure(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    if more_bytes is not None and ("MemoryError" in done.stderr or "not enough memory" in done.stderr):
+    if more_bytes is not None and ("MemoryError" in done.stderr or "allocate memory" in done.stderr):
         return None
     raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
 

@@ -10,8 +10,8 @@ an honest out-of-memory error.
 
 The model has the proportions of the large hybrids: many layers, a quarter of them attention, and for a token keys and
 values of six hidden states (`--head-dim 48`, the default; 16: of two). On a CPU TRL's head computes logits of all
-positions, in a buffer for 4096 x 32768 of them whatever the vocabulary; it is made narrow here, for both methods, or it
-would be all there is to see.
+positions, in a buffer for 4096 x 32768 of them whatever the vocabulary; it is made narrow here, for both methods, or
+it would be all there is to see.
 """
 
 import argparse
