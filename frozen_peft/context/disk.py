@@ -2,8 +2,11 @@
 """The disk level of the store: entries as files, written behind and read ahead by a thread each."""
 
 import json
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from frozen_peft.context.entry import Entry, EntryKey
 from frozen_peft.context.files import ContextFiles
@@ -14,6 +17,17 @@ __all__ = ["DiskLevel"]
 
 # Entries that may wait to be written; more would be memory beyond the budget.
 MAX_UNWRITTEN = 2
+# How many times as long as listing a directory took it is not listed again, though every write changes it.
+LISTING_PAUSE = 20
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """Entries of a namespace, the time of the last change that they show, and when they may be listed again."""
+
+    changed: int
+    next_time: float
+    keys: set[PrefixKey]
 
 
 class DiskLevel:
@@ -30,7 +44,9 @@ class DiskLevel:
         self._arrived: dict[EntryKey, Entry] = {}
         self._writing: list[Future[bool]] = []
         self._written: dict[str, set[PrefixKey]] = {}
-        self._listed: dict[str, tuple[int, set[PrefixKey]]] = {}
+        self._listed: dict[str, _Listing] = {}
+        # Entries that were written since they were last added to the listings, by the writer.
+        self._done: deque[EntryKey] = deque()
 
     def keys(self, namespace: str) -> set[PrefixKey]:
         """Entries of a namespace, listed again when its directory has changed."""
@@ -38,15 +54,26 @@ class DiskLevel:
             changed = (self.files.folder / namespace).stat().st_mtime_ns
         except OSError:
             return set()
-        if self._listed.get(namespace, (None, set()))[0] != changed:
-            self._listed[namespace] = (changed, self.files.keys(namespace))
-        return self._listed[namespace][1]
+        listed = self._listed.get(namespace)
+        now = time.monotonic()
+        if listed is None or (listed.changed != changed and now >= listed.next_time):
+            keys = self.files.keys(namespace)
+            stop = time.monotonic()
+            self._listed[namespace] = listed = _Listing(changed, stop + LISTING_PAUSE * (stop - now), keys)
+        while self._done:
+            done, key = self._done.popleft()
+            if done in self._listed:
+                self._listed[done].keys.add(key)
+        return listed.keys
 
     def read(self, key: EntryKey) -> Entry | None:
         """An entry in host memory; None where there is none, or none that is whole."""
         if (reading := self._reading.pop(key, None)) is not None:
             self._arrived |= reading.result()
-        return self._arrived.pop(key, None) or self._read(key)
+        found = self._arrived.pop(key, None) or self._read(key)
+        if found is None and key[0] in self._listed:
+            self._listed[key[0]].keys.discard(key[1])
+        return found
 
     def read_ahead(self, keys: Sequence[EntryKey], is_at_hand: Callable[[EntryKey], bool]) -> None:
         """Begins to read entries, each with the prefixes that it needs and that are not at hand.
@@ -76,9 +103,11 @@ class DiskLevel:
         self._listed.pop(key[0], None)
 
     def remove_written(self, namespace: str) -> None:
-        """Removes the entries of a namespace that this process has written."""
+        """Removes the entries of a namespace that this process has written, and its directory when it is empty."""
+        self._listed.pop(namespace, None)
         for key in self._written.pop(namespace, set()):
             self._writer.submit(self.files.remove, namespace, key)
+        self._writer.submit(self.files.remove_empty, namespace)
 
     def flush(self) -> None:
         """Waits until everything is written."""
@@ -110,4 +139,7 @@ class DiskLevel:
         metadata = {"prefix": json.dumps(prefix), "windows": json.dumps(entry.windows)}
         on_device = any(tensor.is_cuda for tensor in entry.tensors.values())
         tensors = to_host(entry.tensors) if on_device else entry.tensors
-        return self.files.write(*key, tensors, metadata)
+        is_there = self.files.write(*key, tensors, metadata)
+        if is_there:
+            self._done.append(key)
+        return is_there

@@ -3,6 +3,7 @@
 
 import json
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import xxhash
@@ -42,7 +43,7 @@ def read_entry(path: Path, entry: str) -> tuple[dict[str, torch.Tensor], dict[st
         OSError: There is no such file, or it cannot be read.
     """
     try:
-        with safe_open(path, "pt") as file:
+        with path.open("rb") as held, safe_open(_name_of(held, path), "pt") as file:
             stamp = file.metadata() or {}
             _require_entry(stamp, entry)
             # Copies, since the library maps the file and another process may remove it. Copying, unlike reading the
@@ -53,6 +54,15 @@ def read_entry(path: Path, entry: str) -> tuple[dict[str, torch.Tensor], dict[st
     if stamp.get("checksum") != _checksum(tensors, stamp.get("metadata")):
         raise ValueError("its checksum is wrong")
     return tensors, json.loads(stamp["metadata"])
+
+
+def _name_of(file: BinaryIO, path: Path) -> str:
+    """A name of this very file, also after another one has taken its place, where the system has such names.
+
+    safetensors 0.8 opens a file twice, and would read the header of one and the tensors of the other.
+    """
+    name = Path(f"/dev/fd/{file.fileno()}")
+    return str(name if name.exists() else path)
 
 
 def _require_entry(stamp: dict[str, str], entry: str) -> None:

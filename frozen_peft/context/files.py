@@ -9,6 +9,7 @@
 4. The first failure to write ends writing, not reading: a run goes on without the disk.
 """
 
+import errno
 import logging
 import os
 import re
@@ -119,10 +120,7 @@ class ContextFiles:
             if path.is_dir():
                 self._report_once(path, "it is a directory")
                 return False
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                prefix=f"{os.getpid()}-", suffix=".tmp", dir=path.parent, ignore_cleanup_errors=True
-            ) as temporary:
+            with self._temporary(path.parent) as temporary:
                 written = Path(temporary) / path.name
                 write_entry(written, _entry_name(namespace, key), tensors, metadata)
                 # safetensors lets the owner alone read it; the directory says who may.
@@ -143,6 +141,21 @@ class ContextFiles:
             return
         except OSError as error:
             self._report_once(path, f"it cannot be removed ({error.strerror})")
+
+    def _temporary(self, parent: Path) -> tempfile.TemporaryDirectory:
+        for _ in range(3):
+            parent.mkdir(parents=True, exist_ok=True)
+            # Another process may have removed the empty directory in between.
+            with suppress(FileNotFoundError):
+                return tempfile.TemporaryDirectory(
+                    prefix=f"{os.getpid()}-", suffix=".tmp", dir=parent, ignore_cleanup_errors=True
+                )
+        raise FileNotFoundError(errno.ENOENT, "its directory is removed again and again", str(parent))
+
+    def remove_empty(self, namespace: str) -> None:
+        """Removes a namespace's directory if nothing is in it."""
+        with suppress(OSError):
+            (self.folder / namespace).rmdir()
 
     def _path(self, namespace: str, key: PrefixKey) -> Path:
         assert re.fullmatch(r"\w[\w.-]*", namespace), f"{namespace!r} is not a plain file name"

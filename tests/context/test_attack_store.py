@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attacks on the store: what is stale, foreign or lost, and what costs more than it should."""
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from frozen_peft.context import ContextFiles, encode_context
+from tests.context.stored import KEY
 from tests.context.test_prefixes import tokens
 from tests.context.test_store import encoded_by, encoder, memory, move_adapters, on_disk, same
 from tests.tiny_models import add_lora, tiny_model
@@ -99,3 +101,55 @@ def test_an_entry_whose_prefix_is_lost_is_written_again(tmp_path: Path) -> None:
         num_encoded.append(encoded_by(encoder(model, store), [long])[1])
         store.flush()
     assert num_encoded == [60, 0, 0]
+
+
+def test_namespaces_that_are_dropped_leave_no_directories(tmp_path: Path) -> None:
+    model = add_lora(tiny_model("llama"))
+    store = on_disk(tmp_path, max_staleness=1)
+    one = encoder(model, store)
+    for step in range(6):
+        one.encode([tokens(20, step)], step=step)
+        move_adapters(model, by=0.01)
+    store.flush()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert len(store._disk._listed) <= 2
+
+
+def test_a_directory_is_not_listed_for_every_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listings, keys = [], ContextFiles.keys
+
+    def slow(self: ContextFiles, namespace: str) -> set:
+        listings.append(namespace)
+        time.sleep(0.2)
+        return keys(self, namespace)
+
+    monkeypatch.setattr(ContextFiles, "keys", slow)
+    store = on_disk(tmp_path)
+    one = encoder(tiny_model("llama"), store, adapters=True)
+    for seed in range(10):
+        one.encode([tokens(20, seed)])
+    store.flush()
+    # What this process wrote is found all the same.
+    assert encoded_by(one, [tokens(20, seed) for seed in range(10)])[1] == 0
+    assert len(listings) <= 3
+
+
+@pytest.mark.parametrize("then", ["gone", "another's"])
+def test_a_file_that_goes_while_it_is_read(
+    then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another process removes or replaces it between the two times that safetensors opens it."""
+    folders = [tmp_path / name for name in ("one", "other")]
+    for value, folder in enumerate(folders):
+        assert ContextFiles(folder).write("model", KEY, {"keys": torch.full((9,), float(value))}, {})
+    here, there = (folder / "model" / f"{KEY}.safetensors" for folder in folders)
+    from_file = torch.UntypedStorage.from_file
+
+    def late(*args: object, **kwargs: object) -> torch.UntypedStorage:
+        here.unlink() if then == "gone" else there.replace(here)
+        return from_file(*args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", late)
+    tensors, _ = ContextFiles(folders[0]).read("model", KEY)
+    assert tensors["keys"].tolist() == [0.0] * 9
+    assert not caplog.records
