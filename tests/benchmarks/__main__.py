@@ -2,33 +2,42 @@
 """Measures what training costs, and writes pages about it with every figure behind them to `docs/benchmarks`.
 
     python -m tests.benchmarks
-    python -m tests.benchmarks reuse
+    python -m tests.benchmarks staleness
 
-Pages: `step` (one training step against `SFTTrainer` and the bare cost) and `reuse` (contexts that come again).
+Pages: `step` (one training step against `SFTTrainer` and the bare cost), `reuse` (contexts that come again) and, only
+when it is named, since it trains the demo's model many times, `staleness` (what stale contexts save and cost).
 """
 
 import argparse
 from pathlib import Path
 
 from tests.benchmarks.reuse_page import reuse_page
+from tests.benchmarks.staleness_page import staleness_page
 from tests.benchmarks.step_page import CONTEXTS, step_page
 
-PAGES = ("step", "reuse")
+PAGES = ("step", "reuse", "staleness")
+DEFAULT_PAGES = ("step", "reuse")
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
 
 def main() -> None:
     """Makes the pages that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pages", nargs="*", default=PAGES, metavar="page", help=f"of {', '.join(PAGES)}")
+    parser.add_argument("pages", nargs="*", default=DEFAULT_PAGES, metavar="page", help=f"of {', '.join(PAGES)}")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="context tokens of `step`")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps per measurement of `step`")
+    parser.add_argument("--assets", type=Path, help="where the demo's model and data are or are built, of `staleness`")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     if unknown := set(arguments.pages) - set(PAGES):
         parser.error(f"no page {', '.join(sorted(unknown))}; there are {', '.join(PAGES)}")
     for name in arguments.pages:
-        page = step_page(arguments.contexts, arguments.steps) if name == "step" else reuse_page()
+        if name == "step":
+            page = step_page(arguments.contexts, arguments.steps)
+        elif name == "reuse":
+            page = reuse_page()
+        else:
+            page = staleness_page(arguments.assets, arguments.output)
         page.write(arguments.output)
         print(page.text)
 
