@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.machine import describe_machine
-from tests.benchmarks.step import MEBIBYTE
+from tests.benchmarks.training import MEBIBYTE
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)

@@ -10,46 +10,23 @@ backward of the decision). All three train the same adapters of the same model o
 
 import argparse
 import json
-import os
 import statistics
-import sys
-import tempfile
-import time
 import warnings
-from pathlib import Path
 from typing import Any
 
-# glibc would keep freed blocks and so blur the peak; blocks from this size on go back to the system when freed.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-VOCABULARY = 4096
-MEBIBYTE = 1 << 20
-
-# Seconds on the wall, and on processors by all threads of the process.
-Timing = tuple[float, float]
-
-
-def build_model() -> Any:
-    """A Qwen3.5-style hybrid of 14M parameters: 6 Gated DeltaNet and 2 attention layers."""
-    import torch
-    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-
-    torch.manual_seed(0)
-    config = Qwen3_5TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=320,
-        intermediate_size=960,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=128,
-        linear_num_key_heads=4,
-        linear_num_value_heads=8,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
-        tie_word_embeddings=True,
-        max_position_embeddings=1 << 17,
-    )
-    return Qwen3_5ForCausalLM(config)
+from tests.benchmarks.training import (
+    VOCABULARY,
+    Timing,
+    baseline_bytes,
+    build_model,
+    cache_bytes,
+    now,
+    resident_bytes,
+    settle_allocator,
+    since,
+    start_peak,
+    train,
+)
 
 
 def samples(num_samples: int, context: int, decision: int) -> Any:
@@ -63,58 +40,11 @@ def samples(num_samples: int, context: int, decision: int) -> Any:
     )
 
 
-def train(method: str, model: Any, context: int, decision: int, steps: int, **fields: Any) -> list[Timing]:
-    """Time of each optimizer step, trained with a trainer, `fields` being more of its configuration."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    from frozen_peft import FrozenContextConfig, FrozenContextTrainer, lora_config
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.steps: list[Timing] = []
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.start = now()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.steps.append(since(self.start))
-
-    trainer_class, config_class = (
-        (SFTTrainer, SFTConfig) if method == "sft" else (FrozenContextTrainer, FrozenContextConfig)
-    )
-    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<eos>")), pad_token="<pad>", eos_token="<eos>"
-    )
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        args = config_class(
-            folder,
-            max_length=None,
-            max_steps=steps,
-            per_device_train_batch_size=1,
-            learning_rate=1e-4,
-            bf16=False,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            **fields,
-        )
-        trainer = trainer_class(
-            model,
-            args,
-            train_dataset=samples(steps, context, decision),
-            processing_class=tokenizer,
-            peft_config=lora_config(model),
-            callbacks=[clock],
-        )
-        start_peak()
-        trainer.train()
-    return clock.steps
+def run(method: str, model: Any, context: int, decision: int, steps: int) -> list[Timing]:
+    """Time of each optimizer step."""
+    if method == "bare":
+        return train_by_hand(model, context, decision, steps)
+    return train(method, model, samples(steps, context, decision), max_steps=steps).steps
 
 
 def train_by_hand(model: Any, context: int, decision: int, steps: int) -> list[Timing]:
@@ -139,36 +69,6 @@ def train_by_hand(model: Any, context: int, decision: int, steps: int) -> list[T
     return timings
 
 
-def now() -> Timing:
-    """Clock times of this moment: on the wall, and of this process's threads together."""
-    return time.perf_counter(), time.process_time()
-
-
-def since(start: Timing) -> Timing:
-    """Seconds on the wall and on processors since a moment."""
-    return time.perf_counter() - start[0], time.process_time() - start[1]
-
-
-def cache_bytes(model: Any, context: int) -> int:
-    """Bytes of a frozen context of this length, measured on one that is encoded."""
-    import torch
-
-    from frozen_peft.context import encode_context
-
-    return encode_context(model, [torch.zeros(context, dtype=torch.long)]).num_bytes
-
-
-def resident_bytes(field: str) -> int:
-    """A field of this process's status: VmRSS (now) or VmHWM (peak), in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{field}:")[1].split()[0]) * 1024
-
-
-def start_peak() -> None:
-    """Lets the peak begin from what is resident now (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def main() -> None:
     """Runs one measurement."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -177,28 +77,21 @@ def main() -> None:
     parser.add_argument("--decision", type=int, default=64, help="decision tokens")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps; the first is not counted in the time")
     arguments = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        command = [sys.executable, "-m", "tests.benchmarks.step", *sys.argv[1:]]
-        os.execve(sys.executable, command, os.environ | ALLOCATOR)
+    settle_allocator("tests.benchmarks.step")
 
     warnings.simplefilter("ignore")
     model = build_model()
     # A short run first: libraries, kernels and thread pools are loaded before the baseline is read.
-    shape = (arguments.decision, 2)
-    train_by_hand(build_model(), 256, *shape) if arguments.method == "bare" else train(
-        arguments.method, build_model(), 256, *shape
-    )
-    baseline = resident_bytes("VmRSS")
-    if arguments.method == "bare":
-        timings = train_by_hand(model, arguments.context, arguments.decision, arguments.steps)
-    else:
-        timings = train(arguments.method, model, arguments.context, arguments.decision, arguments.steps)
+    run(arguments.method, build_model(), 256, arguments.decision, 2)
+    baseline = baseline_bytes()
+    timings = run(arguments.method, model, arguments.context, arguments.decision, arguments.steps)
+    counted = timings[1:] or timings
     figures = {
         "method": arguments.method,
         "context": arguments.context,
         "decision": arguments.decision,
-        "seconds": statistics.median(wall for wall, _ in timings[1:]),
-        "cpu_seconds": statistics.median(cpu for _, cpu in timings[1:]),
+        "seconds": statistics.median(wall for wall, _ in counted),
+        "cpu_seconds": statistics.median(cpu for _, cpu in counted),
         "steps": timings,
         "peak_bytes": resident_bytes("VmHWM") - baseline,
     }

@@ -16,16 +16,23 @@ it would be all there is to see.
 
 import argparse
 import json
-import os
 import resource
 import statistics
-import sys
 import warnings
 from typing import Any
 
 import trl.trainer.utils
 
-from tests.benchmarks.step import ALLOCATOR, VOCABULARY, cache_bytes, resident_bytes, train
+from tests.benchmarks.step import samples
+from tests.benchmarks.training import (
+    VOCABULARY,
+    Timing,
+    baseline_bytes,
+    cache_bytes,
+    resident_bytes,
+    settle_allocator,
+    train,
+)
 
 DECISION = 64
 # Vocabulary entries whose logits are computed at a time.
@@ -68,6 +75,11 @@ def trainer_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def timings_of(method: str, model: Any, tokens: int, steps: int, fields: dict[str, Any]) -> list[Timing]:
+    """Time of each optimizer step on one sample of so many tokens."""
+    return train(method, model, samples(steps, tokens - DECISION, DECISION), max_steps=steps, **fields).steps
+
+
 def main() -> None:
     """Runs one measurement."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -79,21 +91,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps; the first is not counted in the time")
     parser.add_argument("--more-bytes", type=int, help="bytes that the process may map above the loaded model")
     arguments = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        command = [sys.executable, "-m", "tests.benchmarks.stretches", *sys.argv[1:]]
-        os.execve(sys.executable, command, os.environ | ALLOCATOR)
+    settle_allocator("tests.benchmarks.stretches")
 
     warnings.simplefilter("ignore")
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = HEAD_TILE
     fields = trainer_fields(arguments)
     model = build_model(arguments.head_dim)
     # A short run first: libraries, kernels and thread pools are loaded before the baseline is read.
-    train(arguments.method, build_model(arguments.head_dim), 256, DECISION, 2, **fields)
-    baseline = resident_bytes("VmRSS")
+    timings_of(arguments.method, build_model(arguments.head_dim), 256 + DECISION, 2, fields)
+    baseline = baseline_bytes()
     if arguments.more_bytes is not None:
         limit = resident_bytes("VmSize") + arguments.more_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    timings = train(arguments.method, model, arguments.tokens - DECISION, DECISION, arguments.steps, **fields)
+    timings = timings_of(arguments.method, model, arguments.tokens, arguments.steps, fields)
     counted = timings[1:] or timings
     figures = {
         "method": arguments.method,

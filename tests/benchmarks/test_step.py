@@ -4,29 +4,18 @@
 Ratios within one run, of processor time on one thread, which other work on the machine moves least.
 """
 
-import json
-import os
-import subprocess
-import sys
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.benchmarks.processes import measure_on_one_thread
+
 pytestmark = [pytest.mark.slow, pytest.mark.benchmark, pytest.mark.timeout(900)]
-ROOT = Path(__file__).parents[2]
 CONTEXT = 8192
 
 
-@cache
 def measured(method: str, context: int, steps: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.benchmarks.step", "--method", method]
-    command += ["--context", str(context), "--steps", str(steps)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return measure_on_one_thread("step", method=method, context=context, steps=steps)
 
 
 def test_step_takes_at_most_a_fifth_of_the_time_of_sft() -> None:

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages of figures: a table in Markdown, and everything behind it in JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.machine import describe_machine
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page and its figures.
+
+    Attributes:
+        name: Of its files, without ending.
+        text: Markdown.
+        figures: What is kept in JSON.
+    """
+
+    name: str
+    text: str
+    figures: list[Mapping[str, Any]]
+
+    def write(self, folder: Path) -> None:
+        """Writes both, with the machine they belong to."""
+        folder.mkdir(parents=True, exist_ok=True)
+        machine = describe_machine()
+        facts = "\n".join(f"- {name}: {text}" for name, text in machine.items())
+        (folder / f"{self.name}.md").write_text(f"{self.text}\n\n{facts}\n")
+        results = {"machine": machine, "figures": self.figures}
+        (folder / f"{self.name}.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_words: int = 0) -> str:
+    """A table; its first `num_words` columns are words, aligned left, and the others numbers."""
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+    rule = [
+        ":" + "-" * (width - 1) if column < num_words else "-" * (width - 1) + ":"
+        for column, width in enumerate(widths)
+    ]
+    return "\n".join(
+        "| " + " | ".join(_aligned(line, widths, num_words)) + " |" for line in [tuple(header), rule, *rows]
+    )
+
+
+def _aligned(line: Sequence[str], widths: Sequence[int], num_words: int) -> list[str]:
+    return [
+        cell.ljust(width) if column < num_words else cell.rjust(width)
+        for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ]
