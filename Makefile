@@ -21,7 +21,7 @@ test: check  ## Lint, then every test that needs no accelerator
 	@echo "== tests"
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not benchmark" -n $(WORKERS) --durations 10
 	@echo "== costs"
-	$(TEST_ENV) $(BIN)/python -m pytest -m benchmark
+	$(TEST_ENV) $(BIN)/python -m pytest -m "benchmark and not long" -n $(WORKERS) --dist loadfile
 
 fast: $(STAMP)  ## The tests that take seconds
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not slow" -n $(WORKERS)
@@ -39,7 +39,8 @@ format: $(STAMP)  ## Apply ruff's formatting and safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Step time and memory against SFTTrainer, written to docs/benchmarks
+bench: $(STAMP)  ## Costs against SFTTrainer, held and written to docs/benchmarks
+	$(TEST_ENV) $(BIN)/python -m pytest -m "benchmark and long"
 	$(BIN)/python -m tests.benchmarks
 
 clean:  ## Remove the environment, caches and outputs

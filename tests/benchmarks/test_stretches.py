@@ -11,7 +11,7 @@ import pytest
 
 from tests.benchmarks import full_gradient
 
-pytestmark = [pytest.mark.slow, pytest.mark.benchmark, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.benchmark, pytest.mark.long, pytest.mark.timeout(3600)]
 TOKENS = 8192
 
 

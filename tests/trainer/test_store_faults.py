@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attacks on the trainer: contexts of other weights, adapters that are never on, and costs that come back."""
+"""Trainers that are used in odd ways: contexts of other weights, adapters that are never on."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attacks on the store: what is stale, foreign or lost, and what costs more than it should."""
+"""Stores that are used in odd ways: what is stale, foreign or lost, and what costs more than it should."""
 
 import time
 from pathlib import Path
