@@ -43,7 +43,8 @@ MEMORY_TEXT = """
 
 One training step of tier 2 over a long context, with a decision of 64 tokens, and the same step without context: the
 peak above the loaded model, and how much of it the context takes for every byte of its cache. A second copy of keys
-and values, in one layer at a time or in all, would show here.
+and values, in one layer at a time or in all, would show here. What else there is does not grow with the context: the
+activations of one chunk of the prefill (`prefill_chunk_size`).
 """
 
 
