@@ -3,15 +3,17 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from frozen_peft.context import ContextEncoder, EncoderCounts
+from frozen_peft.context import ContextEncoder
 
 __all__ = ["ContextMetrics", "Stopwatch"]
+
+Mode = Literal["train", "eval"]
 
 
 class Stopwatch:
@@ -56,8 +58,16 @@ class Stopwatch:
         return event
 
 
+class _Figures:
+    """What is counted until the next log."""
+
+    def __init__(self, device: torch.device):
+        self.num_tokens_asked = self.num_tokens_encoded = 0
+        self.step, self.prefill = Stopwatch(device), Stopwatch(device)
+
+
 class ContextMetrics:
-    """Figures about contexts since the last log, of this process.
+    """Figures about contexts since the last log, of this process, of training and evaluation apart.
 
     Args:
         encoder: Whose work is counted.
@@ -66,11 +76,23 @@ class ContextMetrics:
 
     def __init__(self, encoder: ContextEncoder, device: torch.device):
         self._encoder = encoder
-        self._logged = EncoderCounts()
-        self.step, self.prefill = Stopwatch(device), Stopwatch(device)
+        self._figures: dict[Mode, _Figures] = {"train": _Figures(device), "eval": _Figures(device)}
 
-    def read(self) -> dict[str, float]:
-        """Names and values to log.
+    def step(self, mode: Mode) -> AbstractContextManager[None]:
+        """Counts the time of a batch, its contexts included."""
+        return self._figures[mode].step.running()
+
+    @contextmanager
+    def prefill(self, mode: Mode) -> Iterator[None]:
+        """Counts what the encoder does, and its time."""
+        figures, before = self._figures[mode], replace(self._encoder.counts)
+        with figures.prefill.running():
+            yield
+        figures.num_tokens_asked += self._encoder.counts.num_tokens_asked - before.num_tokens_asked
+        figures.num_tokens_encoded += self._encoder.counts.num_tokens_encoded - before.num_tokens_encoded
+
+    def read(self, mode: Mode) -> dict[str, float]:
+        """Names and values to log; none where no context was asked for.
 
         - `context/tokens_encoded`: context tokens that ran through the model.
         - `context/tokens_reused`: context tokens that decisions read and that did not have to.
@@ -79,19 +101,20 @@ class ContextMetrics:
         - `context/prefill_seconds`, `context/decision_seconds`: time to encode or find contexts, and time of forward
           and backward over them.
         """
-        counts = self._encoder.counts
-        asked = counts.num_tokens_asked - self._logged.num_tokens_asked
-        encoded = counts.num_tokens_encoded - self._logged.num_tokens_encoded
-        self._logged = replace(counts)
-        prefill_seconds = self.prefill.read()
-        figures = {
+        figures = self._figures[mode]
+        asked, encoded = figures.num_tokens_asked, figures.num_tokens_encoded
+        if not asked:
+            return {}
+        figures.num_tokens_asked = figures.num_tokens_encoded = 0
+        prefill_seconds = figures.prefill.read()
+        values = {
             "context/tokens_encoded": float(encoded),
             "context/tokens_reused": float(asked - encoded),
-            "context/hit_rate": (asked - encoded) / asked if asked else 0.0,
+            "context/hit_rate": (asked - encoded) / asked,
             "context/prefill_seconds": prefill_seconds,
-            "context/decision_seconds": max(self.step.read() - prefill_seconds, 0.0),
+            "context/decision_seconds": max(figures.step.read() - prefill_seconds, 0.0),
         }
         if self._encoder.store is not None:
-            figures["context/memory_bytes"] = float(self._encoder.store.num_bytes)
-            figures["context/disk_bytes"] = float(self._encoder.store.num_bytes_on_disk)
-        return figures
+            values["context/memory_bytes"] = float(self._encoder.store.num_bytes)
+            values["context/disk_bytes"] = float(self._encoder.store.num_bytes_on_disk)
+        return values

@@ -3,9 +3,10 @@
 
 import copy
 import inspect
+import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -118,6 +119,8 @@ class FrozenContextTrainer(SFTTrainer):
         self._cut = TAIL
         self.data_collator: Any
         self.current_gradient_accumulation_steps: int
+        # Contexts of the micro-batches to come: of this step, and as far as it is known of the next.
+        self._upcoming: list[list[torch.Tensor]] = []
         self._next_contexts: list[torch.Tensor] = []
         self._context_sampler: GroupByContextSampler | None = None
         self.aux_loss_enabled: bool
@@ -200,12 +203,13 @@ class FrozenContextTrainer(SFTTrainer):
         if len(own) > 1:
             contexts = [context for part in own for context in part.get(CONTEXTS, ())]
             self._encoder.expect(contexts, step=self.state.global_step)
-        steps = [
-            super(FrozenContextTrainer, self).prediction_step(
-                model, self._freeze_contexts(part, unwrapped), prediction_loss_only, ignore_keys=ignore_keys
-            )
-            for part in self._as_many_on_every_process(own)
-        ]
+        with self._context_metrics.step("eval") if self._freezes_context else nullcontext():
+            steps = [
+                super(FrozenContextTrainer, self).prediction_step(
+                    model, self._freeze_contexts(part, unwrapped), prediction_loss_only, ignore_keys=ignore_keys
+                )
+                for part in self._as_many_on_every_process(own)
+            ]
         if len(own) == 1:
             return steps[0]
         return join_predictions(steps[: len(own)], [num_labels(part) for part in own])
@@ -222,7 +226,8 @@ class FrozenContextTrainer(SFTTrainer):
             group_checkpoints(get_decoder(get_pretrained_model(self.model)), self.args.checkpoint_every)
         if not self._freezes_context:
             return super().training_step(model, inputs, num_items_in_batch)
-        with self._context_metrics.step.running():
+        with self._context_metrics.step("train"):
+            self._read_ahead()
             parts = self._as_many_on_every_process(self._cutter.parts(self._prepare_inputs(inputs)))
             self._count_context_tokens(parts[0])
             if len(parts) == 1:
@@ -235,9 +240,9 @@ class FrozenContextTrainer(SFTTrainer):
         """The micro-batches of an optimizer step, whose contexts are announced to the encoder."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._freezes_context and batches:
-            contexts = [context for batch in batches for context in self._cutter.contexts(batch)]
-            self._encoder.expect(contexts, step=self.state.global_step)
-            self._encoder.read_ahead([*contexts, *self._next_contexts])
+            self._upcoming = [self._cutter.contexts(batch) for batch in batches]
+            self._encoder.expect(list(itertools.chain(*self._upcoming)), step=self.state.global_step)
+            self._upcoming.append(self._next_contexts)
         return batches, num_items_in_batch
 
     def get_train_dataloader(self) -> DataLoader:
@@ -264,8 +269,8 @@ class FrozenContextTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with the figures of `ContextMetrics`."""
         if self._freezes_context:
-            mode = "train" if self.model.training else "eval"
-            for name, value in self._context_metrics.read().items():
+            mode: Literal["train", "eval"] = "train" if self.model.training else "eval"
+            for name, value in self._context_metrics.read(mode).items():
                 self._metrics[mode][name] = [value]
         super().log(logs, start_time)
 
@@ -368,7 +373,8 @@ class FrozenContextTrainer(SFTTrainer):
             )
         if not self._context_verified or self.args.verify_context == "always":
             self._verify(inputs)
-        with self._context_metrics.prefill.running(), self.accelerator.autocast():
+        mode: Literal["train", "eval"] = "train" if self.model.training else "eval"
+        with self._context_metrics.prefill(mode), self.accelerator.autocast():
             kept["past_key_values"] = self._encoder.encode(
                 inputs[CONTEXTS], step=self.state.global_step, stale=self.model.training
             )
@@ -444,6 +450,12 @@ class FrozenContextTrainer(SFTTrainer):
         num_parts = torch.tensor(len(parts), device=self.accelerator.device)
         missing = int(self.accelerator.gather(num_parts).max()) - len(parts)
         return parts + [without_labels(parts[-1])] * missing
+
+    def _read_ahead(self) -> None:
+        """Lets the store fetch what the next micro-batch needs, while the one that begins is computed."""
+        current, *following = self._upcoming or [[]]
+        self._upcoming = following
+        self._encoder.read_ahead([*current, *itertools.chain(*following[:1])])
 
     def _count_context_tokens(self, batch: dict[str, Any]) -> None:
         """Adds contexts to `num_tokens`, which TRL counts from the attention mask and so from decisions only."""

@@ -147,7 +147,8 @@ def _trained_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _sampled(tensor: torch.Tensor) -> torch.Tensor:
-    rows = tensor.shape[0] if tensor.ndim > 1 and tensor.shape[1] > 1 else 1
+    # A vector, and a 4-bit weight, which is stored as one column, have no rows.
+    rows = tensor.numel() // tensor.shape[-1] if tensor.ndim > 1 and tensor.shape[-1] > 1 else 1
     wanted = min(max(MIN_SAMPLES, rows), MAX_SAMPLES)
     flat = tensor.detach().reshape(-1)
     if flat.numel() <= wanted:

@@ -23,7 +23,7 @@ Shapes: B samples, H query heads, K key/value heads, G = H / K, D decision token
 E head dimension, V value head dimension.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,8 @@ IMPLEMENTATION = "frozen_peft_segments"
 CPU_SCORE_BLOCK = 1 << 20
 SCORE_BLOCK = 1 << 24
 MIN_KEY_BLOCK = 256
+# Neighbouring pieces of a context are copied together up to this many tokens.
+COARSE_PIECE_TOKENS = 1024
 
 
 def is_segmented(model: PreTrainedModel) -> bool:
@@ -137,7 +139,7 @@ def _flash_on_cpu(
         keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
         decision, decision_sum = _flash_with_logsumexp(queries, keys, values, scale, is_causal=True)
         folded = queries.reshape(1, num_kv_heads, -1, queries.shape[-1])
-        for piece_keys, piece_values in zip(context_keys, context_values, strict=True):
+        for piece_keys, piece_values in _coarse_pieces(context_keys, context_values):
             if piece_keys.shape[-2]:
                 piece, piece_sum = _flash_with_logsumexp(folded, piece_keys, piece_values, scale)
                 difference = piece_sum.reshape(decision_sum.shape) - decision_sum
@@ -193,8 +195,11 @@ def _blocks(
     num_queries = queries.stop - queries.start
     size = max(_score_block(key) // (key.shape[1] * num_groups * num_queries), MIN_KEY_BLOCK)
     column = segment.padded_length - sum(piece.shape[-2] for piece in segment.keys[row])
-    gradients = segment.gradients[row] if segment.gradients else (None,) * len(segment.keys[row])
-    pieces = zip(segment.keys[row], segment.values[row], gradients, strict=True)
+    pieces: Iterable[tuple[torch.Tensor, torch.Tensor, KeyValueGradient | None]]
+    if segment.gradients:
+        pieces = zip(segment.keys[row], segment.values[row], segment.gradients[row], strict=True)
+    else:
+        pieces = ((*piece, None) for piece in _coarse_pieces(segment.keys[row], segment.values[row]))
     for piece_keys, piece_values, piece_gradient in pieces:
         for start in range(0, piece_keys.shape[-2], size):
             tokens = slice(start, start + size)
@@ -211,6 +216,29 @@ def _blocks(
             hidden = ~mask[row, 0, queries, columns]
         tokens = slice(start, stop)
         yield _Block(key[row, :, tokens], value[row, :, tokens], hidden, _part(gradient, row, tokens))
+
+
+def _coarse_pieces(
+    keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pieces of keys and values, with small neighbours copied together: a call for each would take longer."""
+    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+    num_waiting = 0
+    for piece in zip(keys, values, strict=True):
+        if waiting and num_waiting + piece[0].shape[-2] > COARSE_PIECE_TOKENS:
+            yield _joined(waiting)
+            waiting, num_waiting = [], 0
+        waiting.append(piece)
+        num_waiting += piece[0].shape[-2]
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    if len(pieces) == 1:
+        return pieces[0]
+    keys, values = zip(*pieces, strict=True)
+    return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
 
 
 def _part(gradient: KeyValueGradient | None, row: int, tokens: slice) -> KeyValueGradient | None:

@@ -73,7 +73,7 @@ class _Memory(LRUCache):
             key = (key[0], entry.prefix)
 
     def unused(self) -> Iterator[Entry]:
-        """The entries, oldest first; looking at them here does not count as use."""
+        """The entries in the order they came; looking at them here does not count as use."""
         for key in self:
             yield Cache.__getitem__(self, key)
 
@@ -262,26 +262,34 @@ class ContextStore:
         self, namespace: str, key: PrefixKey, known: dict[PrefixKey, EncodedContext]
     ) -> EncodedContext | None:
         """A context, of its entry and those of its prefixes; None where one of them is missing."""
-        if key in known and self._origin.get(key, namespace) == namespace:
-            return known[key]
-        entry = self._memory.get((namespace, key))
-        is_new = entry is None
-        if entry is None and self._disk is not None:
-            entry = self._disk.read((namespace, key))
-        if entry is None:
-            return None
-        prefix = self._assemble(namespace, entry.prefix, known) if entry.prefix is not None else None
-        if entry.prefix is not None and prefix is None:
+        chain: list[tuple[PrefixKey, Entry, bool]] = []
+        missing: PrefixKey | None = key
+        while missing is not None and not (missing in known and self._origin.get(missing, namespace) == namespace):
+            entry = self._memory.get((namespace, missing))
+            is_new = entry is None
+            if entry is None and self._disk is not None:
+                entry = self._disk.read((namespace, missing))
+            if entry is None:
+                self._forget_extensions(namespace, chain)
+                return None
+            chain.append((missing, entry, is_new))
+            missing = entry.prefix
+        context = known[missing] if missing is not None else None
+        for part, entry, is_new in reversed(chain):
+            copying = self._copying.pop((namespace, part), None)
+            tensors = copying.wait() if copying is not None else to_device(entry.tensors, self._device)
+            if is_new:
+                self._remember((namespace, part), replace(entry, tensors=tensors))
+            context = EncodedContext.from_own_tensors(part.num_tokens, tensors, entry.windows, context)
+            known[part] = context
+            self._origin[part] = namespace
+        return context
+
+    def _forget_extensions(self, namespace: str, chain: list[tuple[PrefixKey, Entry, bool]]) -> None:
+        """Removes files of contexts whose prefix is lost, so that they are written again."""
+        for part, _, is_new in chain:
             if is_new and self._disk is not None:
-                self._disk.remove((namespace, key))
-            return None
-        copying = self._copying.pop((namespace, key), None)
-        tensors = copying.wait() if copying is not None else to_device(entry.tensors, self._device)
-        if is_new:
-            self._remember((namespace, key), replace(entry, tensors=tensors))
-        known[key] = EncodedContext.from_own_tensors(key.num_tokens, tensors, entry.windows, prefix)
-        self._origin[key] = namespace
-        return known[key]
+                self._disk.remove((namespace, part))
 
     def _remember(self, key: EntryKey, entry: Entry) -> None:
         if self._room(self._device) < 0:
@@ -289,7 +297,7 @@ class ContextStore:
         self._memory.add(key, entry)
 
     def _make_room(self) -> None:
-        """Moves entries off the device, oldest first, until it has its reserve back."""
+        """Moves entries off the device, in the order they came, until it has its reserve back."""
         for entry in self._memory.unused():
             if entry.on_host:
                 continue

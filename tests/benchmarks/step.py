@@ -40,11 +40,14 @@ def samples(num_samples: int, context: int, decision: int) -> Any:
     )
 
 
-def run(method: str, model: Any, context: int, decision: int, steps: int) -> list[Timing]:
+def run(
+    method: str, model: Any, context: int, decision: int, steps: int, chunk_size: int | None = None
+) -> list[Timing]:
     """Time of each optimizer step."""
     if method == "bare":
         return train_by_hand(model, context, decision, steps)
-    return train(method, model, samples(steps, context, decision), max_steps=steps).steps
+    fields = {} if chunk_size is None else {"prefill_chunk_size": chunk_size}
+    return train(method, model, samples(steps, context, decision), max_steps=steps, **fields).steps
 
 
 def train_by_hand(model: Any, context: int, decision: int, steps: int) -> list[Timing]:
@@ -76,6 +79,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, required=True, help="context tokens")
     parser.add_argument("--decision", type=int, default=64, help="decision tokens")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps; the first is not counted in the time")
+    parser.add_argument("--chunk_size", type=int, help="prefill_chunk_size of `frozen` (default: the trainer's)")
     arguments = parser.parse_args()
     settle_allocator("tests.benchmarks.step")
 
@@ -84,7 +88,8 @@ def main() -> None:
     # A short run first: libraries, kernels and thread pools are loaded before the baseline is read.
     run(arguments.method, build_model(), 256, arguments.decision, 2)
     baseline = baseline_bytes()
-    timings = run(arguments.method, model, arguments.context, arguments.decision, arguments.steps)
+    shape = (arguments.context, arguments.decision, arguments.steps)
+    timings = run(arguments.method, model, *shape, arguments.chunk_size)
     counted = timings[1:] or timings
     figures = {
         "method": arguments.method,
