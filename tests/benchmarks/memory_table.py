@@ -12,7 +12,7 @@ from pathlib import Path
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "memory_27b.md"
 GIBIBYTE = 1 << 30
 CONTEXTS = {"32k": 1 << 15, "128k": 1 << 17, "262k": 1 << 18}
-CARDS_GB = (24, 48, 80)
+CARDS_GIB = (24, 48, 80)
 # What a card has less than its name says: CUDA's own context, kernels, fragmentation.
 RESERVE = 1.0 * GIBIBYTE
 BF16, FLOAT32 = 2, 4
@@ -82,7 +82,7 @@ class Shape:
 
     @property
     def attention_layer_bytes(self) -> int:
-        """What one attention layer keeps of a token: input, queries before and after norm and rotation, gate, output."""
+        """What an attention layer keeps: input, queries before and after norm and rotation, gate, output."""
         queries, kv = self.query_heads * self.head_dim, self.kv_heads * self.head_dim
         return (2 * self.hidden + 6 * queries + 4 * kv) * BF16 + self.mlp_layer_bytes
 
@@ -109,6 +109,15 @@ STRETCH = 4096
 # LoRA of rank 16 on every linear layer has about 1/250 of its weights; float32 weight, gradient and two moments.
 ADAPTER_PARAMETERS = 120e6
 ADAPTERS = ADAPTER_PARAMETERS * 4 * FLOAT32
+TERMS = (
+    "weights",
+    "adapters",
+    "cache",
+    "cache gradient",
+    "states at stretch starts",
+    "activations",
+    "last hidden states",
+)
 METHODS = (
     "tier 2",
     "tier 3, stretches",
@@ -149,24 +158,15 @@ def row(method: str, context: str) -> list[str]:
     """One line of the table."""
     found = terms(method, CONTEXTS[context])
     total = sum(found.values())
-    names = (
-        "weights",
-        "adapters",
-        "cache",
-        "cache gradient",
-        "states at stretch starts",
-        "activations",
-        "last hidden states",
-    )
-    cells = [f"{found[name] / GIBIBYTE:.1f}" if name in found else "" for name in names]
-    fits = ["yes" if total + RESERVE <= card * 1e9 else "no" for card in CARDS_GB]
+    cells = [f"{found[name] / GIBIBYTE:.1f}" if name in found else "" for name in TERMS]
+    fits = ["yes" if total + RESERVE <= card * GIBIBYTE else "no" for card in CARDS_GIB]
     return [context, method, *cells, f"**{total / GIBIBYTE:.1f}**", *fits]
 
 
 def page() -> str:
     """The page, with the formulas behind the table."""
     header = ["context", "method", "weights", "adapters", "cache", "cache gradient", "states", "activations",
-              "last hidden", "sum", *(f"{card} GB" for card in CARDS_GB)]  # fmt: skip
+              "last hidden", "sum", *(f"{card} GiB" for card in CARDS_GIB)]  # fmt: skip
     lines = [header, ["---"] * len(header)]
     lines += [row(method, context) for context in CONTEXTS for method in METHODS]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

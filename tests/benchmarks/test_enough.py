@@ -61,7 +61,7 @@ def test_the_new_form_has_the_color_first() -> None:
 
 def test_evaluation_counts_samples_without_a_mistake() -> None:
     samples = draw(lesson, 0, 5, 20, 40)
-    input_ids, labels = pad(samples)
+    labels = pad(samples)[1]
 
     class Oracle(torch.nn.Module):
         """Predicts every next token but the last answer of the first sample."""

@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of adapters and samples")
     parser.add_argument("--steps", type=int, default=Size.steps, help="optimizer steps per training")
-    parser.add_argument("--pretraining-steps", type=int, default=1000)
+    parser.add_argument("--pretraining-steps", type=int, default=700)
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="where the pretrained model is kept")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--page-only", action="store_true", help="write page and plot from the results that are there")

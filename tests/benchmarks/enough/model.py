@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from tests.benchmarks.enough.world import IGNORED_LABEL, VOCABULARY, Sample, lesson
@@ -102,9 +103,7 @@ def evaluate(model: torch.nn.Module, samples: Sequence[Sample], batch_size: int 
         input_ids, labels = pad(samples[start : start + batch_size])
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
         supervised = labels[:, 1:] != IGNORED_LABEL
-        losses.append(
-            torch.nn.functional.cross_entropy(logits[supervised], labels[:, 1:][supervised], reduction="none")
-        )
+        losses.append(F.cross_entropy(logits[supervised], labels[:, 1:][supervised], reduction="none"))
         right.append(((logits.argmax(-1) == labels[:, 1:]) | ~supervised).all(-1))
     model.train(was_training)
     return {"loss": float(torch.cat(losses).mean()), "accuracy": float(torch.cat(right).float().mean())}

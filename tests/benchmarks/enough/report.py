@@ -14,9 +14,8 @@ from matplotlib.figure import Figure
 from tests.benchmarks.enough.study import HORIZONS, TASKS, TRAINED_HORIZONS
 
 COLORS = {"frozen": "tab:blue", "128": "tab:orange", "full": "tab:green"}
-LABELS = {"frozen": "frozen (tier 2)", "full": "full (tier 3)"} | {
-    name: f"last {name} tokens" for name in HORIZONS if name.isdigit()
-}
+LABELS = {name: f"last {name} tokens" for name in HORIZONS} | {"frozen": "frozen (tier 2)", "full": "full (tier 3)"}
+X_AXES = {"steps": "steps", "seconds": "processor seconds in training steps"}
 COMPARED = [name for name in HORIZONS if name != "full"]
 
 
@@ -51,9 +50,7 @@ def at_equal_steps(curves: list[dict[str, Any]], name: str) -> float:
 
 def at_equal_time(curves: list[dict[str, Any]], name: str, seconds: float) -> float:
     """Mean over seeds of a figure at the last evaluation within `seconds` of training."""
-    return mean(
-        curve[name][max(i for i, spent in enumerate(curve["seconds"]) if spent <= seconds)] for curve in curves
-    )
+    return mean(curve[name][sum(spent <= seconds for spent in curve["seconds"]) - 1] for curve in curves)
 
 
 def shortest_seconds(results: dict[str, Any], task: str, preset: str) -> float:
@@ -90,9 +87,7 @@ def _draw_cosines(figure: Any, results: dict[str, Any]) -> None:
 def _draw_curves(figure: Any, results: dict[str, Any]) -> None:
     axes = figure.subplots(2, len(TASKS), sharey=True)
     for column, task in enumerate(TASKS):
-        for row, (name, label) in enumerate(
-            {"steps": "steps", "seconds": "processor seconds in training steps"}.items()
-        ):
+        for row, (name, label) in enumerate(X_AXES.items()):
             axis = axes[row, column]
             for horizon in TRAINED_HORIZONS:
                 for index, curve in enumerate(curves_of(results, task.name, task.preset, horizon)):

@@ -47,9 +47,9 @@ TASKS = (
 class Size:
     """How long everything runs, and on how much."""
 
-    steps: int = 200
+    steps: int = 120
     batch_size: int = 8
-    evaluate_every: int = 20
+    evaluate_every: int = 10
     held_out: int = 128
     gradient_samples: int = 64
     rank: int = 8
