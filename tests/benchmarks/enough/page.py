@@ -1,9 +1,129 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PLACEHOLDER."""
+"""Writes the study's page; every number in its text comes from the results."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
+
+from tests.benchmarks.enough.report import (
+    COMPARED,
+    LABELS,
+    at_equal_steps,
+    at_equal_time,
+    curves_of,
+    gradient_figure,
+    parts_in_order,
+    shortest_seconds,
+)
+from tests.benchmarks.enough.study import CONTEXT_TOKENS, TASKS, TRAINED_HORIZONS
+
+GRADIENT_TASKS = ("habit", "new form")
 
 
 def write_page(results: dict[str, Any], path: Path) -> None:
-    path.write_text("")
+    """Writes the page from the results of the study."""
+    path.write_text(_page(results))
+
+
+def _page(results: dict[str, Any]) -> str:
+    before, size = results["before"], results["size"]
+    seeds = len(results["seeds"])
+    facts = "\n".join(f"- {name}: {text}" for name, text in results["machine"].items())
+    return f"""\
+# Is the frozen gradient enough?
+
+Made by `python -m tests.benchmarks.enough`; do not edit.
+
+A hybrid of one Gated DeltaNet and one attention layer (hidden size 64) is pretrained for
+{results["pretraining_steps"]} steps on a world of a hundred words, until it uses its context: it recalls
+{before["old_form"]["accuracy"]:.0%} of facts from contexts of {CONTEXT_TOKENS[0]} to {CONTEXT_TOKENS[1]} tokens, and
+answers {before["lesson"]["accuracy"]:.0%} of lessons with eight questions without one mistake, accepting a direction
+where the context holds an instruction and offering an alternative where it does not. LoRA then teaches it two things:
+
+- **habit** (response): accept the direction although the instruction is not there. Before:
+  {before["habit"]["accuracy"]:.0%} right.
+- **new form** (encoding): facts are written `also red ada` instead of `note ada red`. The model was never taught
+  where a name's colour is when it comes first, and what a later question can find is written while the context is
+  encoded. Before: {before["new_form"]["accuracy"]:.0%} right, and one in ten is luck.
+
+*Frozen* is tier 2, *full* is the gradient through the whole context (tier 3 without recomputation, which changes
+cost and not the gradient), and a horizon lets gradient into the last tokens of the context. Contexts are
+{CONTEXT_TOKENS[0]} to {CONTEXT_TOKENS[1]} tokens, so that 256 reaches nearly all of most of them, 128 half, and 1024
+would be the full gradient. Adapters of rank {size["rank"]}, AdamW at {size["learning_rate"]:g}, {size["steps"]} steps
+of {size["batch_size"]} new samples; {size["held_out"]} held-out samples. Figures are means
+over {seeds} {_plural("seed", seeds)} of adapters and samples, on one pretrained model: differences of a few percent
+mean nothing.
+
+![Cosines of gradients, and accuracy against steps and time](enough.png)
+
+## Gradients at the start
+
+Cosine with the full gradient, and in brackets the norm relative to it, of {size["gradient_samples"]} samples in one
+batch, all linear layers adapted. LoRA starts with `lora_B` at zero, where `lora_A` has no gradient, so this is the
+gradient of `lora_B`, the rows of each role. The preset `response` adapts query, output, gate, beta, decay and
+gdn_output.
+
+{_gradient_table(results)}
+
+## Held-out results
+
+Loss and accuracy on new samples of the task after equal steps, and accuracy after equal time: the processor time of
+the quickest of the three trainings. The last column is what is left of recall of facts in their usual form.
+
+{_result_table(results)}
+
+{_conclusions(results)}
+
+{facts}
+"""
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _gradient_table(results: dict[str, Any]) -> str:
+    header = ["part", *(f"{task}, {LABELS[horizon]}" for task in GRADIENT_TASKS for horizon in COMPARED)]
+    rows = [
+        [part, *(_gradient_cell(results, task, part, horizon) for task in GRADIENT_TASKS for horizon in COMPARED)]
+        for part in parts_in_order(results)
+    ]
+    return _table(header, rows)
+
+
+def _gradient_cell(results: dict[str, Any], task: str, part: str, horizon: str) -> str:
+    cosine, norm = (gradient_figure(results, task, part, horizon, name) for name in ("cosine", "norm"))
+    return "none" if math.isnan(cosine) else f"{cosine:.2f} ({norm:.2f})"
+
+
+def _result_table(results: dict[str, Any]) -> str:
+    header = ["task", "preset", "gradient", "loss", "accuracy", "at equal time", "seconds", "usual form"]
+    rows = []
+    for task in TASKS:
+        seconds = shortest_seconds(results, task.name, task.preset)
+        for horizon in TRAINED_HORIZONS:
+            curves = curves_of(results, task.name, task.preset, horizon)
+            rows.append(
+                [
+                    task.name,
+                    task.preset,
+                    LABELS[horizon],
+                    f"{at_equal_steps(curves, 'losses'):.3f}",
+                    f"{at_equal_steps(curves, 'accuracy'):.0%}",
+                    f"{at_equal_time(curves, 'accuracy', seconds):.0%}",
+                    f"{at_equal_steps(curves, 'seconds'):.0f}",
+                    f"{mean(curve['old_accuracy'] for curve in curves):.0%}",
+                ]
+            )
+    return _table(header, rows)
+
+
+def _conclusions(results: dict[str, Any]) -> str:
+    return ""
