@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from tests.benchmarks.enough.model import evaluate, load_or_pretrain
 from tests.benchmarks.enough.page import write_page
-from tests.benchmarks.enough.report import draw_figure
+from tests.benchmarks.enough.plot import draw_figure
 from tests.benchmarks.enough.study import CONTEXT_TOKENS, Size, run
 from tests.benchmarks.enough.world import draw, habit, lesson, new_form, old_form
 from tests.benchmarks.machine import describe_machine
