@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The study of the frozen gradient, with a model that has learned nothing and a few steps."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +11,15 @@ from peft import PeftModel, get_peft_model
 
 from frozen_peft import lora_config
 from tests.benchmarks.enough.model import build_model, evaluate, pad
+from tests.benchmarks.enough.page import write_page
 from tests.benchmarks.enough.study import TASKS, Size, adapter_gradients, compare_gradients, train
 from tests.benchmarks.enough.world import IGNORED_LABEL, NUM_FACTS, VOCABULARY, Sample, draw, habit, lesson, new_form
 from tests.reference import Sample as ReferenceSample
 from tests.reference import reference_gradients
 
+RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 WORDS = {token: word for word, token in VOCABULARY.items()}
-TINY = Size(steps=2, batch_size=2, evaluate_every=1, held_out=4, gradient_samples=3)
+TINY = Size(steps=10, batch_size=2, evaluations=2, held_out=4, gradient_samples=3)
 
 
 def words(sample: Sample) -> list[str]:
@@ -120,3 +124,8 @@ def test_a_training_is_evaluated_along_the_way() -> None:
     assert curve.seconds[0] == 0 < curve.seconds[1] < curve.seconds[2]
     assert len(curve.losses) == len(curve.accuracy) == 3
     assert curve.losses[2] < curve.losses[0]
+
+
+def test_the_page_is_made_from_the_results(tmp_path: Path) -> None:
+    write_page(json.loads((RESULTS / "enough.json").read_text()), tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == (RESULTS / "enough.md").read_text()

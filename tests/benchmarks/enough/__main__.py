@@ -28,7 +28,7 @@ CHECKPOINTS = Path.home() / ".cache" / "frozen_peft" / "enough"
 def main() -> None:
     """Runs the study for every seed, and writes its results after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of adapters and samples")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of adapters and samples")
     parser.add_argument("--steps", type=int, default=Size.steps, help="optimizer steps per training")
     parser.add_argument("--pretraining-steps", type=int, default=700)
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="where the pretrained model is kept")

@@ -29,15 +29,16 @@ HELD_OUT_SEED, GRADIENT_SEED, TRAIN_SEED = 1_000, 2_000, 3_000
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and which adapters with."""
+    """What is trained, which adapters with, and for which share of `Size.steps`."""
 
     name: str
     make: Callable[..., Sample]
     preset: str
+    length: float = 1.0
 
 
 TASKS = (
-    Task("habit", habit, "response"),
+    Task("habit", habit, "response", 0.2),
     Task("new form", new_form, "response"),
     Task("new form", new_form, "all-linear"),
 )
@@ -47,9 +48,9 @@ TASKS = (
 class Size:
     """How long everything runs, and on how much."""
 
-    steps: int = 100
+    steps: int = 250
     batch_size: int = 8
-    evaluate_every: int = 10
+    evaluations: int = 10
     held_out: int = 80
     gradient_samples: int = 64
     rank: int = 8
@@ -133,7 +134,8 @@ def train(model: PreTrainedModel, task: Task, horizon: str, seed: int, size: Siz
     """Trains fresh adapters on new samples in every step, and evaluates them on held-out ones along the way."""
     held_out = draw(task.make, HELD_OUT_SEED, size.held_out, *CONTEXT_TOKENS)
     old = draw(old_form, HELD_OUT_SEED, size.held_out, *CONTEXT_TOKENS)
-    samples = draw(task.make, TRAIN_SEED + seed, size.steps * size.batch_size, *CONTEXT_TOKENS)
+    steps = round(size.steps * task.length)
+    samples = draw(task.make, TRAIN_SEED + seed, steps * size.batch_size, *CONTEXT_TOKENS)
     adapted = _adapt(model, task.preset, seed, size)
     curve = Curve(task.name, task.preset, horizon, seed)
 
@@ -148,7 +150,7 @@ def train(model: PreTrainedModel, task: Task, horizon: str, seed: int, size: Siz
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.seconds += time.process_time() - self.start
-            if state.global_step % size.evaluate_every == 0:
+            if state.global_step % (steps // size.evaluations) == 0:
                 self.note(state.global_step)
 
         def note(self, step: int) -> None:
@@ -158,7 +160,7 @@ def train(model: PreTrainedModel, task: Task, horizon: str, seed: int, size: Siz
             curve.losses.append(figures["loss"])
             curve.accuracy.append(figures["accuracy"])
 
-    fields = {"max_steps": size.steps, "per_device_train_batch_size": size.batch_size}
+    fields = {"max_steps": steps, "per_device_train_batch_size": size.batch_size}
     _fit(adapted, samples, HORIZONS[horizon], Watch(), learning_rate=size.learning_rate, **fields)
     curve.old_accuracy = evaluate(adapted, old)["accuracy"]
     return curve
