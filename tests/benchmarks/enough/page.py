@@ -176,7 +176,8 @@ adapted, tier 2 comes from {results["before"]["new_form"]["accuracy"]:.0%} to {r
 would be right in about one of five, so tier 2 did learn to read something of the new form, out of what the pretrained
 model writes of any words that stand together; how they could be written better, its gradient does not say. Its curve
 is level where the other two still rise, so more steps would hardly close the gap. And the gradient alone is not
-enough: where adapters may not change keys and values (`response`), the full gradient is little better than the frozen one.
+enough: where adapters may not change keys and values (`response`), the full gradient is little better
+than the frozen one.
 
 *At equal time the full gradient loses little here*, because contexts are short: a training of the new form took
 {seconds("frozen"):.0f} s of processor time with a frozen context and {seconds("full"):.0f} s with the full gradient.
