@@ -311,7 +311,7 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, architecture.model_class)(config)
-        _make_every_state_matter(model)
+        make_every_state_matter(model)
     return model.to(dtype).eval()
 
 
@@ -380,7 +380,7 @@ def _unadaptable(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _make_every_state_matter(model: PreTrainedModel) -> None:
+def make_every_state_matter(model: PreTrainedModel) -> None:
     """Redraw every weight; what a weight is for is read off its name and shape."""
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
