@@ -21,7 +21,7 @@ test: check  ## Lint, then every test that needs no accelerator
 	@echo "== tests"
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not benchmark" -n $(WORKERS) --durations 10
 	@echo "== costs"
-	$(TEST_ENV) $(BIN)/python -m pytest -m "benchmark and not long" -n $(WORKERS) --dist loadfile
+	$(TEST_ENV) $(BIN)/python -m pytest -m "benchmark and not long"
 
 fast: $(STAMP)  ## The tests that take seconds
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not slow" -n $(WORKERS)
