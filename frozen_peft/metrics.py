@@ -11,7 +11,7 @@ import torch
 
 from frozen_peft.context import ContextEncoder
 
-__all__ = ["ContextMetrics", "Stopwatch"]
+__all__ = ["ContextMetrics", "Mode", "Stopwatch"]
 
 Mode = Literal["train", "eval"]
 

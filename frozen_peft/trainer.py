@@ -6,7 +6,7 @@ import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -48,7 +48,7 @@ from frozen_peft.context import (
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
 from frozen_peft.gradient import MIN_TOKENS_TO_VERIFY, group_checkpoints, stretched_forward, verify_stretches
-from frozen_peft.metrics import ContextMetrics
+from frozen_peft.metrics import ContextMetrics, Mode
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
 from frozen_peft.sampling import GroupByContextSampler, make_sampler, require_groupable
 
@@ -269,9 +269,8 @@ class FrozenContextTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with the figures of `ContextMetrics`."""
         if self._freezes_context:
-            mode: Literal["train", "eval"] = "train" if self.model.training else "eval"
-            for name, value in self._context_metrics.read(mode).items():
-                self._metrics[mode][name] = [value]
+            for name, value in self._context_metrics.read(self._mode).items():
+                self._metrics[self._mode][name] = [value]
         super().log(logs, start_time)
 
     def _prepare_dataset(
@@ -361,6 +360,11 @@ class FrozenContextTrainer(SFTTrainer):
         max_length = args.max_length if args.decision_mode == "turns" else None
         return Cut(args.decision_mode, horizon, args.max_context_length, max_length, invocation)
 
+    @property
+    def _mode(self) -> Mode:
+        """Under which TRL keeps the metrics of what runs now."""
+        return "train" if self.model.training else "eval"
+
     def _freeze_contexts(self, inputs: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
         """A batch of decisions with a frozen context in place of their contexts."""
         kept = {name: value for name, value in inputs.items() if name not in (CONTEXTS, NUM_CONTEXT_TOKENS)}
@@ -373,8 +377,7 @@ class FrozenContextTrainer(SFTTrainer):
             )
         if not self._context_verified or self.args.verify_context == "always":
             self._verify(inputs)
-        mode: Literal["train", "eval"] = "train" if self.model.training else "eval"
-        with self._context_metrics.prefill(mode), self.accelerator.autocast():
+        with self._context_metrics.prefill(self._mode), self.accelerator.autocast():
             kept["past_key_values"] = self._encoder.encode(
                 inputs[CONTEXTS], step=self.state.global_step, stale=self.model.training
             )

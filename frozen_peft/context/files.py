@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from frozen_peft.context.entries import read_entry, write_entry
+from frozen_peft.context.entry_file import read_entry, write_entry
 from frozen_peft.context.keys import PrefixKey
 
 __all__ = ["ContextFiles"]

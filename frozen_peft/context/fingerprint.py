@@ -40,7 +40,7 @@ def base_fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(_architecture(pretrained).encode())
     trained = {id(tensor) for _, tensor in _trained_tensors(model)}
-    for name, tensor in sorted(_tensors(pretrained)):
+    for name, tensor in sorted(_tensors(pretrained), key=lambda pair: pair[0]):
         if id(tensor) not in trained:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(_bytes(_sampled(tensor)))
@@ -125,8 +125,15 @@ def _architecture(model: PreTrainedModel) -> str:
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
     yield from model.named_buffers()
+    for name, parameter in model.named_parameters():
+        yield name, parameter
+        # The scales of a 4-bit weight, without which its codes mean nothing, are neither parameters nor buffers.
+        state = getattr(parameter, "quant_state", None)
+        for level, part in enumerate((state, getattr(state, "state2", None))):
+            for kind in ("absmax", "offset"):
+                if isinstance(tensor := getattr(part, kind, None), torch.Tensor):
+                    yield f"{name}.{level}.{kind}", tensor
 
 
 def _switchable_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -20,19 +20,6 @@ DTYPES = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> ContextFiles:
-    return ContextFiles(tmp_path / "contexts")
-
-
-@pytest.fixture
-def written(files: ContextFiles) -> dict[str, torch.Tensor]:
-    """What `files` holds under `KEY`."""
-    tensors = content()
-    assert files.write(SPACE, KEY, tensors, METADATA)
-    return tensors
-
-
 def test_an_entry_comes_back(
     files: ContextFiles, written: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:

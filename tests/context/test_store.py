@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is found in the store is what would be encoded now, or it is not found; and budgets hold."""
 
+import functools
 import threading
 from pathlib import Path
 
@@ -292,6 +293,20 @@ class TestNamespaces:
             model.model.embed_tokens.weight.data[row] = kept
         assert base_fingerprint(model) == before
 
+    def test_the_scales_of_a_4_bit_weight_count(self) -> None:
+        """Weights that are twice as large have the same 4-bit codes."""
+        bnb = pytest.importorskip("bitsandbytes")
+        digests = set()
+        for factor in (1.0, 2.0):
+            model = tiny_model("llama").requires_grad_(False)
+            weight = model.model.layers[0].mlp.up_proj.weight.data * factor
+            layer = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False, quant_type="nf4")
+            layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+            model.model.layers[0].mlp.up_proj = layer.to("cpu")
+            assert layer.weight.quant_state is not None
+            digests.add(base_fingerprint(model))
+        assert len(digests) == 2
+
     def test_dtype_attention_configuration_and_autocast_count(self) -> None:
         seen = {self.fingerprints(add_lora(tiny_model("llama")))}
         half = add_lora(tiny_model("llama")).to(torch.bfloat16)
@@ -340,10 +355,10 @@ class TestBudget:
                 assert prefix is None or (namespace, prefix) in store._memory
 
     @staticmethod
-    def model(cache: list = []) -> nn.Module:  # noqa: B006 - one model for all examples
-        if not cache:
-            cache.append(add_lora(tiny_model("qwen3_5_text")))
-        return cache[0]
+    @functools.cache
+    def model() -> nn.Module:
+        """One for all examples."""
+        return add_lora(tiny_model("qwen3_5_text"))
 
     def test_the_least_recently_used_goes_first(self) -> None:
         contexts = {name: tokens(40, seed) for seed, name in enumerate("abc")}

@@ -4,7 +4,6 @@
 import json
 import pickle
 import struct
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,19 +14,6 @@ from hypothesis import strategies as st
 from frozen_peft.context.files import ContextFiles
 from frozen_peft.context.keys import PrefixKey
 from tests.context.stored import KEY, METADATA, OTHER_KEY, SPACE, content, path_of, same, warnings
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> ContextFiles:
-    return ContextFiles(tmp_path / "contexts")
-
-
-@pytest.fixture
-def written(files: ContextFiles) -> dict[str, torch.Tensor]:
-    """What `files` holds under `KEY`."""
-    tensors = content()
-    assert files.write(SPACE, KEY, tensors, METADATA)
-    return tensors
 
 
 def rejects(files: ContextFiles, data: bytes, caplog: pytest.LogCaptureFixture) -> str:
@@ -153,7 +139,7 @@ def test_entries_of_another_version_are_removed(
     files: ContextFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("frozen_peft.context.entries.VERSION", "0")
+        patch.setattr("frozen_peft.context.entry_file.VERSION", "0")
         assert files.write(SPACE, KEY, content(), METADATA)
     assert "no encoded context that this version wrote" in rejects(files, path_of(files).read_bytes(), caplog)
 
