@@ -25,6 +25,7 @@ ARROWS = {
     "metrics": {"context"},
     "sampling": {"config", "context", "samples"},
     "trainer": {"batches", "config", "metrics", "samples", "sampling", "context", "gradient", "adapters"},
+    "behavior": {"context", "adapters", "config", "samples", "trainer"},
     "errors": set(),
     "data": set(),
 }
