@@ -12,18 +12,14 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import logging
 from trl import SFTTrainer
 
 from frozen_peft.adapters import (
-    activate_at_invocation,
     active_everywhere,
-    find_invocation,
     keep_linear4bit_trainable,
     log_quantization,
-    require_always_active,
     restrict_adapter_rows,
 )
 from frozen_peft.batches import (
@@ -38,23 +34,26 @@ from frozen_peft.config import FrozenContextConfig, make_store
 from frozen_peft.context import (
     TAIL,
     ContextEncoder,
-    Cut,
     FrozenContext,
     decision_forward,
-    require_untouched_base,
     use_segmented_attention,
-    verify_context,
 )
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
-from frozen_peft.gradient import MIN_TOKENS_TO_VERIFY, group_checkpoints, stretched_forward, verify_stretches
+from frozen_peft.first_batch import BatchChecks
+from frozen_peft.gradient import group_checkpoints, stretched_forward
 from frozen_peft.metrics import ContextMetrics, Mode
+from frozen_peft.model_setup import (
+    has_auxiliary_loss,
+    make_cut,
+    named_datasets,
+    require_adapters,
+    settle_context_adapters,
+)
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
 from frozen_peft.sampling import GroupByContextSampler, make_sampler, require_groupable
 
 __all__ = ["FrozenContextTrainer"]
-
-logger = logging.get_logger(__name__)
 
 
 class FrozenContextTrainer(SFTTrainer):
@@ -101,17 +100,17 @@ class FrozenContextTrainer(SFTTrainer):
         elif not isinstance(args, FrozenContextConfig):
             args = FrozenContextConfig.from_training_arguments(args)
         require_rows(train_dataset, "train")
-        for name, dataset in _named(eval_dataset).items():
+        for name, dataset in named_datasets(eval_dataset).items():
             require_rows(dataset, name)
         if not args.context_adapters and not positional:
-            _require_adapters(isinstance(model, PeftModel) or kwargs.get("peft_config") is not None)
+            require_adapters(isinstance(model, PeftModel) or kwargs.get("peft_config") is not None)
         if args.group_by_context:
             require_groupable(train_dataset)
         continues = args.gradient_horizon != -1 or args.sequence_chunk_size is not None
         if continues and not isinstance(model, str):
             require_exact_continuation(get_pretrained_model(model))
         self._max_positions: int | None = None
-        self._context_verified = self._stretches_verified = False
+        self._checks = BatchChecks(args.verify_context)
         adapter = model.active_peft_config if isinstance(model, PeftModel) else kwargs.get("peft_config")
         # Tokens that the adapter came with; `invocation` wins.
         given = args.invocation is None and getattr(adapter, "alora_invocation_tokens", None)
@@ -130,14 +129,15 @@ class FrozenContextTrainer(SFTTrainer):
         pretrained = get_pretrained_model(self.model)
         self._freezes_context = self.args.gradient_horizon != -1
         self._max_positions = getattr(pretrained.config.get_text_config(), "max_position_embeddings", None)
-        self._cut = self._make_cut(self.args, self._tokenizer)
+        self._cut = make_cut(self.args, self._tokenizer, self._invocation)
         in_turns = self._cut.mode == "turns"
         max_decisions = self.args.max_decisions_per_forward if in_turns else None
         self._cutter = BatchCutter(self._cut, max_decisions, self._tokenizer.pad_token_id or 0)
-        for name, dataset in {"train": self.train_dataset, **_named(self.eval_dataset)}.items():
+        for name, dataset in {"train": self.train_dataset, **named_datasets(self.eval_dataset)}.items():
             if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
                 self._check_samples(dataset, name)
-        self._settle_auxiliary_loss(pretrained.config.get_text_config())
+        if self.aux_loss_enabled:
+            self.aux_loss_enabled = has_auxiliary_loss(pretrained.config.get_text_config())
         restrict_adapter_rows(self.model)
         if getattr(pretrained, "is_loaded_in_4bit", False):
             keep_linear4bit_trainable(self.model)
@@ -145,7 +145,7 @@ class FrozenContextTrainer(SFTTrainer):
         choose_kernels(pretrained)
         if self._freezes_context:
             require_exact_continuation(pretrained)
-            self._settle_context_adapters()
+            settle_context_adapters(self.model, active=self.args.context_adapters, invocation=self._cut.invocation)
         if self.args.sequence_chunk_size is not None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(
                 "`sequence_chunk_size` runs a decoder again in its backward pass, which needs its weights in one "
@@ -283,7 +283,7 @@ class FrozenContextTrainer(SFTTrainer):
         dataset_name: str,
     ) -> Dataset | IterableDataset:
         # TRL would cut at the end of a sample, where the decision is.
-        self._cut = self._make_cut(args, getattr(processing_class, "tokenizer", processing_class))
+        self._cut = make_cut(args, getattr(processing_class, "tokenizer", processing_class), self._invocation)
         uncut = copy.copy(args)
         uncut.max_length = args.max_length if packing else None
         dataset = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
@@ -328,38 +328,6 @@ class FrozenContextTrainer(SFTTrainer):
         )
         return check_samples(dataset, name, limits)
 
-    def _settle_auxiliary_loss(self, config: PretrainedConfig) -> None:
-        """Lets TRL find the number of experts, and asks for no auxiliary loss where there are none.
-
-        trl 1.16 reads `num_experts` off every mixture-of-experts configuration. Granite calls it `num_local_experts`,
-        and its dense models (0 experts) declare an auxiliary loss all the same. It can go when TRL knows both.
-        """
-        if not self.aux_loss_enabled:
-            return
-        if not hasattr(config, "num_experts"):
-            config.num_experts = config.num_local_experts
-        if not config.num_experts:
-            self.aux_loss_enabled = config.output_router_logits = False
-
-    def _settle_context_adapters(self) -> None:
-        """Makes an adapter that is off in contexts one that is switched on by the invocation tokens."""
-        if self.args.context_adapters:
-            require_always_active(self.model)
-        else:
-            _require_adapters(isinstance(self.model, PeftModel))
-            require_untouched_base(self.model)
-            activate_at_invocation(self.model, self._cut.invocation)
-
-    def _make_cut(self, args: FrozenContextConfig, tokenizer: PreTrainedTokenizerBase) -> Cut:
-        horizon = args.gradient_horizon
-        assert horizon is not None, "the configuration resolves it"
-        if horizon == -1:
-            # Nothing is frozen, and decisions in one sequence have the gradient of one each.
-            return Cut("tail", -1, args.max_context_length)
-        invocation = () if args.context_adapters else self._invocation or find_invocation(tokenizer, args.invocation)
-        max_length = args.max_length if args.decision_mode == "turns" else None
-        return Cut(args.decision_mode, horizon, args.max_context_length, max_length, invocation)
-
     @property
     def _mode(self) -> Mode:
         """Under which TRL keeps the metrics of what runs now."""
@@ -375,53 +343,26 @@ class FrozenContextTrainer(SFTTrainer):
                 "The decisions' model is not the one that encodes their contexts, which is the one that this trainer "
                 "was made with. Make a trainer for the other model."
             )
-        if not self._context_verified or self.args.verify_context == "always":
-            self._verify(inputs)
+        with self.accelerator.autocast():
+            self._checks.check_contexts(
+                self._encoder.model,
+                inputs,
+                chunk_size=self.args.prefill_chunk_size,
+                adapters=self.args.context_adapters,
+            )
         with self._context_metrics.prefill(self._mode), self.accelerator.autocast():
             kept["past_key_values"] = self._encoder.encode(
                 inputs[CONTEXTS], step=self.state.global_step, stale=self.model.training
             )
         return kept
 
-    def _verify(self, inputs: dict[str, Any]) -> None:
-        """Compares the sample with the longest context with a plain forward."""
-        self._context_verified = True
-        if self.args.verify_context == "never":
-            return
-        contexts = inputs[CONTEXTS]
-        row = max(range(len(contexts)), key=lambda index: len(contexts[index]))
-        decision = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
-        with self.accelerator.autocast():
-            check = verify_context(
-                self._encoder.model,
-                torch.cat([contexts[row], decision]),
-                len(contexts[row]),
-                chunk_size=self.args.prefill_chunk_size,
-                adapters=self.args.context_adapters,
-            )
-        logger.info(f"The decision over a frozen context agrees with a plain forward: {check}")
-
     def _decoder_mode(self, model: torch.nn.Module, inputs: dict[str, Any]) -> AbstractContextManager[None]:
         """What the forward of a batch has to run in, by what it carries and how its gradient is to be had."""
         if self.args.sequence_chunk_size is not None:
-            self._verify_stretches(model, inputs)
+            with self.accelerator.autocast():
+                self._checks.check_stretches(model, inputs, self.args.sequence_chunk_size)
             return stretched_forward(model, self.args.sequence_chunk_size, offload=self.args.offload_stretches)
         return decision_forward(model) if isinstance(inputs.get("past_key_values"), FrozenContext) else nullcontext()
-
-    def _verify_stretches(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
-        """Compares the longest sample with a plain forward and backward."""
-        mode = self.args.verify_context
-        if mode == "never" or (mode == "first_batch" and self._stretches_verified):
-            return
-        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        row = int(mask.sum(-1).argmax())
-        input_ids = inputs["input_ids"][row][mask[row]]
-        if len(input_ids) < MIN_TOKENS_TO_VERIFY:
-            return
-        self._stretches_verified = True
-        with self.accelerator.autocast():
-            check = verify_stretches(model, input_ids, self.args.sequence_chunk_size)
-        logger.info(f"The gradient in stretches agrees with that of a plain forward and backward: {check}")
 
     def _train_parts(
         self, model: torch.nn.Module, parts: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None
@@ -464,18 +405,3 @@ class FrozenContextTrainer(SFTTrainer):
         """Adds contexts to `num_tokens`, which TRL counts from the attention mask and so from decisions only."""
         num_tokens = torch.tensor(batch.get(NUM_CONTEXT_TOKENS, 0), device=batch["input_ids"].device)
         self._total_train_tokens += int(self.accelerator.gather_for_metrics(num_tokens).sum()) // self._tp_size
-
-
-def _require_adapters(present: bool) -> None:
-    if not present:
-        raise ValueError(
-            "`context_adapters=False` encodes contexts with the adapters switched off, and this model has none. "
-            "Pass `peft_config`, or leave `context_adapters=True`."
-        )
-
-
-def _named(datasets: Any) -> dict[str, Any]:
-    """Datasets by name, given as one, a dictionary or None."""
-    if datasets is None:
-        return {}
-    return dict(datasets) if isinstance(datasets, dict) else {"eval": datasets}

@@ -16,7 +16,7 @@ from frozen_peft import (
     lora_config,
     quantization_config,
 )
-from frozen_peft.gradient import stretched_decoder
+from frozen_peft.gradient import StretchCheck, stretched_decoder, verify_stretches
 from tests.reference import (
     Sample,
     negative_log_likelihood,
@@ -197,18 +197,17 @@ def test_a_gradient_that_gets_lost_stops_the_training(tmp_path: Path, monkeypatc
     )
 
 
-def test_the_model_is_checked_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_model_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
-    original = FrozenContextTrainer._verify_stretches
 
-    class Counting(FrozenContextTrainer):
-        def _verify_stretches(self, *args: Any) -> None:
-            before = self._stretches_verified
-            original(self, *args)
-            checked.append(self._stretches_verified and not before)
+    def count(model: Any, input_ids: torch.Tensor, stretch_size: int) -> StretchCheck:
+        checked.append(len(input_ids))
+        return verify_stretches(model, input_ids, stretch_size)
 
-    train(Counting, adapted("llama"), config(tmp_path, tier=3, sequence_chunk_size=16), as_dataset(ROWS))
-    assert checked == [True, False, False]
+    monkeypatch.setattr("frozen_peft.first_batch.verify_stretches", count)
+    train(FrozenContextTrainer, adapted("llama"), config(tmp_path, tier=3, sequence_chunk_size=16), as_dataset(ROWS))
+    # The longest sample of the first batch.
+    assert checked == [37]
 
 
 def test_left_padding_is_refused(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_when_contexts_are_checked(mode: str, checks: int, tmp_path: Path, monke
         calls.append(boundary)
         return verify_context(model, input_ids, boundary, **kwargs)
 
-    monkeypatch.setattr("frozen_peft.trainer.verify_context", count)
+    monkeypatch.setattr("frozen_peft.first_batch.verify_context", count)
     run = train(FrozenContextTrainer, adapted(), config(tmp_path, verify_context=mode), as_dataset(ROWS))
     assert len(run.losses) == 3
     # The sample with the longest context of each batch.
@@ -90,7 +90,7 @@ def test_when_contexts_are_checked(mode: str, checks: int, tmp_path: Path, monke
 
 def test_the_first_batch_is_the_first_with_a_context(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = samples([(0, 5), (0, 7), (30, 5), (20, 4), (25, 6), (10, 3)])
-    with caplog.at_level(logging.INFO, logger="frozen_peft.trainer"):
+    with caplog.at_level(logging.INFO, logger="frozen_peft.first_batch"):
         train(FrozenContextTrainer, adapted(), config(tmp_path), as_dataset(rows))
     lines = [record.getMessage() for record in caplog.records if "agrees with a plain forward" in record.getMessage()]
     assert len(lines) == 1

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the first batch, or of every batch, against plain forwards."""
+
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from frozen_peft.batches import CONTEXTS
+from frozen_peft.context import verify_context
+from frozen_peft.gradient import MIN_TOKENS_TO_VERIFY, verify_stretches
+
+__all__ = ["BatchChecks"]
+
+logger = logging.get_logger(__name__)
+
+
+class BatchChecks:
+    """Compares what training computes with plain forwards, once or in every batch.
+
+    Args:
+        mode: `"first_batch"` (the first one that has what is checked), `"always"` or `"never"`.
+    """
+
+    def __init__(self, mode: str):
+        self._mode = mode
+        self._verified: set[str] = set()
+
+    def is_due(self, name: str) -> bool:
+        """Whether a check of this name is still to be made."""
+        return self._mode == "always" or (self._mode == "first_batch" and name not in self._verified)
+
+    def note(self, name: str, what: str, check: object) -> None:
+        """Counts a check as made, and logs what it found."""
+        self._verified.add(name)
+        logger.info(f"{what}: {check}")
+
+    def check_contexts(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *, chunk_size: int, adapters: bool
+    ) -> None:
+        """Compares the sample with the longest context of a batch of decisions with a plain forward.
+
+        Raises:
+            ContextMismatchError: See `verify_context`.
+        """
+        if not self.is_due("contexts"):
+            return
+        contexts = inputs[CONTEXTS]
+        row = max(range(len(contexts)), key=lambda index: len(contexts[index]))
+        decision = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+        check = verify_context(
+            model,
+            torch.cat([contexts[row], decision]),
+            len(contexts[row]),
+            chunk_size=chunk_size,
+            adapters=adapters,
+        )
+        self.note("contexts", "The decision over a frozen context agrees with a plain forward", check)
+
+    def check_stretches(self, model: torch.nn.Module, inputs: dict[str, Any], stretch_size: int) -> None:
+        """Compares the longest sample of a batch, where one is long enough, with a plain forward and backward.
+
+        Raises:
+            ContextMismatchError: See `verify_stretches`.
+        """
+        if not self.is_due("stretches"):
+            return
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        row = int(mask.sum(-1).argmax())
+        input_ids = inputs["input_ids"][row][mask[row]]
+        if len(input_ids) < MIN_TOKENS_TO_VERIFY:
+            return
+        check = verify_stretches(model, input_ids, stretch_size)
+        self.note("stretches", "The gradient in stretches agrees with that of a plain forward and backward", check)
