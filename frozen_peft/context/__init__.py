@@ -18,6 +18,7 @@ from frozen_peft.context.disk import DiskLevel
 from frozen_peft.context.encoder import ContextEncoder, EncoderCounts, encode_context
 from frozen_peft.context.files import ContextFiles
 from frozen_peft.context.fingerprint import require_untouched_base
+from frozen_peft.context.generate import generate_over
 from frozen_peft.context.sizes import format_size, parse_size
 from frozen_peft.context.store import ContextStore
 from frozen_peft.context.verify import ContextCheck, verify_context
@@ -39,6 +40,7 @@ __all__ = [
     "encode_context",
     "find_boundary",
     "format_size",
+    "generate_over",
     "pad_decisions",
     "parse_size",
     "require_untouched_base",

@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 from frozen_peft.context.encoded import AttentionState, EncodedContext, LayerState, LinearState
 from frozen_peft.context.handover import Segment, give_segment, mark_contiguous
 
-__all__ = ["can_extend", "frozen_row", "prefill_cache"]
+__all__ = ["can_extend", "frozen_row", "prefill_cache", "resume_linear", "resume_window"]
 
 
 class _BufferedLayer(DynamicLayer):
@@ -138,20 +138,22 @@ def prefill_cache(
         elif type(layer) is LinearAttentionAndFullAttentionLayer:
             layer = _BufferedHybridLayer(num_tokens, segmented, attention, layer.number_of_states)
         elif isinstance(layer, DynamicSlidingWindowLayer) and attention:
-            _resume_window(layer, attention, prefixes[0].num_tokens)
+            keys, values = _joined([state.keys for state in attention]), _joined([state.values for state in attention])
+            resume_window(layer, keys, values, prefixes[0].num_tokens)
         if linear:
-            _resume_linear(layer, linear)
+            resume_linear(layer, linear)
         cache.layers[index] = layer
     return cache
 
 
-def _resume_window(layer: DynamicSlidingWindowLayer, past: list[AttentionState], num_tokens: int) -> None:
-    keys, values = _joined([state.keys for state in past]), _joined([state.values for state in past])
+def resume_window(layer: DynamicSlidingWindowLayer, keys: torch.Tensor, values: torch.Tensor, num_tokens: int) -> None:
+    """Lets a sliding-window layer go on after `num_tokens` tokens, of which it keeps these, `(B, H, kept, E)`."""
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values, layer.cumulative_length = keys, values, num_tokens
 
 
-def _resume_linear(layer: LinearAttentionLayer, past: list[LinearState]) -> None:
+def resume_linear(layer: LinearAttentionLayer, past: list[LinearState]) -> None:
+    """Lets a linear-attention layer go on from copies of states, one for each row of the batch."""
     for index in past[0].conv:
         conv = torch.cat([state.conv[index] for state in past])
         # Buffers of the layer's own, since it overwrites them.

@@ -21,16 +21,16 @@ length, the longest.
 Shapes: B samples, H key/value heads, D decision tokens, E head dimension.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
-from frozen_peft.context.encoded import AttentionState, EncodedContext, LinearState, StateKind
+from frozen_peft.context.encoded import AttentionState, EncodedContext, LayerState, LinearState, StateKind
 from frozen_peft.context.handover import Segment, give_segment, mark_frozen_length, note_update
 
-__all__ = ["FrozenContext"]
+__all__ = ["FrozenContext", "padded_pieces"]
 
 
 class _FrozenAttention(CacheLayerMixin):
@@ -59,24 +59,11 @@ class _FrozenAttention(CacheLayerMixin):
         if self.segmented:
             give_segment(key_states, Segment(keys, values, self.padded_length))
             return key_states, value_states
-        key_states = torch.cat([self._padded(keys), key_states], dim=-2)
-        value_states = torch.cat([self._padded(values), value_states], dim=-2)
+        key_states = torch.cat([padded_pieces(keys), key_states], dim=-2)
+        value_states = torch.cat([padded_pieces(values), value_states], dim=-2)
         for tensor in (key_states, value_states):
             mark_frozen_length(tensor, self.padded_length)
         return key_states, value_states
-
-    def _padded(self, rows: tuple[tuple[torch.Tensor, ...], ...]) -> torch.Tensor:
-        """Rows padded on the left with zeros to a common length, shape `(B, H, padded_length, E)`."""
-        if len(rows) == 1 and len(rows[0]) == 1:
-            return rows[0][0]
-        template = rows[0][0]
-        batch = template.new_zeros(len(rows), template.shape[1], self.padded_length, template.shape[-1])
-        for index, pieces in enumerate(rows):
-            start = self.padded_length - sum(piece.shape[-2] for piece in pieces)
-            for piece in pieces:
-                batch[index, :, start : start + piece.shape[-2]] = piece[0]
-                start += piece.shape[-2]
-        return batch
 
     def get_seq_length(self) -> int:
         return self.num_tokens
@@ -139,6 +126,25 @@ class _FrozenHybrid(_FrozenLinear, _FrozenAttention):
     get_max_length = _FrozenAttention.get_max_length
 
 
+def padded_pieces(rows: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """Keys or values of several contexts as one batch, padded on the left with zeros, shape `(B, H, longest, E)`.
+
+    Args:
+        rows: Pieces of each context, oldest first, shapes `(1, H, tokens of the piece, E)`.
+    """
+    if len(rows) == 1 and len(rows[0]) == 1:
+        return rows[0][0]
+    lengths = [sum(piece.shape[-2] for piece in pieces) for pieces in rows]
+    template = rows[0][0]
+    batch = template.new_zeros(len(rows), template.shape[1], max(lengths), template.shape[-1])
+    for index, (pieces, length) in enumerate(zip(rows, lengths, strict=True)):
+        start = batch.shape[-2] - length
+        for piece in pieces:
+            batch[index, :, start : start + piece.shape[-2]] = piece[0]
+            start += piece.shape[-2]
+    return batch
+
+
 def _stacked(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
     """Rows `(1, ...)` as one batch `(B, ...)`; a single row is not copied."""
     if any(row is None for row in rows):
@@ -170,7 +176,7 @@ class FrozenContext(Cache):
         super().__init__(layers=layers)
 
     def _layer(self, index: int, num_tokens: int) -> CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer:
-        states = [row.layers[index] for row in self._filled]
+        states = self.states(index)
         attention = [state.attention for state in states if state.attention is not None]
         linear = [state.linear for state in states if state.linear is not None]
         if attention and linear:
@@ -178,6 +184,10 @@ class FrozenContext(Cache):
         if attention:
             return _FrozenAttention(attention, num_tokens, self.segmented)
         return _FrozenLinear(linear) if linear else DummyLayer()
+
+    def states(self, index: int) -> list[LayerState]:
+        """What each row keeps of its context in one layer, one without tokens the states of having seen nothing."""
+        return [row.layers[index] for row in self._filled]
 
     @property
     def lengths(self) -> list[int]:
