@@ -5,7 +5,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from frozen_peft.adapters import lora_config, quantization_config
+    from frozen_peft.adapters import lora_config, merge_adapter, quantization_config
     from frozen_peft.config import FrozenContextConfig
     from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
     from frozen_peft.trainer import FrozenContextTrainer
@@ -16,6 +16,7 @@ __all__ = [
     "FrozenContextTrainer",
     "UnsupportedArchitectureError",
     "lora_config",
+    "merge_adapter",
     "quantization_config",
 ]
 
@@ -26,6 +27,7 @@ _MODULES = {
     "FrozenContextTrainer": "trainer",
     "UnsupportedArchitectureError": "errors",
     "lora_config": "adapters",
+    "merge_adapter": "adapters",
     "quantization_config": "adapters",
 }
 

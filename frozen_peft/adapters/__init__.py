@@ -8,6 +8,7 @@ from frozen_peft.adapters.activated import (
     require_always_active,
 )
 from frozen_peft.adapters.lora import PRESETS, RoleLoraConfig, lora_config
+from frozen_peft.adapters.merge import merge_adapter
 from frozen_peft.adapters.quantization import (
     QuantizationReport,
     WeightGroup,
@@ -36,6 +37,7 @@ __all__ = [
     "keep_linear4bit_trainable",
     "log_quantization",
     "lora_config",
+    "merge_adapter",
     "quantization_config",
     "quantization_report",
     "require_always_active",

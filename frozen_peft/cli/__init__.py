@@ -15,6 +15,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "demo": "train the embedded tiny model and show what a frozen context gives; minutes on two cores",
     "train": "train adapters from a recipe",
+    "merge": "write the model that a base and its adapters are together",
 }
 
 
