@@ -3,21 +3,42 @@
 
 from frozen_peft.behavior.conversation import Split, message_texts, sample_problem, split_sample, with_context
 from frozen_peft.behavior.marks import DEFAULT_MARKS, Marks
+from frozen_peft.behavior.probe_scores import (
+    ProbeScore,
+    ProbeScores,
+    ProbeSummary,
+    compare_probes,
+    score_probes,
+    summarize,
+)
+from frozen_peft.behavior.probe_tokens import CONDITIONS, Condition
+from frozen_peft.behavior.probes import Probe, ProbeKind, read_probes
 from frozen_peft.behavior.rows import Row, read_rows, whole_file
 from frozen_peft.behavior.strip import QuotedInstructionError, restore_instructions, strip_instructions
 
 __all__ = [
+    "CONDITIONS",
     "DEFAULT_MARKS",
+    "Condition",
     "Marks",
+    "Probe",
+    "ProbeKind",
+    "ProbeScore",
+    "ProbeScores",
+    "ProbeSummary",
     "QuotedInstructionError",
     "Row",
     "Split",
+    "compare_probes",
     "message_texts",
+    "read_probes",
     "read_rows",
     "restore_instructions",
     "sample_problem",
+    "score_probes",
     "split_sample",
     "strip_instructions",
+    "summarize",
     "whole_file",
     "with_context",
 ]

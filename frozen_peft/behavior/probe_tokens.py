@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens of probes: decisions as TRL prepares a completion for training, behind one context or another.
+
+Conditions say which context a decision is scored in:
+
+- `given`: the probe's prompt.
+- `instructed`: the prompt with the instructions that were stripped from it put back.
+- `shuffled`: the prompt of another probe of its kind. Which one is drawn as a derangement of the distinct prompts, so
+  none keeps its own.
+- `empty`: nothing but what the chat template puts before every assistant message, and the beginning of the sequence
+  where the tokenizer marks it.
+
+A decision keeps its tokens in the last two, whatever it stands behind.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import jinja2
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import _tokenize, common_prefix_length
+
+from frozen_peft.behavior.probes import Probe
+from frozen_peft.behavior.strip import restore_instructions
+
+__all__ = ["CONDITIONS", "Condition", "ProbeDecisions", "ProbeTokens", "TokenizedDecision"]
+
+Condition = Literal["given", "instructed", "shuffled", "empty"]
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+# Stands before an empty conversation's decision while it is rendered: templates need a message to begin with.
+_ANY_MESSAGE = [{"role": "user", "content": "."}]
+
+
+@dataclass(frozen=True)
+class TokenizedDecision:
+    """One decision behind a prompt.
+
+    Attributes:
+        prompt: Everything before the decision, the assistant's header included, shape `(tokens,)`, int64.
+        decision: Its tokens to the end of the turn, as they are trained, shape `(tokens,)`, int64.
+    """
+
+    prompt: torch.Tensor
+    decision: torch.Tensor
+
+    def behind(self, prompt: torch.Tensor) -> "TokenizedDecision":
+        """The same decision behind another prompt."""
+        return replace(self, prompt=prompt)
+
+
+@dataclass(frozen=True)
+class ProbeDecisions:
+    """The decisions of one probe under one condition; `expected` is None where the probe has none."""
+
+    probe: Probe
+    preferred: TokenizedDecision
+    rejected: TokenizedDecision
+    expected: TokenizedDecision | None
+
+    def behind(self, prompt: torch.Tensor) -> "ProbeDecisions":
+        """All of them behind another prompt."""
+        expected = self.expected.behind(prompt) if self.expected is not None else None
+        return replace(
+            self, preferred=self.preferred.behind(prompt), rejected=self.rejected.behind(prompt), expected=expected
+        )
+
+
+class ProbeTokens:
+    """Tokenizes probes, under every condition that is asked for.
+
+    Args:
+        tokenizer: The model's.
+        probes: What to tokenize.
+        on_bad: Called with the message of a probe that cannot be scored, which is then left out. Without it that is
+            an error.
+
+    Attributes:
+        probes: Those that can be scored.
+        notes: What a reader of the results should know.
+
+    Raises:
+        ValueError: A decision has no tokens, both of a probe have the same, or the chat template refuses a prompt.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        probes: Sequence[Probe],
+        on_bad: Callable[[str], None] | None = None,
+    ):
+        self._tokenizer = tokenizer
+        self._prompts: dict[bytes, torch.Tensor] = {}
+        self._num_diverging = 0
+        self.notes: list[str] = []
+        self._given: list[ProbeDecisions] = []
+        # The delay keeps the bar away from what takes a moment.
+        for probe in tqdm(probes, desc="Tokenizing probes", unit=" probes", delay=2):
+            try:
+                self._given.append(self._tokenized(probe))
+            except ValueError as error:
+                if on_bad is None:
+                    raise
+                on_bad(str(error))
+        self.probes = [decisions.probe for decisions in self._given]
+        if self._num_diverging:
+            self.notes.append(
+                f"{self._num_diverging} of {len(self.probes)} prompts are tokenized differently before a decision "
+                "than alone: their decisions are scored from where the two diverge, as they are trained, which is not "
+                "what generation begins from."
+            )
+
+    def under(self, condition: Condition, *, seed: int = 0) -> list[ProbeDecisions]:
+        """The probes' decisions under one condition, in the probes' order.
+
+        Args:
+            condition: Where they stand.
+            seed: Decides who gets whose context in `shuffled`.
+
+        Returns:
+            Those of the probes that can be had: `instructed` needs `stripped`, and `shuffled` two distinct contexts.
+            A note tells what is left out.
+        """
+        if condition == "given":
+            return self._given
+        if condition == "instructed":
+            return self._instructed()
+        if condition == "shuffled":
+            return self._shuffled(seed)
+        if condition == "empty":
+            return [decisions.behind(self._header(decisions)) for decisions in self._given]
+        raise ValueError(f"`condition` is one of {', '.join(CONDITIONS)}; got {condition!r}")
+
+    def _instructed(self) -> list[ProbeDecisions]:
+        stripped = [probe for probe in self.probes if probe.stripped]
+        if not stripped:
+            self.notes.append("instructed: left out, since no probe has `stripped` instructions to put back.")
+        elif len(stripped) < len(self.probes):
+            self.notes.append(
+                f"instructed: {len(stripped)} of {len(self.probes)} probes, those that have `stripped` instructions "
+                "to put back. Compare it with the other rows with that in mind."
+            )
+        return [self._tokenized(replace(probe, prompt=_restored(probe))) for probe in stripped]
+
+    def _shuffled(self, seed: int) -> list[ProbeDecisions]:
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for index, probe in enumerate(self.probes):
+            groups.setdefault((probe.kind, isinstance(probe.prompt, str)), []).append(index)
+        moved: dict[int, ProbeDecisions] = {}
+        for (kind, is_text), members in groups.items():
+            own = {index: _as_bytes(self._given[index].preferred.prompt) for index in members}
+            distinct = list(dict.fromkeys(own.values()))
+            if len(distinct) < 2:
+                self.notes.append(
+                    f"shuffled: left out for {len(members)} {kind} probes, whose contexts are all one and the same."
+                )
+                continue
+            order = _derangement(len(distinct), random.Random(f"{seed}/{kind}/{is_text}"))
+            other = {prompt: self._prompts[distinct[place]] for prompt, place in zip(distinct, order, strict=True)}
+            moved |= {index: self._given[index].behind(other[own[index]]) for index in members}
+        return [moved[index] for index in sorted(moved)]
+
+    def _header(self, decisions: ProbeDecisions) -> torch.Tensor:
+        """What is left of a prompt without its context."""
+        prompt, probe = decisions.preferred.prompt, decisions.probe
+        start = len(prompt)
+        if not isinstance(probe.prompt, str):
+            start = common_prefix_length(self._render(probe, probe.prompt or _ANY_MESSAGE), prompt.tolist())
+        header = prompt[start:]
+        bos = self._tokenizer.bos_token_id
+        if bos is not None and len(prompt) and int(prompt[0]) == bos and start:
+            header = torch.cat([prompt[:1], header])
+        return self._shared(header)
+
+    def _tokenized(self, probe: Probe) -> ProbeDecisions:
+        decisions = {
+            name: self._decision(probe, name, text)
+            for name, text in (
+                ("preferred", probe.preferred),
+                ("rejected", probe.rejected),
+                ("expected", probe.expected),
+            )
+            if text is not None
+        }
+        made = ProbeDecisions(probe, decisions["preferred"], decisions["rejected"], decisions.get("expected"))
+        if torch.equal(made.preferred.decision, made.rejected.decision):
+            raise ValueError(
+                f"{probe.place}: `preferred` and `rejected` have the same tokens, so there is nothing to prefer"
+            )
+        if probe.prompt == []:
+            return made.behind(self._header(made))
+        return made
+
+    def _decision(self, probe: Probe, name: str, text: str) -> TokenizedDecision:
+        if not self._tokenizer(text, add_special_tokens=False)["input_ids"]:
+            raise ValueError(f"{probe.place}: `{name}` is {text!r}, which tokenizes to nothing")
+        if isinstance(probe.prompt, str):
+            prompt_ids, whole_ids = self._text(probe, text)
+        else:
+            messages = probe.prompt or _ANY_MESSAGE
+            prompt_ids = self._render(probe, messages, add_generation_prompt=True)
+            whole_ids = self._render(probe, [*messages, {"role": "assistant", "content": text}])
+        length = common_prefix_length(prompt_ids, whole_ids)
+        self._num_diverging += length < len(prompt_ids) and name == "preferred"
+        if length == len(whole_ids):
+            raise ValueError(f"{probe.place}: `{name}` has no tokens behind its prompt; see the chat template")
+        tokens = torch.tensor(whole_ids)
+        return TokenizedDecision(self._shared(tokens[:length]), tokens[length:].clone())
+
+    def _text(self, probe: Probe, text: str) -> tuple[list[int], list[int]]:
+        """Tokens of a prompt of text, and of prompt and decision."""
+        assert isinstance(probe.prompt, str)
+        end = self._tokenizer.eos_token
+        if end is None:
+            raise ValueError(
+                f"{probe.place}: a prompt of text needs a tokenizer with an `eos_token`, which ends its decision"
+            )
+        whole = probe.prompt + text if text.endswith(end) else probe.prompt + text + end
+        return _tokenize(self._tokenizer, probe.prompt)["input_ids"], _tokenize(self._tokenizer, whole)["input_ids"]
+
+    def _render(self, probe: Probe, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        try:
+            return _tokenize(
+                self._tokenizer,
+                messages,
+                tools=probe.options.get("tools"),
+                **probe.options.get("chat_template_kwargs", {}),
+                **options,
+            )["input_ids"]
+        except (ValueError, jinja2.TemplateError) as error:
+            raise ValueError(f"{probe.place}: the chat template does not render its messages: {error}") from error
+
+    def _shared(self, tokens: torch.Tensor) -> torch.Tensor:
+        """These tokens, in the one copy that all who have the same hold."""
+        return self._prompts.setdefault(_as_bytes(tokens), tokens.clone())
+
+
+def _restored(probe: Probe) -> list[dict[str, Any]] | str:
+    """The prompt with its instructions."""
+    try:
+        return restore_instructions({"prompt": probe.prompt, "stripped": probe.stripped})["prompt"]
+    except ValueError as error:
+        raise ValueError(f"{probe.place}: {error}") from error
+
+
+def _as_bytes(tokens: torch.Tensor) -> bytes:
+    return tokens.numpy().tobytes()
+
+
+def _derangement(count: int, generator: random.Random) -> list[int]:
+    """A permutation without a fixed point, each as likely as any other; `count` is 2 or more."""
+    order = list(range(count))
+    while any(index == value for index, value in enumerate(order)):
+        generator.shuffle(order)
+    return order
