@@ -15,7 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Context", "Message", "Split", "message_texts", "sample_problem", "split_sample", "with_context"]
+__all__ = [
+    "Context",
+    "Message",
+    "Split",
+    "message_texts",
+    "messages_problem",
+    "sample_problem",
+    "split_sample",
+    "with_context",
+]
 
 Message = dict[str, Any]
 Context = list[Message] | str
@@ -70,7 +79,7 @@ def sample_problem(sample: dict[str, Any]) -> str | None:
     messages = sample["messages"]
     if not isinstance(messages, list):
         return f"`messages` is {_kind(messages)}, expected a list of messages"
-    problem = _messages_problem(messages, "messages")
+    problem = messages_problem(messages, "messages")
     if problem:
         return problem
     if messages[-1]["role"] != "assistant":
@@ -95,13 +104,14 @@ def _prompt_problem(sample: dict[str, Any]) -> str | None:
     if completion is not None and type(completion) is not type(prompt):
         return f"`prompt` is {_kind(prompt)} and `completion` is {_kind(completion)}; they have the same form"
     for name, value in (("prompt", prompt), ("completion", completion)):
-        problem = _messages_problem(value, name) if isinstance(value, list) else None
+        problem = messages_problem(value, name) if isinstance(value, list) else None
         if problem:
             return problem
     return None
 
 
-def _messages_problem(messages: Sequence[Any], column: str) -> str | None:
+def messages_problem(messages: Sequence[Any], column: str) -> str | None:
+    """Says what keeps a list from being a conversation's messages, None where nothing does."""
     if not messages:
         return f"`{column}` has no messages"
     for number, message in enumerate(messages):

@@ -4,6 +4,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from frozen_peft.behavior.conversation import Message
 
@@ -53,6 +54,17 @@ class Marks:
     def reach_into_text(self) -> bool:
         """Whether stretches of a text can be marked, and not whole messages only."""
         return bool(self.tags or self.patterns)
+
+    def describe(self) -> str:
+        """The marks in words, as a message says that there are none."""
+        kinds = [
+            ("tag", [f"<{name}>" for name in self.tags]),
+            ("field", [f"`{name}`" for name in self.fields]),
+            ("role", [f"`{name}`" for name in self.roles]),
+            ("match of", [repr(pattern) for pattern in self.patterns]),
+            ("message for the predicate", [f"`{_name(predicate)}`" for predicate in self.predicates]),
+        ]
+        return ", no ".join(f"{kind} {name}" for kind, names in kinds for name in names)
 
     def cover(self, message: Message, place: str) -> bool:
         """Says whether a whole message is marked.
@@ -128,5 +140,10 @@ def _holds(predicate: Callable[[Message], bool], message: Message, place: str) -
     try:
         return bool(predicate(message))
     except Exception as error:
-        name = getattr(predicate, "__name__", repr(predicate))
-        raise ValueError(f"{place}: the predicate `{name}` failed: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{place}: the predicate `{_name(predicate)}` failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", repr(function))

@@ -22,7 +22,20 @@ from typing import Any
 
 from frozen_peft.behavior.conversation import Context, Message, message_texts
 
-__all__ = ["MarkedMessage", "Piece", "PieceError", "marked_context", "piece_texts", "stripped_context"]
+__all__ = [
+    "STRIPPED",
+    "MarkedMessage",
+    "Piece",
+    "PieceError",
+    "marked_context",
+    "piece_texts",
+    "stripped_context",
+    "visible_message",
+    "with_text",
+]
+
+# The column that holds the pieces.
+STRIPPED = "stripped"
 
 Piece = dict[str, Any]
 
@@ -110,7 +123,7 @@ def visible_message(entry: MarkedMessage) -> Message:
         if stretches:
             # What lies between the end of one stretch and the start of the next.
             cuts = [0, *(place for stretch in stretches for place in stretch), len(text)]
-            message = _with_text(message, part, "".join(text[a:b] for a, b in zip(cuts[::2], cuts[1::2], strict=True)))
+            message = with_text(message, part, "".join(text[a:b] for a, b in zip(cuts[::2], cuts[1::2], strict=True)))
     return message
 
 
@@ -136,7 +149,8 @@ def _as_json(message: Message) -> str:
     return text
 
 
-def _with_text(message: Message, part: int, text: str) -> Message:
+def with_text(message: Message, part: int, text: str) -> Message:
+    """A copy of a message with another text as its content, or as that part of it."""
     if part == -1:
         return {**message, "content": text}
     parts = list(message["content"])
@@ -157,7 +171,7 @@ def _with_stretches(message: Message, pieces: Sequence[Piece]) -> MarkedMessage:
             used = upto
             stretches.append((part, piece["start"], len(full)))
         if used or full:
-            message = _with_text(message, part, full + text[used:])
+            message = with_text(message, part, full + text[used:])
     return MarkedMessage(message, stretches=tuple(stretches))
 
 

@@ -16,13 +16,17 @@ from typing import Any
 
 from frozen_peft.behavior.conversation import message_texts, split_sample, with_context
 from frozen_peft.behavior.marks import DEFAULT_MARKS, Marks, Stretch, merged
-from frozen_peft.behavior.pieces import MarkedMessage, marked_context, piece_texts, stripped_context, visible_message
+from frozen_peft.behavior.pieces import (
+    STRIPPED,
+    MarkedMessage,
+    marked_context,
+    piece_texts,
+    stripped_context,
+    visible_message,
+)
 from frozen_peft.behavior.quotes import find_quote
 
-__all__ = ["STRIPPED", "QuotedInstructionError", "restore_instructions", "strip_instructions"]
-
-# The column that holds the pieces.
-STRIPPED = "stripped"
+__all__ = ["QuotedInstructionError", "restore_instructions", "strip_instructions"]
 
 # Where a row's decisions stand: a sample's, and those of a probe that are wanted.
 _DECISION_COLUMNS = ("completion", "preferred", "expected")
