@@ -6,8 +6,10 @@ from frozen_peft.behavior.conversation import Split, message_texts, sample_probl
 from frozen_peft.behavior.endpoint import EndpointError, EndpointSampler, RetrySettings
 from frozen_peft.behavior.filters import CandidateFilter
 from frozen_peft.behavior.generation import LocalSampler
+from frozen_peft.behavior.loading import load_model
 from frozen_peft.behavior.marks import DEFAULT_MARKS, Marks
 from frozen_peft.behavior.paraphrases import Paraphrases
+from frozen_peft.behavior.probe_report import MEASURES, probe_report, probe_table
 from frozen_peft.behavior.probe_scores import (
     ProbeScore,
     ProbeScores,
@@ -30,6 +32,7 @@ __all__ = [
     "CONDITIONS",
     "DEFAULT_INDEPENDENT",
     "DEFAULT_MARKS",
+    "MEASURES",
     "Candidate",
     "CandidateFilter",
     "Condition",
@@ -55,8 +58,11 @@ __all__ = [
     "StripSummary",
     "VariantSettings",
     "compare_probes",
+    "load_model",
     "load_sampling_model",
     "message_texts",
+    "probe_report",
+    "probe_table",
     "read_paraphrases",
     "read_probes",
     "read_prompts",
