@@ -8,7 +8,14 @@ from frozen_peft.adapters.activated import (
     require_always_active,
 )
 from frozen_peft.adapters.lora import PRESETS, RoleLoraConfig, lora_config
-from frozen_peft.adapters.merge import merge_adapter
+from frozen_peft.adapters.merge import (
+    REPORT,
+    MergeMismatchError,
+    export_adapter,
+    load_merged,
+    merge_adapter,
+    save_base_record,
+)
 from frozen_peft.adapters.quantization import (
     QuantizationReport,
     WeightGroup,
@@ -23,7 +30,9 @@ from frozen_peft.adapters.table import ROLES, Role
 
 __all__ = [
     "PRESETS",
+    "REPORT",
     "ROLES",
+    "MergeMismatchError",
     "QuantizationReport",
     "Role",
     "RoleLoraConfig",
@@ -32,9 +41,11 @@ __all__ = [
     "activate_at_invocation",
     "active_everywhere",
     "adapted_weights_summary",
+    "export_adapter",
     "find_invocation",
     "find_roles",
     "keep_linear4bit_trainable",
+    "load_merged",
     "log_quantization",
     "lora_config",
     "merge_adapter",
@@ -42,4 +53,5 @@ __all__ = [
     "quantization_report",
     "require_always_active",
     "restrict_adapter_rows",
+    "save_base_record",
 ]

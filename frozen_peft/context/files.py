@@ -47,11 +47,9 @@ class ContextFiles:
 
     Args:
         folder: Created where it does not exist.
-        field: The configuration's field that names it, for messages.
     """
 
-    def __init__(self, folder: str | Path, *, field: str = "context_cache_dir") -> None:
-        self._field = field
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.usable = True
         self._reported: set[Path] = set()
@@ -187,8 +185,8 @@ class ContextFiles:
         if self.usable:
             self.usable = False
             logger.warning(
-                "`%s` cannot be written: %s (%s). No more is kept there by this run; what is there is still read.",
-                self._field,
+                "`context_cache_dir` cannot be written: %s (%s). No more contexts are kept there by this run; those "
+                "that are there are still read.",
                 self.folder,
                 error,
             )
@@ -201,7 +199,7 @@ class ContextFiles:
         except OSError as error:
             self._report_once(path, f"{reason}, and it cannot be removed ({error.strerror})")
         else:
-            logger.warning("%s is removed, because %s. What it held is computed again.", path, reason)
+            logger.warning("%s is removed, because %s. Its context is encoded again.", path, reason)
 
     def _report_once(self, path: Path, reason: str) -> None:
         """Reports what stays where it is and is no entry from now on."""

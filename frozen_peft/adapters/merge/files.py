@@ -8,10 +8,10 @@ from typing import Any
 
 from frozen_peft.adapters.merge.checkpoint import read_json
 
-__all__ = ["copy_files", "tokenizer_folder", "write_config"]
+__all__ = ["TOKENIZER_FILES", "copy_files", "highest_token", "tokenizer_folder", "write_config"]
 
 # The tokenizer's, which training saves with the adapter: tokens or a template may have been added.
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -54,12 +54,12 @@ def copy_files(base: Path, adapter: Path, target: Path) -> list[str]:
         left_out = path.name in _LEFT_OUT or path.suffix in _LEFT_OUT_SUFFIXES or path.name.startswith(".")
         if path.name.endswith(".index.json") or left_out or not path.is_file():
             continue
-        if tokenizer != base and path.name in _TOKENIZER_FILES:
+        if tokenizer != base and path.name in TOKENIZER_FILES:
             continue
         if path.stat().st_size <= _MAX_FILE_BYTES:
             sources[path.name] = path
     if tokenizer != base:
-        sources.update({name: tokenizer / name for name in _TOKENIZER_FILES if (tokenizer / name).is_file()})
+        sources.update({name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()})
     for name, path in sources.items():
         with path.open("rb") as read, (target / name).open("xb") as written:
             shutil.copyfileobj(read, written)
@@ -81,3 +81,22 @@ def _settle(part: dict[str, Any], dtype: str | None, untied: bool, *, is_whole: 
         part["dtype"] = _DTYPE_NAMES[dtype]
     if untied and (is_whole or "tie_word_embeddings" in part):
         part["tie_word_embeddings"] = False
+
+
+def highest_token(adapter: Path) -> int | None:
+    """The highest token id of the tokenizer in an adapter's folder; None where it has none that says so.
+
+    Raises:
+        ValueError: `tokenizer.json` is not one.
+    """
+    path = adapter / "tokenizer.json"
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    model, added = values.get("model"), values.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    # Unigram models list their tokens, the others number them.
+    ids: list[Any] = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary or ()) - 1]
+    ids += [item.get("id") for item in added or () if isinstance(item, dict)]
+    known = [number for number in ids if type(number) is int]
+    return max(known, default=None)

@@ -6,7 +6,7 @@ what it finds no module for, so an adapter with the other class's names would do
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -62,15 +62,23 @@ def change_layout(
         return config, tensors
     renamed = {_renamed(name, layout): tensor for name, tensor in tensors.items()}
     changed = dict(config)
-    # Experts that `target_parameters` adapts are named there, by endings.
-    modules = _modules(renamed) - _parameter_owners(config, renamed)
+    before = _adapted(config, tensors)
     if config.get("target_modules"):
-        changed["target_modules"] = sorted(modules)
+        # Experts that `target_parameters` adapts are named there, by endings.
+        changed["target_modules"] = sorted(
+            _renamed_module(name, layout) for name, parameter in before if not parameter
+        )
         changed["exclude_modules"] = changed["layers_to_transform"] = changed["layers_pattern"] = None
     for field, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        if config.get(field):
-            # PEFT's own defaults, where the configuration leaves them out.
-            changed[field] = _spelled_out(config[field], config.get(usual, 8), tensors, layout)
+        patterns = config.get(field)
+        if patterns:
+            # Spelled out: what a pattern means under the one class's names. 8 is PEFT's own default.
+            changed[field] = {
+                re.escape(_renamed_module(name, layout) + parameter): patterns.get(
+                    get_pattern_key(list(patterns), name + parameter), config.get(usual, 8)
+                )
+                for name, parameter in before
+            }
     for field in ("target_parameters", "modules_to_save"):
         if config.get(field):
             changed[field] = [_renamed_text(name, layout) for name in config[field]]
@@ -96,22 +104,16 @@ def _renamed_text(name: Any, layout: Layout) -> Any:
     return re.sub(r"^(\^?model(\\)?\.)(?!language_model)", r"\1language_model\2.", name)
 
 
-def _spelled_out(patterns: dict[str, Any], usual: Any, names: Iterable[str], layout: Layout) -> dict[str, Any]:
-    """A pattern of ranks or alphas, module by module: what it means under the one class's names."""
-    values = {}
-    for module in sorted(_modules(names)):
-        value = patterns.get(get_pattern_key(list(patterns), module), usual)
-        values[re.escape(_renamed(f"base_model.model.{module}", layout).removeprefix("base_model.model."))] = value
-    # Those of parameters are not modules' names, and come last because the first that fits wins.
-    return values | {_renamed_text(key, layout): value for key, value in patterns.items()}
+def _adapted(config: dict[str, Any], names: Iterable[str]) -> list[tuple[str, str]]:
+    """Modules with adapters; with the name of a parameter, after a dot, where that is adapted and not the module."""
+    modules = sorted({match["module"] for name in names if (match := _MODULE.match(name))})
+    found = []
+    for module in modules:
+        targets = (str(target) for target in config.get("target_parameters") or ())
+        own = {leaf for owner, _, leaf in (target.rpartition(".") for target in targets) if module.endswith(owner)}
+        found += [(module, f".{leaf}") for leaf in sorted(own)] or [(module, "")]
+    return found
 
 
-def _modules(names: Iterable[str]) -> set[str]:
-    found = (_MODULE.match(name) for name in names)
-    return {match["module"] for match in found if match}
-
-
-def _parameter_owners(config: dict[str, Any], names: Collection[str]) -> set[str]:
-    """Modules whose parameters, not themselves, are adapted."""
-    owners = {str(name).rpartition(".")[0] for name in config.get("target_parameters") or ()}
-    return {module for module in _modules(names) for owner in owners if owner and module.endswith(owner)}
+def _renamed_module(name: str, layout: Layout) -> str:
+    return _renamed(f"base_model.model.{name}", layout).removeprefix("base_model.model.")

@@ -8,10 +8,12 @@
 4. All of it goes to a hidden folder, with config, tokenizer and report, and gets its name at the end.
 """
 
+import importlib.metadata
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,18 +21,23 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from frozen_peft.adapters.merge.adapter import AdapterFolder, open_adapter, updates_of
 from frozen_peft.adapters.merge.checkpoint import INDEX, Checkpoint, find_folder, open_checkpoint
-from frozen_peft.adapters.merge.files import copy_files, write_config
-from frozen_peft.adapters.merge.homes import load_config, make_meta_model
+from frozen_peft.adapters.merge.files import copy_files, highest_token, write_config
+from frozen_peft.adapters.merge.homes import load_config, make_meta_model, parameters_of_tensors
+from frozen_peft.adapters.merge.layout import layout_of_model
 from frozen_peft.adapters.merge.output import require_free, require_space, whole_folder
 from frozen_peft.adapters.merge.plan import DTYPES, plan_shards
+from frozen_peft.adapters.merge.quantized import requantizer, training_config
+from frozen_peft.adapters.merge.record import read_record, require_same_base
 from frozen_peft.adapters.merge.updates import COMBINATIONS, Combination, Combined, Update, seed_of
+from frozen_peft.adapters.merge.verify import Reference, fits, verify_merge
 from frozen_peft.adapters.merge.writing import OutputShard, write_shards
 
-__all__ = ["merge_adapter"]
+__all__ = ["REPORT", "merge_adapter"]
 
 logger = logging.getLogger(__name__)
 
 REPORT = "merge_report.json"
+_REPORTED_VERSIONS = ("torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -42,12 +49,14 @@ class _Base:
         checkpoint: Its weights.
         config: Its configuration.
         trust_remote_code: Whether its own code may run.
+        allow_pickle: Whether its weights may be a pickle.
     """
 
     name: str
     checkpoint: Checkpoint
     config: PretrainedConfig
     trust_remote_code: bool
+    allow_pickle: bool
 
     def model(self) -> PreTrainedModel:
         """The model without weights, a new one."""
@@ -61,29 +70,41 @@ def merge_adapter(
     *,
     revision: str | None = None,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    onto: Literal["original", "quantized"] = "original",
     weights: Sequence[float] | None = None,
     combination: Combination = "linear",
     density: float | None = None,
     seed: int = 0,
+    verify: bool | None = None,
+    samples: Sequence[dict[str, Any]] = (),
+    prompts: Sequence[Any] = (),
+    any_base: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> dict[str, Any]:
     """Writes the model that base and adapter are together, as a checkpoint of the base's layout.
 
-    Peak memory is the adapter and one matrix. The output holds safetensors, index, configuration, tokenizer, chat
-    template and generation configuration, and `merge_report.json`; it appears whole or not at all.
+    Peak memory of the merge is the adapter and one matrix; verifying takes that of one model. The output holds
+    safetensors, index, configuration, tokenizer, chat template and generation configuration, and `merge_report.json`;
+    it appears whole or not at all.
 
     Args:
         adapter: A PEFT adapter's folder or hub id, or several.
         output: The folder to write; it must not exist, or be empty.
-        base: The model's folder or hub id; by default the one that the adapter's configuration names.
+        base: The model's folder or hub id, in 16 or 32 bit; by default the one that the adapter's configuration names.
         revision: Branch, tag or commit of a base on the hub.
         dtype: Type of the weights; by default each keeps its own.
+        onto: Of an adapter that was trained on a 4-bit base: whether to add it to the base's own weights, or to the
+            de-quantized ones that it saw in training.
         weights: A factor for each adapter; 1 by default.
         combination: How several are combined: `linear` adds the weighted updates; `ties`, `dare_linear` and
             `dare_ties` are PEFT's functions on the updates of each matrix.
         density: Share of each update that `ties` and DARE keep, above 0 and at most 1.
         seed: Decides what DARE drops.
+        verify: Whether to compare the merged model with the unmerged adapter; None: where one model fits in memory.
+        samples: Rows of prompt and completion, or conversations, that recovery is measured on.
+        prompts: Texts or messages to verify decisions on; by default those of the samples, else four of its own.
+        any_base: Whether a base may differ from what training recorded of its own.
         trust_remote_code: Whether code that comes with the base may run.
         allow_pickle: Whether weights may come as pickles; they are read with `weights_only=True`.
 
@@ -92,30 +113,40 @@ def merge_adapter(
 
     Raises:
         ValueError: Adapter and base do not fit, a file is not whole, or the adapter has no exact merged weights.
+        MergeMismatchError: The merged model is not what the unmerged one is; nothing is written.
         FileNotFoundError: There is no such adapter, base, or folder for the output.
         FileExistsError: The output holds something.
         OSError: The disk cannot hold it.
     """
     output = Path(output)
     names = [adapter] if isinstance(adapter, str | Path) else list(adapter)
-    weights = _check_combination(names, weights, combination, density, dtype)
+    weights = _check_choices(names, weights, combination, density, dtype, onto)
     require_free(output)
     adapters = [open_adapter(name, allow_pickle=allow_pickle) for name in names]
     found = _open_base(adapters, base, revision, trust_remote_code, allow_pickle)
     model = found.model()
+    compared = None if any_base else _require_same_base(adapters, found, model)
+    _require_same_vocabulary(adapters, found)
+    quantized = requantizer(read_record(adapters[0].folder), model) if onto == "quantized" else None
     updates = _combine(adapters, found, weights, combination, density or 1.0, seed)
-    shards, untied = plan_shards(found.checkpoint, model, updates, dtype)
-    require_space(output.absolute().parent, sum(shard.num_bytes for shard in shards))
-    report = {
+    shards, untied = plan_shards(found.checkpoint, model, updates, dtype, quantized)
+    num_bytes = sum(shard.num_bytes for shard in shards)
+    require_space(output.absolute().parent, num_bytes)
+    report: dict[str, Any] = {
         "base": found.name,
+        "base_tensors_compared": compared,
         "adapters": [{"name": item.name, "weight": weight} for item, weight in zip(adapters, weights, strict=True)],
         "combination": combination if len(adapters) > 1 else None,
         "density": density,
+        "seed": seed if combination.startswith("dare") else None,
+        "onto": onto if quantized is None or quantized.recorded else "quantized, by this package's own settings",
         "dtype": dtype,
         "merged_parameters": len(updates),
         "tensors": sum(len(shard.tensors) for shard in shards),
-        "bytes": sum(shard.num_bytes for shard in shards),
+        "bytes": num_bytes,
         "untied_embeddings": untied,
+        "versions": {name: importlib.metadata.version(name) for name in _REPORTED_VERSIONS},
+        "verification": None,
     }
     with whole_folder(output) as part:
         copy_files(found.checkpoint.folder, adapters[0].folder, part)
@@ -123,15 +154,81 @@ def merge_adapter(
         write_shards(shards, part, updates, model)
         if found.checkpoint.indexed:
             _write_index(part, shards)
+        if verify is None and not fits(num_bytes):
+            logger.warning("The merged model is not verified: it does not fit in memory here.")
+        elif verify or verify is None:
+            exact, trained = _references(adapters, weights, found, model, updates, onto)
+            report["verification"] = verify_merge(
+                part, found.config, exact, trained, samples, prompts, trust_remote_code=trust_remote_code
+            )
         (part / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def _check_combination(
-    names: Sequence[Any], weights: Sequence[float] | None, combination: str, density: float | None, dtype: str | None
+def _references(
+    adapters: Sequence[AdapterFolder],
+    weights: Sequence[float],
+    base: _Base,
+    model: PreTrainedModel,
+    updates: Mapping[str, Update],
+    onto: str,
+) -> tuple[Reference | None, Reference | None]:
+    """What the merged model is to equal, and what its adapters were trained as; None where PEFT has no such model."""
+    combined = [update for update in updates.values() if isinstance(update, Combined)]
+    # PEFT adds up adapters that are plain LoRA, each with a factor.
+    if any(update.combination != "linear" or not update.is_linear for update in combined):
+        return None, None
+    original = Reference(
+        base=base.checkpoint.folder,
+        config=base.config,
+        adapters=adapters,
+        weights=weights,
+        layout=layout_of_model(model),
+        trust_remote_code=base.trust_remote_code,
+        allow_pickle=base.allow_pickle,
+    )
+    record = read_record(adapters[0].folder)
+    in_4_bit = training_config(record, model, assume=onto == "quantized")
+    if in_4_bit is None:
+        return original, original
+    trained = replace(original, quantization=in_4_bit, dtype=in_4_bit.bnb_4bit_compute_dtype)
+    return (trained if onto == "quantized" else original), trained
+
+
+def _require_same_base(adapters: Sequence[AdapterFolder], base: _Base, model: PreTrainedModel) -> int | None:
+    """Number of tensors of which values were compared with what training recorded; None where it recorded nothing."""
+    loaded = parameters_of_tensors(model, [entry.name for _, entry in base.checkpoint.tensors()])
+    stored = {parameter: name for name, (parameter, is_converted) in loaded.items() if not is_converted}
+    records = [record for item in adapters if (record := read_record(item.folder)) is not None]
+    counts = [require_same_base(record, model, base.checkpoint, stored) for record in records]
+    return min(counts) if counts else None
+
+
+def _require_same_vocabulary(adapters: Sequence[AdapterFolder], base: _Base) -> None:
+    """Refuses an adapter whose tokenizer has tokens that the base has no embedding for."""
+    vocab_size = base.config.get_text_config().vocab_size
+    for item in adapters:
+        highest = highest_token(item.folder)
+        if highest is not None and highest >= vocab_size:
+            raise ValueError(
+                f"The tokenizer in {item.folder} has a token {highest}, and {base.name} has embeddings of "
+                f"{vocab_size} tokens. Merge onto the model that the adapter was trained on, resized as it was then."
+            )
+
+
+def _check_choices(
+    names: Sequence[Any],
+    weights: Sequence[float] | None,
+    combination: str,
+    density: float | None,
+    dtype: str | None,
+    onto: str,
 ) -> list[float]:
+    """The weights, where all choices are possible ones."""
     if not names:
         raise ValueError("`adapter` names none.")
+    if onto not in ("original", "quantized"):
+        raise ValueError(f"`onto` must be 'original' or 'quantized', got {onto!r}.")
     if combination not in COMBINATIONS:
         raise ValueError(f"`combination` must be one of {list(COMBINATIONS)}, got {combination!r}.")
     if dtype is not None and dtype not in DTYPES:
@@ -143,6 +240,8 @@ def _check_combination(
             raise ValueError(f"`density` has no effect with `combination='linear'`, got {density}.")
     elif density is None or not 0 < density <= 1:
         raise ValueError(f"`combination={combination!r}` needs a `density` above 0 and at most 1, got {density}.")
+    if weights is not None and not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"`weights` must be finite, got {list(weights)}.")
     return [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
 
 
@@ -166,7 +265,7 @@ def _open_base(
             f"{folder} holds quantized weights, to which no update can be added exactly. Give the 16-bit checkpoint "
             "that they were made from as `base`."
         )
-    return _Base(str(base), checkpoint, config, trust_remote_code)
+    return _Base(str(base), checkpoint, config, trust_remote_code, allow_pickle)
 
 
 def _combine(

@@ -11,6 +11,7 @@ from transformers.core_model_loading import build_glob_alternation, revert_weigh
 from frozen_peft.adapters.merge.checkpoint import Checkpoint
 from frozen_peft.adapters.merge.header import ITEM_BITS, TORCH_DTYPES
 from frozen_peft.adapters.merge.homes import Piece, find_homes, parameters_of_tensors, tied_head
+from frozen_peft.adapters.merge.quantized import Requantizer
 from frozen_peft.adapters.merge.updates import Update, same_update
 from frozen_peft.adapters.merge.writing import OutputShard, OutputTensor
 
@@ -36,7 +37,11 @@ class _NewHead:
 
 
 def plan_shards(
-    checkpoint: Checkpoint, model: PreTrainedModel, updates: Mapping[str, Update], dtype: str | None
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    updates: Mapping[str, Update],
+    dtype: str | None,
+    quantized: Requantizer | None = None,
 ) -> tuple[list[OutputShard], bool]:
     """What to write, and whether embedding and head are no longer one tensor.
 
@@ -45,6 +50,7 @@ def plan_shards(
         model: The base model on the meta device.
         updates: By the name of the parameter.
         dtype: One of `DTYPES`; None: every tensor keeps its own.
+        quantized: Which weights are quantized and de-quantized before; None: none.
 
     Raises:
         ValueError: An update has no tensor to go to, or does not fit it.
@@ -69,7 +75,13 @@ def plan_shards(
             parameter = loaded[name][0] if name in loaded else name
             cast = dtype is not None and entry.dtype in TORCH_DTYPES and not (kept and kept.search(parameter))
             written = DTYPES[dtype] if cast and dtype else entry.dtype
-            tensors.append(OutputTensor(name, shard, name, written, homes.get(name)))
+            prepare = None if quantized is None else quantized.prepare(parameter)
+            if prepare is not None and loaded[name][1]:
+                raise ValueError(
+                    f"`{parameter}` was in 4 bit in training, and the checkpoint stores it in parts (`{name}`), which "
+                    "is not merged onto. Merge onto the weights as they are."
+                )
+            tensors.append(OutputTensor(name, shard, name, written, homes.get(name), prepare))
             if new_head is not None and name == new_head.embedding:
                 tensors.append(OutputTensor(new_head.name, shard, name, written, new_head.piece))
         if dtype is not None:
