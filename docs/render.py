@@ -22,7 +22,9 @@ def render() -> str:
     own = [
         field
         for field in dataclasses.fields(FrozenContextConfig)
-        if field.name not in inherited or field.default != inherited[field.name].default
+        if field.name not in inherited
+        or field.default != inherited[field.name].default
+        or field.metadata["help"] != inherited[field.name].metadata.get("help")
     ]
     rows = "\n".join(
         f"| `{field.name}` | `{EFFECTIVE_DEFAULTS.get(field.name, repr(field.default))}` | {field.metadata['help']} |"
@@ -31,7 +33,8 @@ def render() -> str:
     return (
         "# Configuration\n\n"
         "Made by `python docs/render.py` from the fields' own help; do not edit.\n\n"
-        "`FrozenContextConfig` has all fields of TRL's `SFTConfig`. These are added, or have another default:\n\n"
+        "`FrozenContextConfig` has all fields of TRL's `SFTConfig`. These are added, or have another default or "
+        "other values:\n\n"
         f"| field | default | meaning |\n| --- | --- | --- |\n{rows}\n"
     )
 

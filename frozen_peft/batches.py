@@ -10,13 +10,23 @@ from transformers.trainer_pt_utils import nested_concat
 from frozen_peft.context import Cut, Decision, cut_batch, pad_decisions
 from frozen_peft.context.boundary import IGNORED_LABEL
 
-__all__ = ["CONTEXTS", "NUM_CONTEXT_TOKENS", "BatchCutter", "join_predictions", "num_labels", "without_labels"]
+__all__ = [
+    "CONTEXTS",
+    "NUM_CONTEXT_TOKENS",
+    "TEACHERS",
+    "BatchCutter",
+    "join_predictions",
+    "num_labels",
+    "without_labels",
+]
 
 Batch = dict[str, Any]
 Prediction = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 # What a batch of decisions has besides TRL's keys, until its contexts are encoded.
 CONTEXTS, NUM_CONTEXT_TOKENS = "contexts", "num_context_tokens"
+# Under this key each decision's counterpart with its instructions, where there is one, a list in their order.
+TEACHERS = "teachers"
 # What a collator may put into a batch for samples that have a context.
 TOKEN_KEYS = {"input_ids", "labels", "attention_mask"}
 # What a collator adds that flattens samples into one row.
@@ -54,7 +64,7 @@ class BatchCutter:
         decisions = [decision for sample in samples for decision in sample]
         if all(len(decision.context) == 0 for decision in decisions) and self._is_whole(inputs, decisions):
             return [inputs]
-        unknown = inputs.keys() - TOKEN_KEYS
+        unknown = inputs.keys() - TOKEN_KEYS - {TEACHERS}
         if unknown and any(len(decision.context) for decision in decisions):
             raise ValueError(
                 f"The collator put {', '.join(f'`{key}`' for key in sorted(unknown))} into a batch whose samples have "
@@ -62,8 +72,11 @@ class BatchCutter:
                 "another `data_collator`, or train with `tier: 1`."
             )
         size = self.max_decisions or len(decisions)
-        groups = [decisions[start : start + size] for start in range(0, len(decisions), size)]
-        parts = [{**inputs, **self._padded(group)} for group in groups]
+        groups = [slice(start, start + size) for start in range(0, len(decisions), size)]
+        parts = [{**inputs, **self._padded(decisions[group])} for group in groups]
+        if TEACHERS in inputs:
+            for part, group in zip(parts, groups, strict=True):
+                part[TEACHERS] = inputs[TEACHERS][group]
         parts[0][NUM_CONTEXT_TOKENS] = sum(map(_num_context_tokens, samples))
         return parts
 

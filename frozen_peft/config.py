@@ -141,6 +141,57 @@ class FrozenContextConfig(SFTConfig):
             "choices": ["first_batch", "always", "never"],
         },
     )
+    loss_type: str = field(
+        default="nll",
+        metadata={
+            "help": "'nll': negative log-likelihood. 'dft': TRL's dynamic fine-tuning. 'distill': the model without "
+            "its instructions learns what the base model says with them, at the decision's tokens; rows have the "
+            "column `stripped`, and the model adapters.",
+            "choices": ["nll", "dft", "chunked_nll", "distill"],
+        },
+    )
+    distill_divergence: Literal["forward_kl", "reverse_kl"] = field(
+        default="forward_kl",
+        metadata={
+            "help": "What `loss_type='distill'` makes small. 'forward_kl': KL(teacher || student), which covers all "
+            "that the teacher might say. 'reverse_kl': KL(student || teacher), which avoids what the teacher would "
+            "not say.",
+            "choices": ["forward_kl", "reverse_kl"],
+        },
+    )
+    distill_likelihood_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the negative log-likelihood of the decision as it is written in the loss of "
+            "`loss_type='distill'`, from 0 to less than 1."
+        },
+    )
+    distill_top_k: int = field(
+        default=100,
+        metadata={
+            "help": "Most likely tokens of the teacher that are compared one by one, and all others together as one; "
+            "0: the whole vocabulary."
+        },
+    )
+    distill_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "What logits of teacher and student are divided by; the divergence is multiplied by its square, "
+            "which keeps gradients as large."
+        },
+    )
+    distill_chunk_size: int = field(
+        default=128,
+        metadata={"help": "Decision tokens whose logits exist at a time in `loss_type='distill'`; bounds memory."},
+    )
+    distill_cache_size: str = field(
+        default="1GiB",
+        metadata={"help": "Host memory for what the teacher said, which later epochs read; '0': it says it again."},
+    )
+    distill_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Directory for what the teacher said, for later epochs and runs; runs may share it."},
+    )
     max_length: int | None = field(
         default=None,
         metadata={
@@ -159,6 +210,7 @@ class FrozenContextConfig(SFTConfig):
         self._check_stretches()
         if self.group_by_context:
             self._check_grouping()
+        self._check_distillation()
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> Self:
@@ -196,10 +248,15 @@ class FrozenContextConfig(SFTConfig):
         _require(self.max_context_staleness >= 0, "max_context_staleness", self.max_context_staleness, "0 or more")
         decisions = self.max_decisions_per_forward
         _require(decisions >= 1, "max_decisions_per_forward", decisions, "1 decision or more")
+        _require(self.distill_top_k >= 0, "distill_top_k", self.distill_top_k, "0 (all) or more tokens")
+        _require(self.distill_chunk_size >= 1, "distill_chunk_size", self.distill_chunk_size, "1 token or more")
+        temperature, weight = self.distill_temperature, self.distill_likelihood_weight
+        _require(0.0 < temperature < float("inf"), "distill_temperature", temperature, "above 0")
+        _require(0.0 <= weight < 1.0, "distill_likelihood_weight", weight, "from 0 to less than 1")
         for name in ("max_context_length", "max_length", "sequence_chunk_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "1 token or more, or None")
-        for name in ("decision_mode", "verify_context"):
+        for name in ("decision_mode", "verify_context", "distill_divergence"):
             choices = next(f for f in fields(self) if f.name == name).metadata["choices"]
             _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
 
@@ -276,6 +333,28 @@ class FrozenContextConfig(SFTConfig):
             logger.warning(
                 "`group_by_context=True` saves nothing with `gradient_horizon=-1`, where no context is frozen, and "
                 "mixes steps less. Leave it at False unless runs of several tiers are to have the same order."
+            )
+
+    def _check_distillation(self) -> None:
+        try:
+            parse_size(self.distill_cache_size)
+        except ValueError as error:
+            raise ValueError(f"`distill_cache_size`: {error}") from None
+        if self.loss_type != "distill":
+            own = [f for f in fields(self) if f.name.startswith("distill_") and getattr(self, f.name) != f.default]
+            for given in own:
+                logger.warning(f"No effect of `{given.name}`: it belongs to `loss_type='distill'`.")
+            return
+        for name in ("packing", "padding_free"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`loss_type='distill'` compares each sample with its own teacher, and `{name}` puts several into "
+                    "one row. Leave one of the two out."
+                )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor={self.label_smoothing_factor}` smooths labels, and `loss_type='distill'` "
+                "learns from the teacher's distribution instead. Leave one of the two out."
             )
 
 

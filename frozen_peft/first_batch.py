@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the first batch, or of every batch, against plain forwards."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from frozen_peft.batches import CONTEXTS
 from frozen_peft.context import verify_context
 from frozen_peft.gradient import MIN_TOKENS_TO_VERIFY, verify_stretches
 
@@ -36,26 +36,39 @@ class BatchChecks:
         logger.info(f"{what}: {check}")
 
     def check_contexts(
-        self, model: torch.nn.Module, inputs: dict[str, Any], *, chunk_size: int, adapters: bool
+        self,
+        model: torch.nn.Module,
+        contexts: Sequence[torch.Tensor],
+        decision: Callable[[int], torch.Tensor],
+        *,
+        chunk_size: int,
+        adapters: bool,
+        name: str = "contexts",
     ) -> None:
-        """Compares the sample with the longest context of a batch of decisions with a plain forward.
+        """Compares the decision with the longest context with a plain forward.
+
+        Args:
+            model: See `verify_context`.
+            contexts: Token ids of each context, shape `(context tokens,)`; one at least is not empty.
+            decision: Gives the token ids of a decision, without padding, by its number.
+            chunk_size: See `verify_context`.
+            adapters: See `verify_context`.
+            name: What is checked.
 
         Raises:
             ContextMismatchError: See `verify_context`.
         """
-        if not self.is_due("contexts"):
+        if not self.is_due(name):
             return
-        contexts = inputs[CONTEXTS]
         row = max(range(len(contexts)), key=lambda index: len(contexts[index]))
-        decision = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
         check = verify_context(
             model,
-            torch.cat([contexts[row], decision]),
+            torch.cat([contexts[row], decision(row)]),
             len(contexts[row]),
             chunk_size=chunk_size,
             adapters=adapters,
         )
-        self.note("contexts", "The decision over a frozen context agrees with a plain forward", check)
+        self.note(name, "The decision over a frozen context agrees with a plain forward", check)
 
     def check_stretches(self, model: torch.nn.Module, inputs: dict[str, Any], stretch_size: int) -> None:
         """Compares the longest sample of a batch, where one is long enough, with a plain forward and backward.

@@ -91,8 +91,12 @@ class ContextMetrics:
         figures.num_tokens_asked += self._encoder.counts.num_tokens_asked - before.num_tokens_asked
         figures.num_tokens_encoded += self._encoder.counts.num_tokens_encoded - before.num_tokens_encoded
 
-    def read(self, mode: Mode) -> dict[str, float]:
+    def read(self, mode: Mode, *, seconds_elsewhere: float = 0.0) -> dict[str, float]:
         """Names and values to log; none where no context was asked for.
+
+        Args:
+            mode: Of what.
+            seconds_elsewhere: Time of the batches that went neither into contexts nor into decisions.
 
         - `context/tokens_encoded`: context tokens that ran through the model.
         - `context/tokens_reused`: context tokens that decisions read and that did not have to.
@@ -112,7 +116,7 @@ class ContextMetrics:
             "context/tokens_reused": float(asked - encoded),
             "context/hit_rate": (asked - encoded) / asked,
             "context/prefill_seconds": prefill_seconds,
-            "context/decision_seconds": max(figures.step.read() - prefill_seconds, 0.0),
+            "context/decision_seconds": max(figures.step.read() - prefill_seconds - seconds_elsewhere, 0.0),
         }
         if self._encoder.store is not None:
             values["context/memory_bytes"] = float(self._encoder.store.num_bytes)

@@ -1,17 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the trainer settles about its model and its data before the first step."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from frozen_peft.adapters import activate_at_invocation, find_invocation, require_always_active
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut, require_untouched_base
+from frozen_peft.context.models import get_pretrained_model, require_exact_continuation
 
-__all__ = ["has_auxiliary_loss", "make_cut", "named_datasets", "require_adapters", "settle_context_adapters"]
+__all__ = [
+    "check_model",
+    "given_invocation",
+    "has_auxiliary_loss",
+    "make_config",
+    "make_cut",
+    "named_datasets",
+    "settle_context_adapters",
+]
+
+Model: TypeAlias = str | PreTrainedModel | PeftModel
+
+
+def make_config(model: Model, args: TrainingArguments | None) -> FrozenContextConfig:
+    """The configuration that was given, converted or, without one, named after the model."""
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return FrozenContextConfig(f"{name.rstrip('/').rsplit('/', 1)[-1]}-FrozenContext")
+    return args if isinstance(args, FrozenContextConfig) else FrozenContextConfig.from_training_arguments(args)
+
+
+def check_model(model: Model, args: FrozenContextConfig, *, adapters_come: bool) -> None:
+    """Refuses, before data is prepared, a model that cannot be trained as asked.
+
+    Args:
+        model: The model, or its name, of which nothing is known yet.
+        args: The configuration.
+        adapters_come: The model is, or may be, given adapters.
+    """
+    if not args.context_adapters:
+        _require_adapters(isinstance(model, PeftModel) or adapters_come)
+    if (args.gradient_horizon != -1 or args.sequence_chunk_size is not None) and not isinstance(model, str):
+        require_exact_continuation(get_pretrained_model(model))
+
+
+def given_invocation(model: Model, peft_config: Any, args: FrozenContextConfig) -> tuple[int, ...]:
+    """Tokens that the adapter comes with and is switched on by; none where `invocation` says other ones."""
+    adapter = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+    given = getattr(adapter, "alora_invocation_tokens", None) if args.invocation is None else None
+    return tuple(given or ())
 
 
 def make_cut(args: FrozenContextConfig, tokenizer: PreTrainedTokenizerBase, invocation: tuple[int, ...]) -> Cut:
@@ -41,12 +81,12 @@ def settle_context_adapters(model: torch.nn.Module, *, active: bool, invocation:
     if active:
         require_always_active(model)
         return
-    require_adapters(isinstance(model, PeftModel))
+    _require_adapters(isinstance(model, PeftModel))
     require_untouched_base(model)
     activate_at_invocation(model, invocation)
 
 
-def require_adapters(present: bool) -> None:
+def _require_adapters(present: bool) -> None:
     """Refuses a model without adapters where contexts are encoded with them switched off."""
     if not present:
         raise ValueError(

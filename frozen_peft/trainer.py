@@ -26,29 +26,35 @@ from frozen_peft.adapters import (
 from frozen_peft.batches import (
     CONTEXTS,
     NUM_CONTEXT_TOKENS,
+    TEACHERS,
     BatchCutter,
     join_predictions,
     num_labels,
     without_labels,
 )
 from frozen_peft.config import FrozenContextConfig, make_store
-from frozen_peft.context import (
-    TAIL,
-    ContextEncoder,
-    FrozenContext,
-    decision_forward,
-    use_segmented_attention,
-)
+from frozen_peft.context import TAIL, ContextEncoder, FrozenContext, decision_forward, use_segmented_attention
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
+from frozen_peft.distillation import (
+    TEACHER_COLUMNS,
+    Distiller,
+    TeacherCollator,
+    check_teacher,
+    known_loss_type,
+    prepare_with_teacher,
+    require_distillable,
+)
 from frozen_peft.first_batch import BatchChecks
 from frozen_peft.gradient import group_checkpoints, stretched_forward
 from frozen_peft.metrics import ContextMetrics, Mode
 from frozen_peft.model_setup import (
+    check_model,
+    given_invocation,
     has_auxiliary_loss,
+    make_config,
     make_cut,
     named_datasets,
-    require_adapters,
     settle_context_adapters,
 )
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
@@ -70,6 +76,7 @@ class FrozenContextTrainer(SFTTrainer):
     - `get_batch_samples` and `get_train_dataloader` tell the encoder which contexts an optimizer step needs, and the
       store which ones are next.
     - `_prepare_dataset` cuts contexts where TRL would cut decisions, and checks every sample.
+    - `_set_signature_columns_if_needed` keeps the teacher's columns with `loss_type="distill"`.
     - `log` adds what became of the contexts.
     - `_save` adds what is known of an adapter's base, for merging.
     - `_get_train_sampler` and `_run_epoch` order the samples with `group_by_context`.
@@ -96,27 +103,18 @@ class FrozenContextTrainer(SFTTrainer):
         *positional: Any,
         **kwargs: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = FrozenContextConfig(f"{name.rstrip('/').rsplit('/', 1)[-1]}-FrozenContext")
-        elif not isinstance(args, FrozenContextConfig):
-            args = FrozenContextConfig.from_training_arguments(args)
-        require_rows(train_dataset, "train")
-        for name, dataset in named_datasets(eval_dataset).items():
+        args = make_config(model, args)
+        for name, dataset in {"train": train_dataset, **named_datasets(eval_dataset)}.items():
             require_rows(dataset, name)
-        if not args.context_adapters and not positional:
-            require_adapters(isinstance(model, PeftModel) or kwargs.get("peft_config") is not None)
         if args.group_by_context:
             require_groupable(train_dataset)
-        continues = args.gradient_horizon != -1 or args.sequence_chunk_size is not None
-        if continues and not isinstance(model, str):
-            require_exact_continuation(get_pretrained_model(model))
+        peft_config = kwargs.get("peft_config")
+        check_model(model, args, adapters_come=peft_config is not None or bool(positional))
         self._max_positions: int | None = None
+        self._distills = args.loss_type == "distill"
+        self._distiller: Distiller | None = None
         self._checks = BatchChecks(args.verify_context)
-        adapter = model.active_peft_config if isinstance(model, PeftModel) else kwargs.get("peft_config")
-        # Tokens that the adapter came with; `invocation` wins.
-        given = args.invocation is None and getattr(adapter, "alora_invocation_tokens", None)
-        self._invocation = tuple(given or ())
+        self._invocation = given_invocation(model, peft_config, args)
         self._cut = TAIL
         self.data_collator: Any
         self.current_gradient_accumulation_steps: int
@@ -125,8 +123,10 @@ class FrozenContextTrainer(SFTTrainer):
         self._next_contexts: list[torch.Tensor] = []
         self._context_sampler: GroupByContextSampler | None = None
         self.aux_loss_enabled: bool
+        self._signature_columns: list[str] | None
 
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
+        with known_loss_type(args):
+            super().__init__(model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
 
         pretrained = get_pretrained_model(self.model)
         self._freezes_context = self.args.gradient_horizon != -1
@@ -163,6 +163,10 @@ class FrozenContextTrainer(SFTTrainer):
                 store=make_store(self.args),
             )
             self._context_metrics = ContextMetrics(self._encoder, self.args.device)
+        if self._distills:
+            require_distillable(self.model, self.accelerator, has_loss_function=self.compute_loss_func is not None)
+            self._distiller = Distiller(self.model, self.args, self._cut, self._checks)
+            self.data_collator = TeacherCollator(self.data_collator)
 
     def compute_loss(
         self,
@@ -172,7 +176,7 @@ class FrozenContextTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """TRL's loss of the decisions in a batch, over their frozen contexts."""
-        parts = self._cutter.parts(inputs)
+        parts = self._parts(inputs)
         if len(parts) > 1:
             if return_outputs:
                 raise ValueError(
@@ -184,13 +188,22 @@ class FrozenContextTrainer(SFTTrainer):
             return sum(self.compute_loss(model, part, num_items_in_batch=num_items_in_batch) for part in parts)
         unwrapped = self.accelerator.unwrap_model(model)
         inputs = self._freeze_contexts(parts[0], unwrapped)
+        teachers = inputs.pop(TEACHERS, ())
         with ExitStack() as stack:
+            if self._distiller is not None:
+                # Before the student's modes: the teacher has its own.
+                with self.accelerator.autocast():
+                    target = self._distiller.target(teachers, inputs["labels"], self._mode)
+                stack.enter_context(self._distiller.distilled_loss(unwrapped, target))
             stack.enter_context(self._decoder_mode(unwrapped, inputs))
             if not self.args.context_adapters:
                 stack.enter_context(active_everywhere(unwrapped))
-            return super().compute_loss(
+            loss = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+        if self._distiller is not None:
+            self._distiller.note_figures(self._metrics[self._mode], self.accelerator)
+        return loss
 
     def prediction_step(
         self,
@@ -200,7 +213,7 @@ class FrozenContextTrainer(SFTTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """TRL's, on decisions, so that the logits and labels it returns belong to each other."""
-        own = self._cutter.parts(self._prepare_inputs(inputs))
+        own = self._parts(self._prepare_inputs(inputs))
         unwrapped = self.accelerator.unwrap_model(model)
         if len(own) > 1:
             contexts = [context for part in own for context in part.get(CONTEXTS, ())]
@@ -230,7 +243,7 @@ class FrozenContextTrainer(SFTTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         with self._context_metrics.step("train"):
             self._read_ahead()
-            parts = self._as_many_on_every_process(self._cutter.parts(self._prepare_inputs(inputs)))
+            parts = self._as_many_on_every_process(self._parts(self._prepare_inputs(inputs)))
             self._count_context_tokens(parts[0])
             if len(parts) == 1:
                 return super().training_step(model, parts[0], num_items_in_batch)
@@ -245,6 +258,8 @@ class FrozenContextTrainer(SFTTrainer):
             self._upcoming = [self._cutter.contexts(batch) for batch in batches]
             self._encoder.expect(list(itertools.chain(*self._upcoming)), step=self.state.global_step)
             self._upcoming.append(self._next_contexts)
+        if self._distiller is not None and batches:
+            self._distiller.expect(batches)
         return batches, num_items_in_batch
 
     def get_train_dataloader(self) -> DataLoader:
@@ -270,9 +285,12 @@ class FrozenContextTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, with the figures of `ContextMetrics`."""
+        teacher_seconds = self._distiller.read_seconds(self._mode) if self._distiller is not None else 0.0
+        figures = {"distill/teacher_seconds": teacher_seconds} if teacher_seconds else {}
         if self._freezes_context:
-            for name, value in self._context_metrics.read(self._mode).items():
-                self._metrics[self._mode][name] = [value]
+            figures |= self._context_metrics.read(self._mode, seconds_elsewhere=teacher_seconds)
+        for name, value in figures.items():
+            self._metrics[self._mode][name] = [value]
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -292,10 +310,24 @@ class FrozenContextTrainer(SFTTrainer):
         self._cut = make_cut(args, getattr(processing_class, "tokenizer", processing_class), self._invocation)
         uncut = copy.copy(args)
         uncut.max_length = args.max_length if packing else None
-        dataset = super()._prepare_dataset(dataset, processing_class, uncut, packing, formatting_func, dataset_name)
+
+        def prepare(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+            return super(FrozenContextTrainer, self)._prepare_dataset(
+                rows, processing_class, uncut, packing, formatting_func, dataset_name
+            )
+
+        if self._distills:
+            dataset = prepare_with_teacher(dataset, prepare, dataset_name, args.dataset_num_proc)
+        else:
+            dataset = prepare(dataset)
         if args.max_length is not None and not packing and self._cut.mode == "tail":
             dataset = limit_length(dataset, args.max_length, dataset_name, args.dataset_num_proc)
         return self._check_samples(dataset, dataset_name, args, packing)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._distills:
+            self._signature_columns = list({*(self._signature_columns or ()), *TEACHER_COLUMNS})
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         if not self.args.group_by_context:
@@ -332,7 +364,14 @@ class FrozenContextTrainer(SFTTrainer):
             max_length=args.max_length,
             cut=self._cut,
         )
-        return check_samples(dataset, name, limits)
+        dataset = check_samples(dataset, name, limits)
+        if self._distills:
+            dataset = check_teacher(dataset, name, self._cut.mode, self._max_positions)
+        return dataset
+
+    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """Batches of decisions, of a batch of samples or of one that was cut before."""
+        return self._cutter.parts(inputs if self._distiller is None else self._distiller.attach(inputs))
 
     @property
     def _mode(self) -> Mode:
@@ -352,7 +391,8 @@ class FrozenContextTrainer(SFTTrainer):
         with self.accelerator.autocast():
             self._checks.check_contexts(
                 self._encoder.model,
-                inputs,
+                inputs[CONTEXTS],
+                lambda row: inputs["input_ids"][row][inputs["attention_mask"][row].bool()],
                 chunk_size=self.args.prefill_chunk_size,
                 adapters=self.args.context_adapters,
             )

@@ -24,13 +24,16 @@ ARROWS = {
     "batches": {"context"},
     "metrics": {"context"},
     "sampling": {"config", "context", "samples"},
-    "first_batch": {"batches", "context", "gradient"},
+    "first_batch": {"context", "gradient"},
     "model_setup": {"config", "context", "adapters"},
+    # Of behaviour, what puts stripped instructions back.
+    "distillation": {"batches", "behavior", "config", "context", "first_batch", "metrics"},
     "trainer": {
         "adapters",
         "batches",
         "config",
         "context",
+        "distillation",
         "first_batch",
         "gradient",
         "metrics",

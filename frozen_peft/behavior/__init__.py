@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """From instructions in the context to behaviour in the weights: strip, sample, vary, distil, measure."""
 
+from frozen_peft.behavior.candidates import Candidate, PromptRow, SamplingSettings, read_prompts
 from frozen_peft.behavior.conversation import Split, message_texts, sample_problem, split_sample, with_context
+from frozen_peft.behavior.endpoint import EndpointError, EndpointSampler, RetrySettings
+from frozen_peft.behavior.filters import CandidateFilter
+from frozen_peft.behavior.generation import LocalSampler
+from frozen_peft.behavior.loading import load_model
 from frozen_peft.behavior.marks import DEFAULT_MARKS, Marks
 from frozen_peft.behavior.paraphrases import Paraphrases
+from frozen_peft.behavior.probe_report import MEASURES, probe_report, probe_table
 from frozen_peft.behavior.probe_scores import (
     ProbeScore,
     ProbeScores,
@@ -15,6 +21,8 @@ from frozen_peft.behavior.probe_scores import (
 from frozen_peft.behavior.probe_tokens import CONDITIONS, Condition
 from frozen_peft.behavior.probes import Probe, ProbeKind, read_probes
 from frozen_peft.behavior.rows import Row, read_rows, whole_file
+from frozen_peft.behavior.sample_job import Sampler, SampleSummary, run_sample_job, work_file
+from frozen_peft.behavior.sampling_model import load_sampling_model
 from frozen_peft.behavior.strip import QuotedInstructionError, restore_instructions, strip_instructions
 from frozen_peft.behavior.strip_file import StripSettings, StripSummary, strip_file
 from frozen_peft.behavior.variant_files import read_paraphrases, read_units
@@ -24,7 +32,13 @@ __all__ = [
     "CONDITIONS",
     "DEFAULT_INDEPENDENT",
     "DEFAULT_MARKS",
+    "MEASURES",
+    "Candidate",
+    "CandidateFilter",
     "Condition",
+    "EndpointError",
+    "EndpointSampler",
+    "LocalSampler",
     "Marks",
     "Paraphrases",
     "Probe",
@@ -32,19 +46,30 @@ __all__ = [
     "ProbeScore",
     "ProbeScores",
     "ProbeSummary",
+    "PromptRow",
     "QuotedInstructionError",
+    "RetrySettings",
     "Row",
+    "SampleSummary",
+    "Sampler",
+    "SamplingSettings",
     "Split",
     "StripSettings",
     "StripSummary",
     "VariantSettings",
     "compare_probes",
+    "load_model",
+    "load_sampling_model",
     "message_texts",
+    "probe_report",
+    "probe_table",
     "read_paraphrases",
     "read_probes",
+    "read_prompts",
     "read_rows",
     "read_units",
     "restore_instructions",
+    "run_sample_job",
     "sample_problem",
     "score_probes",
     "split_sample",
@@ -54,4 +79,5 @@ __all__ = [
     "vary_context",
     "whole_file",
     "with_context",
+    "work_file",
 ]

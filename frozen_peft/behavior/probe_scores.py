@@ -261,6 +261,7 @@ def _score(
     decisions = _Decisions()
     compares = len(weights) > 1
     asked: dict[Condition, list[_Asked]] = {}
+    of_all = tuple(tokens.notes)
     notes: dict[Condition, tuple[str, ...]] = {}
     for condition in conditions:
         num_notes = len(tokens.notes)
@@ -268,7 +269,7 @@ def _score(
             decisions.ask(own, condition, with_kl=compares and own.probe.kind == "control")
             for own in tokens.under(condition, seed=seed)
         ]
-        notes[condition] = tuple(tokens.notes[num_notes:])
+        notes[condition] = of_all + tuple(tokens.notes[num_notes:])
     scores = scorer.score(
         decisions.tokenized, weights=weights, with_kl=decisions.with_kl, describe=decisions.names.__getitem__
     )

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import _tokenize, common_prefix_length
 
-from frozen_peft.behavior.probes import Probe
+from frozen_peft.behavior.probes import KINDS, Probe
 from frozen_peft.behavior.strip import restore_instructions
 
 __all__ = ["CONDITIONS", "Condition", "ProbeDecisions", "ProbeTokens", "TokenizedDecision"]
@@ -136,13 +136,17 @@ class ProbeTokens:
 
     def _instructed(self) -> list[ProbeDecisions]:
         stripped = [probe for probe in self.probes if probe.stripped]
-        if not stripped:
-            self.notes.append("instructed: left out, since no probe has `stripped` instructions to put back.")
-        elif len(stripped) < len(self.probes):
-            self.notes.append(
-                f"instructed: {len(stripped)} of {len(self.probes)} probes, those that have `stripped` instructions "
-                "to put back. Compare it with the other rows with that in mind."
-            )
+        for kind in KINDS:
+            num_all, num = (sum(probe.kind == kind for probe in probes) for probes in (self.probes, stripped))
+            if not num and num_all:
+                self.notes.append(
+                    f"instructed: left out for {num_all} {kind} probes, which have no `stripped` instructions."
+                )
+            elif num < num_all:
+                self.notes.append(
+                    f"instructed: {num} of {num_all} {kind} probes, those that have `stripped` instructions. Compare "
+                    "it with the other rows with that in mind."
+                )
         return [self._tokenized(replace(probe, prompt=_restored(probe))) for probe in stripped]
 
     def _shuffled(self, seed: int) -> list[ProbeDecisions]:

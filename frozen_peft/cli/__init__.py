@@ -15,7 +15,9 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "demo": "train the embedded tiny model and show what a frozen context gives; minutes on two cores",
     "strip": "remove marked instructions from contexts, and make variants of these",
+    "sample": "sample decisions from a model that has its instructions in place",
     "train": "train adapters from a recipe",
+    "evaluate": "measure with probes what a model prefers, before training and after",
     "merge": "write the model that a base and its adapters are together",
 }
 

@@ -17,7 +17,7 @@ from frozen_peft.context.decision import decision_forward
 from frozen_peft.context.disk import DiskLevel
 from frozen_peft.context.encoder import ContextEncoder, EncoderCounts, encode_context
 from frozen_peft.context.files import ContextFiles
-from frozen_peft.context.fingerprint import require_untouched_base
+from frozen_peft.context.fingerprint import require_untouched_base, trained_base_weights
 from frozen_peft.context.generate import generate_over
 from frozen_peft.context.sizes import format_size, parse_size
 from frozen_peft.context.store import ContextStore
@@ -45,6 +45,7 @@ __all__ = [
     "parse_size",
     "require_untouched_base",
     "split_batch",
+    "trained_base_weights",
     "use_segmented_attention",
     "verify_context",
 ]

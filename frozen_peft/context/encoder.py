@@ -66,6 +66,7 @@ class ContextEncoder:
         model: A causal language model of transformers, or a `PeftModel` of one.
         chunk_size: Context tokens per forward; 0 encodes what lies between two cuts in one forward.
         adapters: Whether adapters are active while contexts are encoded.
+        decision_adapters: Whether they are active in the decisions' forward.
         store: Where encoded contexts are kept for later; None: nowhere.
 
     Raises:
@@ -81,6 +82,7 @@ class ContextEncoder:
         *,
         chunk_size: int = 2048,
         adapters: bool = True,
+        decision_adapters: bool = True,
         store: ContextStore | None = None,
     ):
         if chunk_size < 0:
@@ -88,7 +90,7 @@ class ContextEncoder:
         self._pretrained = get_pretrained_model(model)
         require_exact_continuation(self._pretrained)
         choose_kernels(self._pretrained)
-        if not adapters:
+        if not adapters and decision_adapters:
             require_separable_adapters(self._pretrained)
         self.model, self.chunk_size, self.adapters, self.store = model, chunk_size, adapters, store
         self.counts = EncoderCounts()

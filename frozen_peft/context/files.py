@@ -47,9 +47,11 @@ class ContextFiles:
 
     Args:
         folder: Created where it does not exist.
+        field: The configuration's field that names it, for messages.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, field: str = "context_cache_dir") -> None:
+        self._field = field
         self.folder = Path(folder)
         self.usable = True
         self._reported: set[Path] = set()
@@ -185,8 +187,8 @@ class ContextFiles:
         if self.usable:
             self.usable = False
             logger.warning(
-                "`context_cache_dir` cannot be written: %s (%s). No more contexts are kept there by this run; those "
-                "that are there are still read.",
+                "`%s` cannot be written: %s (%s). No more is kept there by this run; what is there is still read.",
+                self._field,
                 self.folder,
                 error,
             )
@@ -199,7 +201,7 @@ class ContextFiles:
         except OSError as error:
             self._report_once(path, f"{reason}, and it cannot be removed ({error.strerror})")
         else:
-            logger.warning("%s is removed, because %s. Its context is encoded again.", path, reason)
+            logger.warning("%s is removed, because %s. What it held is computed again.", path, reason)
 
     def _report_once(self, path: Path, reason: str) -> None:
         """Reports what stays where it is and is no entry from now on."""

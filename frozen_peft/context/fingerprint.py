@@ -23,7 +23,14 @@ from transformers import PreTrainedModel
 from frozen_peft.context.kernels import KERNEL_PACKAGES
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 
-__all__ = ["adapter_fingerprint", "base_fingerprint", "base_state", "require_untouched_base", "run_fingerprint"]
+__all__ = [
+    "adapter_fingerprint",
+    "base_fingerprint",
+    "base_state",
+    "require_untouched_base",
+    "run_fingerprint",
+    "trained_base_weights",
+]
 
 # Values read of a tensor: all of a small one, else at least these many, and one of each row.
 MIN_SAMPLES = 4096
@@ -102,13 +109,17 @@ def require_untouched_base(model: torch.nn.Module) -> None:
                 "whole (`modules_to_save` or `trainable_token_indices`): an activated LoRA switches LoRA alone, so it "
                 "would act on contexts when the adapter is served. Leave it out, or set `context_adapters=True`."
             )
+    for name in trained_base_weights(model):
+        raise ValueError(
+            f"`context_adapters=False` encodes contexts by the base model, and training changes `{name}` of it. "
+            "Freeze it (in LoRA: `bias='none'`), or set `context_adapters=True`."
+        )
+
+
+def trained_base_weights(model: torch.nn.Module) -> list[str]:
+    """Names of the trainable weights that are there with the adapters off as well."""
     switched_off = {id(tensor) for tensor in _switchable_tensors(model)}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in switched_off:
-            raise ValueError(
-                f"`context_adapters=False` encodes contexts by the base model, and training changes `{name}` of it. "
-                "Freeze it (in LoRA: `bias='none'`), or set `context_adapters=True`."
-            )
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in switched_off]
 
 
 @functools.cache

@@ -153,7 +153,7 @@ def test_every_condition(name: str, batch_size: int) -> None:
             instructed[0]["content"] = "<instruction>always w7</instruction>"
             assert [score.probe.id for score in result.scores] == ["s"]
             assert_as_plain(model, result, {"s": chat_ids(instructed)})
-            assert "1 of 7 probes" in " ".join(result.notes)
+            assert "1 of 4 target probes" in " ".join(result.notes)
         elif result.condition == "empty":
             assert_as_plain(model, result, dict.fromkeys(given, INVOCATION))
         else:
@@ -360,7 +360,7 @@ def test_decisions_that_cannot_be_compared(fields: dict, message: str) -> None:
 
 def test_conditions_that_cannot_be_had() -> None:
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match="no probe has `stripped` instructions"):
+    with pytest.raises(ValueError, match="target probes, which have no `stripped`"):
         score_probes(model, TOKENIZER, PROBES, "instructed")
     with pytest.raises(ValueError, match="contexts are all one and the same"):
         score_probes(model, TOKENIZER, PROBES[:1], "shuffled")

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a model to measure: a checkpoint as training loads it, with an adapter of which nothing is left behind."""
+
+import warnings
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from trl.trainer.utils import create_model_from_path
+
+from frozen_peft.adapters import keep_linear4bit_trainable, quantization_config
+
+__all__ = ["load_model"]
+
+
+def load_model(
+    name: str,
+    adapter: str | None = None,
+    *,
+    revision: str = "main",
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """Loads a model and its tokenizer.
+
+    Args:
+        name: Hub id or folder of the base model.
+        adapter: Hub id or folder of an adapter; None: the base model alone.
+        revision: Branch, tag or commit of a model on the hub.
+        dtype: Type of the loaded weights; `auto`: the checkpoint's own.
+        load_in_4bit: Quantize the base to 4 bit.
+        trust_remote_code: Run code that comes with the checkpoint.
+
+    Returns:
+        The model in evaluation mode, on the machine's accelerator where it has one, and the tokenizer.
+
+    Raises:
+        ValueError: The adapter does not fit the model.
+        OSError: There is no such model or adapter.
+    """
+    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+    quantized = {}
+    if load_in_4bit:
+        quantized = {"quantization_config": quantization_config(AutoConfig.from_pretrained(name, **origin))}
+    # The class that the configuration names, as the trainer has it: an adapter's weights are named after it.
+    model: torch.nn.Module = create_model_from_path(name, dtype=dtype, **origin, **quantized)
+    if load_in_4bit:
+        keep_linear4bit_trainable(model)
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    return model.eval(), AutoTokenizer.from_pretrained(name, **origin)
+
+
+def _with_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
+    with warnings.catch_warnings():
+        # Of keys that are missing, which are an error below.
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
+        adapted = PeftModel.from_pretrained(model, adapter)
+    tensors = load_peft_weights(adapter, device="cpu")
+    missing = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - set(tensors)
+    unexpected = set(set_peft_model_state_dict(adapted, tensors).unexpected_keys)
+    for problem, names in (("lacks weights that", missing), ("has weights that nothing of", unexpected)):
+        if names:
+            example = sorted(names)[0]
+            rest = "asks for" if problem.startswith("has") else "has a place for"
+            raise ValueError(
+                f"adapter {adapter} {problem} {type(model).__name__} {rest}: {len(names)} of {len(tensors)}, such as "
+                f"{example}. Was it trained on this model?"
+            )
+    return adapted

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distilling instructions: the student, without them in its context, learns what the teacher says with them.
+
+The teacher is the same base model with its adapters off. Both contexts are frozen; what is trained is the decision,
+at whose supervised tokens the two distributions are compared.
+
+1. *Data* (`dataset`). A row's instructions are put back from its column `stripped`, and TRL's own preparation makes
+   token ids of both samples. Their supervised tokens must be the same, one by one.
+2. *Teacher* (`teacher`, `answers`). Its context is encoded and the decision run over it once, without gradient. What
+   it says about each supervised token is kept, in memory and on disk, and read in later epochs.
+3. *Loss* (`distiller`, `divergence`). TRL computes its loss from log-probabilities per token; in their place stand the
+   negative divergences. So the scaling over accumulated batches and processes, the auxiliary loss of experts and the
+   metrics remain TRL's.
+4. *Memory*. Logits, of teacher and student, exist for `distill_chunk_size` tokens at a time, and are computed again in
+   the backward pass.
+"""
+
+from frozen_peft.distillation.dataset import TEACHER_COLUMNS, TeacherCollator, check_teacher, prepare_with_teacher
+from frozen_peft.distillation.distiller import Distiller, known_loss_type, require_distillable
+
+__all__ = [
+    "TEACHER_COLUMNS",
+    "Distiller",
+    "TeacherCollator",
+    "check_teacher",
+    "known_loss_type",
+    "prepare_with_teacher",
+    "require_distillable",
+]

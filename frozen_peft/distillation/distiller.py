@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets TRL's loss be that of distillation."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from accelerate import Accelerator, DistributedType
+from peft import PeftModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from frozen_peft.batches import TEACHERS
+from frozen_peft.config import FrozenContextConfig
+from frozen_peft.context import (
+    ContextFiles,
+    ContextStore,
+    Cut,
+    Decision,
+    cut_batch,
+    parse_size,
+    trained_base_weights,
+)
+from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.distillation.answers import AnswerStore
+from frozen_peft.distillation.dataset import TEACHER_IDS, TEACHER_KEYS, TEACHER_LABELS, TEACHER_MASK
+from frozen_peft.distillation.divergence import Answers, Direction, Divergence, join_answers, select_answers
+from frozen_peft.distillation.head import LogitHead, verify_head
+from frozen_peft.distillation.teacher import Teacher, predicted_labels
+from frozen_peft.first_batch import BatchChecks
+from frozen_peft.metrics import Mode, Stopwatch
+
+__all__ = ["Distiller", "known_loss_type", "require_distillable"]
+
+Batch = dict[str, Any]
+
+
+class Distiller:
+    """Makes of a batch the loss of distillation.
+
+    Args:
+        model: The student, a `PeftModel`; the teacher is the same with its adapters off.
+        args: The configuration.
+        cut: Where the student's samples are cut.
+        checks: When the teacher is compared with plain forwards.
+    """
+
+    def __init__(self, model: PeftModel, args: FrozenContextConfig, cut: Cut, checks: BatchChecks):
+        assert args.distill_divergence in get_args(Direction), "the configuration checks it"
+        self._model = model
+        self._checks = checks
+        self._prefill_chunk_size = args.prefill_chunk_size
+        self._likelihood_weight = args.distill_likelihood_weight
+        self._divergence = Divergence(
+            args.distill_divergence, args.distill_top_k, args.distill_temperature, args.distill_chunk_size
+        )
+        folder = args.distill_cache_dir
+        files = ContextFiles(Path(folder).expanduser(), field="distill_cache_dir") if folder is not None else None
+        self.teacher = Teacher(
+            model,
+            self._divergence,
+            AnswerStore(parse_size(args.distill_cache_size), files),
+            chunk_size=args.prefill_chunk_size,
+            # Not on disk as well: what is said over a context is kept, and takes a thousandth of it.
+            store=ContextStore(max_bytes) if (max_bytes := parse_size(args.context_cache_size)) else None,
+        )
+        # The teacher has no horizon, and its context is never cut: the instructions may stand at its start.
+        self._cut = Cut(cut.mode)
+        self._seconds: dict[Mode, Stopwatch] = {"train": Stopwatch(args.device), "eval": Stopwatch(args.device)}
+        self._sums: torch.Tensor | None = None
+
+    def attach(self, inputs: Batch) -> Batch:
+        """A batch of samples in which the teacher's are cut to decisions, under `TEACHERS`; once and for all."""
+        if TEACHER_IDS not in inputs:
+            return inputs
+        kept = {name: value for name, value in inputs.items() if name not in TEACHER_KEYS}
+        return {**kept, TEACHERS: self._decisions(inputs)}
+
+    def expect(self, batches: Sequence[Batch]) -> None:
+        """Announces the batches of an optimizer step."""
+        self.teacher.expect([decision for batch in batches for decision in self._decisions(batch)])
+
+    def target(self, teachers: Sequence[Decision], labels: torch.Tensor, mode: Mode) -> Answers | None:
+        """What the teacher says about each label that a batch predicts, row by row; None where there is none.
+
+        Args:
+            teachers: Its decision for each row of the batch; none for a batch without labels.
+            labels: Labels of the batch, shape `(rows, tokens)`.
+            mode: Whose seconds these are.
+
+        Raises:
+            ValueError: Teacher and student have other decisions.
+            ContextMismatchError: The teacher is not what plain forwards give.
+        """
+        with self._seconds[mode].running():
+            return self._target(teachers, labels)
+
+    @contextmanager
+    def distilled_loss(self, model: torch.nn.Module, target: Answers | None) -> Iterator[None]:
+        """Lets `model(..., fused_lm_head=True)` give, for log-probabilities, what TRL makes this loss of.
+
+        Args:
+            model: The student.
+            target: What the teacher says about each label of the batch.
+        """
+        pretrained = get_pretrained_model(model)
+        forward = pretrained.forward
+
+        def with_divergence(*args: Any, **kwargs: Any) -> Any:
+            if not kwargs.get("fused_lm_head"):
+                return forward(*args, **kwargs)
+            states: list[torch.Tensor] = []
+            handle = pretrained.base_model.register_forward_hook(
+                lambda module, inputs, output: states.append(output.last_hidden_state)
+            )
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                handle.remove()
+            output.log_probs = self._log_probs(output, states[0], LogitHead.of(pretrained), target)
+            return output
+
+        pretrained.forward = with_divergence
+        try:
+            yield
+        finally:
+            # The one that TRL gave the model, its own too.
+            pretrained.forward = forward
+
+    def note_figures(self, metrics: dict[str, list[float]], accelerator: Accelerator) -> None:
+        """Adds figures of the last batch, of all processes, to those that are to be logged.
+
+        - `distill/divergence`: mean divergence per supervised token, in nats (times the temperature's square).
+        - `distill/nll`: mean negative log-likelihood of the decision as it is written.
+        - `distill/reused`: share of decisions about which the teacher had been asked before.
+        """
+        assert self._sums is not None, "there was a batch before"
+        counts = self.teacher.counts
+        own = torch.cat([self._sums, self._sums.new_tensor([counts.num_asked, counts.num_computed])])
+        counts.num_asked = counts.num_computed = 0
+        num_labels, divergence, nll, asked, computed = accelerator.gather_for_metrics(own[None]).sum(0).tolist()
+        if num_labels:
+            metrics["distill/divergence"].append(divergence / num_labels)
+            metrics["distill/nll"].append(nll / num_labels)
+        if asked:
+            metrics["distill/reused"].append(1.0 - computed / asked)
+
+    def read_seconds(self, mode: Mode) -> float:
+        """Seconds that the teacher took, since the last call."""
+        return self._seconds[mode].read()
+
+    def _decisions(self, inputs: Batch) -> list[Decision]:
+        samples = cut_batch(inputs[TEACHER_IDS], inputs[TEACHER_LABELS], inputs[TEACHER_MASK], self._cut)
+        return [decision for sample in samples for decision in sample]
+
+    def _target(self, teachers: Sequence[Decision], labels: torch.Tensor) -> Answers | None:
+        wanted = [predicted_labels(row) for row in labels]
+        if not any(map(len, wanted)):
+            return None
+        if len(teachers) != len(wanted):
+            raise ValueError(
+                f"A batch has {len(wanted)} decisions, and {len(teachers)} with their instructions. Do all samples "
+                "have the columns that `loss_type='distill'` prepares, and does the collator keep their number?"
+            )
+        self._check(teachers)
+        parts = []
+        for decision, answers, own in zip(teachers, self.teacher.answer(teachers), wanted, strict=True):
+            theirs = predicted_labels(decision.labels)
+            # Behind instructions a first token is predicted that without them is not.
+            start = len(theirs) - len(own)
+            if start < 0 or not torch.equal(theirs[start:], own):
+                raise ValueError(
+                    f"A decision of {len(own)} supervised tokens is another one with its instructions, of "
+                    f"{len(theirs)}. Let the trainer prepare the dataset, which names the sample."
+                )
+            parts.append({name: tensor.to(labels.device) for name, tensor in _from(answers, start).items()})
+        return join_answers(parts)
+
+    def _check(self, teachers: Sequence[Decision]) -> None:
+        if not self._checks.is_due("teacher") or not any(len(decision.context) for decision in teachers):
+            return
+        error = verify_head(self._model, teachers[0].input_ids)
+        self._checks.note("head", "The head gives the model's own log-probabilities, largest error", error)
+        self._checks.check_contexts(
+            self._model,
+            [decision.context for decision in teachers],
+            lambda row: teachers[row].input_ids,
+            chunk_size=self._prefill_chunk_size,
+            adapters=False,
+            name="teacher",
+        )
+
+    def _log_probs(self, output: Any, hidden: torch.Tensor, head: LogitHead, target: Answers | None) -> torch.Tensor:
+        """What stands for the log-probability of each label, shape `(rows, tokens - 1)`, zero where there is none."""
+        mask = output.label_mask
+        predicting = hidden[:, :-1].to(mask.device)[mask]
+        nll = -output.log_probs.detach().sum()
+        if target is None:
+            divergence = predicting.sum(-1).float()
+        else:
+            divergence = self._divergence.per_token(predicting, head, target, self.teacher.head)
+        self._sums = torch.stack([mask.sum().float(), divergence.detach().sum().float(), nll.float()])
+        # `masked_scatter` keeps a batch without labels a part of the graph.
+        negative = -divergence.new_zeros(mask.shape).masked_scatter(mask, divergence)
+        weight = self._likelihood_weight
+        if weight == 0.0:
+            return negative
+        return weight * output.log_probs + (1.0 - weight) * negative
+
+
+@contextmanager
+def known_loss_type(args: FrozenContextConfig) -> Iterator[None]:
+    """Has TRL make a trainer whose loss is distilled.
+
+    trl 1.16 refuses a loss type that it does not know in `SFTTrainer.__init__`. Its `compute_loss` treats one like
+    `"nll"`, which is what distillation builds on.
+    """
+    loss_type = args.loss_type
+    if loss_type == "distill":
+        args.loss_type = "nll"
+    try:
+        yield
+    finally:
+        args.loss_type = loss_type
+
+
+def require_distillable(model: torch.nn.Module, accelerator: Accelerator, *, has_loss_function: bool) -> None:
+    """Refuses what cannot be distilled.
+
+    Args:
+        model: The student.
+        accelerator: Which weights or sequences may be spread over processes by.
+        has_loss_function: The trainer was given a `compute_loss_func`.
+
+    Raises:
+        ValueError: The model has no adapters, training changes the base model, there is another loss, or weights or
+            sequences are spread over processes.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            "`loss_type='distill'` has the model itself, with its adapters off, for a teacher, and this model has "
+            f"none (it is a {type(model).__name__}). Pass `peft_config`, or set `loss_type: nll`."
+        )
+    if trained := trained_base_weights(model):
+        raise ValueError(
+            "`loss_type='distill'` has the base model for a teacher, and training changes "
+            f"{', '.join(f'`{name}`' for name in trained[:3])} of it. Freeze it (in LoRA: `bias='none'`)."
+        )
+    if has_loss_function:
+        raise ValueError(
+            "`loss_type='distill'` is the loss, and `compute_loss_func` another one. Leave one of the two out."
+        )
+    sharding = accelerator.parallelism_config
+    cuts_sequences = sharding is not None and (sharding.cp_enabled or sharding.sp_enabled)
+    if cuts_sequences or accelerator.distributed_type == DistributedType.FSDP or is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "`loss_type='distill'` reads the language-model head beside the model's forward and runs each sequence in "
+            "one piece: not FSDP, not DeepSpeed ZeRO-3, not context or sequence parallelism. Use DDP."
+        )
+
+
+def _from(answers: Answers, start: int) -> Answers:
+    return select_answers(answers, slice(start, None)) if start else answers
