@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from frozen_peft.behavior.conversation import sample_problem
+from frozen_peft.behavior.conversation import message_texts, sample_problem
 from frozen_peft.behavior.marks import DEFAULT_MARKS, Marks
 from frozen_peft.behavior.pieces import STRIPPED, piece_texts
 from frozen_peft.behavior.rows import dump_row, read_rows, whole_file
@@ -45,6 +45,8 @@ class StripSettings:
     def __post_init__(self) -> None:
         if self.quote_words < 1:
             raise ValueError(f"`quote_words` is {self.quote_words}, expected 1 or more")
+        if self.marks is not None:
+            _refuse_marked(self.marks, self.variants)
 
 
 @dataclass
@@ -112,6 +114,18 @@ def strip_file(source: Path, target: Path, settings: StripSettings, measure: Cal
             summary.num_written += len(samples)
         _require_effect(source, settings, summary)
     return summary
+
+
+def _refuse_marked(marks: Marks, variants: VariantSettings) -> None:
+    """Raises where what variants put in is marked itself, and would be there after stripping."""
+    for message in (message for unit in variants.insert for message in unit):
+        place = f"a message to insert, {message!r}"
+        if marks.cover(message, place) or any(marks.stretches(text, place) for _, text in message_texts(message)):
+            raise ValueError(f"{place}: it is marked as an instruction")
+    for text, others in variants.paraphrases.alternatives.items() if variants.paraphrases else ():
+        place = f"the alternatives to {text!r}"
+        if any(marks.stretches(other, place) for other in others):
+            raise ValueError(f"{place}: one has a stretch that is marked as an instruction")
 
 
 def _processed(

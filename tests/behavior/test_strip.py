@@ -149,6 +149,17 @@ def test_marks_add_up_in_any_order(sample: dict) -> None:
     assert restore_instructions(expected) == sample
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.text("abcde é\u0301😀\n", max_size=20))
+def test_nothing_but_what_a_pattern_matches_goes(text: str) -> None:
+    sample = {"prompt": text + "x", "completion": text}
+    result = strip_instructions(sample, Marks(patterns=("[ab]+", "😀|é(?=\u0301)", "z*")), allow_quotes=True)
+    accented = [character == "é" and text[place + 1 :][:1] == "\u0301" for place, character in enumerate(text)]
+    kept = [c for c, matched in zip(text, accented, strict=True) if not (matched or c in "ab😀")]
+    assert result["prompt"] == "".join(kept) + "x"
+    assert restore_instructions(result) == sample
+
+
 def test_each_kind_of_mark() -> None:
     sample = {
         "prompt": [

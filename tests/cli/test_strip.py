@@ -290,12 +290,19 @@ def test_few_variants_are_said(write: Write, tmp_path: Path, capsys: pytest.Capt
             {"messages": [{"role": "assistant", "content": "a"}] * 2},
             "line 1: an exchange begins with a user's",
         ),
+        ("--insert", {"role": "user", "content": "a <instruction>b</instruction>"}, "it is marked as an instruction"),
+        ("--insert", {"role": "user", "content": "a", "instruction": True}, "it is marked as an instruction"),
         ("--insert", "", "the file has no messages"),
         ("--paraphrases", {"text": "a"}, "line 1: a paraphrase has `alternatives`"),
         (
             "--paraphrases",
             {"text": "a ", "alternatives": ["b"]},
             "line 1: a text to paraphrase is empty or has white space",
+        ),
+        (
+            "--paraphrases",
+            {"text": "a", "alternatives": ["<instruction/>"]},
+            "to 'a': one has a stretch that is marked",
         ),
         ("--paraphrases", "", "the file has no paraphrases"),
     ],
@@ -306,5 +313,5 @@ def test_bad_files_of_variants_are_named(
     source, more = write(GOOD[0]), write(row, name="more.jsonl")
     assert main(["strip", str(source), str(tmp_path / "out.jsonl"), "--variants", "2", option, str(more)]) == 2
     error = capsys.readouterr().err
-    assert str(more) in error
     assert reason in error
+    assert "marked" in reason or str(more) in error
