@@ -311,7 +311,8 @@ def test_variants_are_the_same_in_another_process_and_with_other_columns() -> No
         )
     ]
     code = (
-        "import json, sys; from frozen_peft.behavior import *; sample, way = json.loads(sys.argv[1]);"
+        "import json, sys; from frozen_peft.behavior import Marks, VariantSettings, vary_context;"
+        "sample, way = json.loads(sys.argv[1]);"
         "way = VariantSettings(**way, independent=Marks(roles=('memory',)));"
         "print(json.dumps([[one['content'] for one in v['prompt']] for v in vary_context(sample, way, 5)]))"
     )

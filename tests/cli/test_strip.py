@@ -2,6 +2,8 @@
 """`frozen-peft strip`: what it writes, what it says, and that mistakes leave nothing behind."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -315,3 +317,12 @@ def test_bad_files_of_variants_are_named(
     error = capsys.readouterr().err
     assert reason in error
     assert "marked" in reason or str(more) in error
+
+
+def test_stripping_waits_for_no_model_library(write: Write, tmp_path: Path) -> None:
+    code = (
+        "import sys; from frozen_peft.cli import main; assert main(sys.argv[1:]) == 0;"
+        "assert not {'torch', 'transformers', 'trl'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "strip", str(write(GOOD[0])), str(tmp_path / "out.jsonl")]
+    subprocess.run(command, check=True, capture_output=True)
