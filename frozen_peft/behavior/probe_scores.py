@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from frozen_peft.behavior.decision_scores import DecisionScore, DecisionScorer, Weights
+from frozen_peft.behavior.decision_tokens import stop_tokens
 from frozen_peft.behavior.intervals import Mean, Proportion, bootstrap_mean, wilson_proportion
 from frozen_peft.behavior.probe_tokens import CONDITIONS, Condition, ProbeDecisions, ProbeTokens, TokenizedDecision
 from frozen_peft.behavior.probes import KINDS, Probe, ProbeKind
@@ -161,7 +162,7 @@ def score_probes(
         UnsupportedArchitectureError: The model has no cache to continue from.
     """
     weights: Weights = "adapted" if adapters and isinstance(model, PeftModel) else "base"
-    scorer = _scorer(model, tokenizer, batch_size, prefill_chunk_size)
+    scorer = _scorer(model, tokenizer, probes, batch_size, prefill_chunk_size)
     tokens = ProbeTokens(tokenizer, probes)
     (scores,) = _score(scorer, tokens, [condition], [weights], seed)
     if not scores.scores:
@@ -203,7 +204,7 @@ def compare_probes(
         UnsupportedArchitectureError: The model has no cache to continue from.
     """
     weights: list[Weights] = ["base", "adapted"] if isinstance(model, PeftModel) else ["base"]
-    scorer = _scorer(model, tokenizer, batch_size, prefill_chunk_size)
+    scorer = _scorer(model, tokenizer, probes, batch_size, prefill_chunk_size)
     tokens = ProbeTokens(tokenizer, probes, on_bad)
     results = _score(scorer, tokens, list(dict.fromkeys(conditions)), weights, seed)
     if not any(result.scores for result in results):
@@ -236,19 +237,16 @@ def summarize(scores: ProbeScores, *, seed: int = 0) -> dict[ProbeKind, ProbeSum
 
 
 def _scorer(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int, chunk_size: int
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Sequence[Probe],
+    batch_size: int,
+    chunk_size: int,
 ) -> DecisionScorer:
-    return DecisionScorer(
-        model, batch_size=batch_size, chunk_size=chunk_size, stop_tokens=_stop_tokens(model, tokenizer)
-    )
-
-
-def _stop_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens at which generation stops: those of the model's generation configuration, and the tokenizer's."""
-    configuration = getattr(get_pretrained_model(model), "generation_config", None)
-    stops = getattr(configuration, "eos_token_id", None)
-    stops = stops if isinstance(stops, list) else [stops]
-    return [token for token in (*stops, tokenizer.eos_token_id) if token is not None]
+    stops: Sequence[int] = ()
+    if any(probe.expected is not None for probe in probes):
+        stops = stop_tokens(tokenizer, getattr(get_pretrained_model(model), "generation_config", None))
+    return DecisionScorer(model, batch_size=batch_size, chunk_size=chunk_size, stop_tokens=stops)
 
 
 def _score(

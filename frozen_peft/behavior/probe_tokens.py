@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-import jinja2
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import _tokenize, common_prefix_length
+from trl.data_utils import common_prefix_length
 
+from frozen_peft.behavior.decision_tokens import decision_tokens, prompt_tokens, rendered_tokens
 from frozen_peft.behavior.probes import KINDS, Probe
 from frozen_peft.behavior.strip import restore_instructions
 
@@ -172,7 +172,8 @@ class ProbeTokens:
         prompt, probe = decisions.preferred.prompt, decisions.probe
         start = len(prompt)
         if not isinstance(probe.prompt, str):
-            start = common_prefix_length(self._render(probe, probe.prompt or _ANY_MESSAGE), prompt.tolist())
+            without = rendered_tokens(self._tokenizer, probe, probe.prompt or _ANY_MESSAGE)
+            start = common_prefix_length(without, prompt.tolist())
         header = prompt[start:]
         bos = self._tokenizer.bos_token_id
         if bos is not None and len(prompt) and int(prompt[0]) == bos and start:
@@ -201,41 +202,14 @@ class ProbeTokens:
     def _decision(self, probe: Probe, name: str, text: str) -> TokenizedDecision:
         if not self._tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise ValueError(f"{probe.place}: `{name}` is {text!r}, which tokenizes to nothing")
-        if isinstance(probe.prompt, str):
-            prompt_ids, whole_ids = self._text(probe, text)
-        else:
-            messages = probe.prompt or _ANY_MESSAGE
-            prompt_ids = self._render(probe, messages, add_generation_prompt=True)
-            whole_ids = self._render(probe, [*messages, {"role": "assistant", "content": text}])
-        length = common_prefix_length(prompt_ids, whole_ids)
-        self._num_diverging += length < len(prompt_ids) and name == "preferred"
-        if length == len(whole_ids):
-            raise ValueError(f"{probe.place}: `{name}` has no tokens behind its prompt; see the chat template")
-        tokens = torch.tensor(whole_ids)
-        return TokenizedDecision(self._shared(tokens[:length]), tokens[length:].clone())
-
-    def _text(self, probe: Probe, text: str) -> tuple[list[int], list[int]]:
-        """Tokens of a prompt of text, and of prompt and decision."""
-        assert isinstance(probe.prompt, str)
-        end = self._tokenizer.eos_token
-        if end is None:
-            raise ValueError(
-                f"{probe.place}: a prompt of text needs a tokenizer with an `eos_token`, which ends its decision"
-            )
-        whole = probe.prompt + text if text.endswith(end) else probe.prompt + text + end
-        return _tokenize(self._tokenizer, probe.prompt)["input_ids"], _tokenize(self._tokenizer, whole)["input_ids"]
-
-    def _render(self, probe: Probe, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        prompt = _ANY_MESSAGE if probe.prompt == [] else probe.prompt
         try:
-            return _tokenize(
-                self._tokenizer,
-                messages,
-                tools=probe.options.get("tools"),
-                **probe.options.get("chat_template_kwargs", {}),
-                **options,
-            )["input_ids"]
-        except (ValueError, jinja2.TemplateError) as error:
-            raise ValueError(f"{probe.place}: the chat template does not render its messages: {error}") from error
+            before, decision = decision_tokens(self._tokenizer, probe, prompt, text)
+        except ValueError as error:
+            raise ValueError(f"{error} (`{name}`)") from error
+        if name == "preferred" and before:
+            self._num_diverging += len(before) < len(prompt_tokens(self._tokenizer, probe, prompt))
+        return TokenizedDecision(self._shared(torch.tensor(before, dtype=torch.long)), torch.tensor(decision))
 
     def _shared(self, tokens: torch.Tensor) -> torch.Tensor:
         """These tokens, in the one copy that all who have the same hold."""

@@ -28,7 +28,7 @@ class Probe:
         stripped: The instructions that were stripped from the prompt, as `strip_instructions` keeps them.
         id: A name of its own among the probes of a file.
         place: Where it came from, as messages name it.
-        options: The sample's `tools` and `chat_template_kwargs`, which TRL hands to the chat template.
+        values: The row's fields, of which `tools` and `chat_template_kwargs` go to the chat template.
     """
 
     prompt: list[dict[str, Any]] | str
@@ -39,7 +39,7 @@ class Probe:
     stripped: list[dict[str, Any]] = field(default_factory=list)
     id: str = ""
     place: str = "probe"
-    options: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_row(cls, values: dict[str, Any], place: str = "probe", default_id: str = "") -> "Probe":
@@ -65,7 +65,7 @@ class Probe:
             stripped=values.get("stripped") or [],
             id=values.get("id") or default_id,
             place=place,
-            options={name: values[name] for name in ("tools", "chat_template_kwargs") if values.get(name)},
+            values=values,
         )
 
 

@@ -275,6 +275,29 @@ def test_tokens_are_those_of_training(tmp_path: Path) -> None:
             assert labels == sample["labels"]
 
 
+def test_a_prompt_that_is_rendered_in_another_way_before_a_decision(tmp_path: Path) -> None:
+    """The decision begins where the two diverge, as in training, and a note says so."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{- '<|im_start|>assistant ' -}}", "{{- '<|im_start|>assistant w80 ' + (hint or '') -}}"
+    )
+    row = {"prompt": [said("user", "w5")], "preferred": "w1", "rejected": "w2"}
+    row |= {"chat_template_kwargs": {"hint": "w79"}, "tools": "[]"}
+    sample = {name: row[name] for name in ("prompt", "chat_template_kwargs", "tools")}
+    sample["completion"] = [said("assistant", "w1")]
+    trainer = FrozenContextTrainer(
+        tiny_model("llama"), config(tmp_path), None, Dataset.from_list([sample]), processing_class=tokenizer
+    )
+    tokens = ProbeTokens(tokenizer, [Probe.from_row(row)])
+    (own,) = tokens.under("given")
+    assert trainer.train_dataset[0]["input_ids"] == [*own.preferred.prompt.tolist(), *own.preferred.decision.tolist()]
+    assert own.preferred.prompt.tolist() == chat_ids(row["prompt"])
+    (note,) = tokens.notes
+    assert note.startswith("1 of 1 prompts are tokenized differently")
+    (result,) = compare_probes(tiny_model("llama"), tokenizer, [Probe.from_row(row)], ["given"])
+    assert result.notes == (note,)
+
+
 def test_decisions_without_context() -> None:
     """An empty conversation keeps the assistant's header; an empty text leaves the first token unpredicted."""
     model = add_lora(tiny_model("qwen3_5_text"))
@@ -329,6 +352,27 @@ def test_a_model_is_left_as_it_was() -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     outputs = model(input_ids=torch.tensor([[4, 5, 6]]))
     assert outputs.logits.requires_grad
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "gpt_oss"])
+def test_a_model_in_training(name: str, tmp_path: Path) -> None:
+    """With gradient checkpointing, TRL's head and an auxiliary loss, before its adapters moved and after."""
+    rows = [{"prompt": one.prompt, "completion": [said("assistant", one.preferred)]} for one in PROBES]
+    arguments = config(tmp_path, gradient_checkpointing=True, max_steps=1, learning_rate=1.0)
+    trainer = FrozenContextTrainer(
+        fresh_lora(tiny_model(name)), arguments, None, Dataset.from_list(rows), processing_class=TOKENIZER
+    )
+    assert trainer.aux_loss_enabled
+    (before,) = (score.margin for score in score_probes(trainer.model, TOKENIZER, PROBES[:1]).scores)
+    trainer.train()
+    results = compare_probes(trainer.model, TOKENIZER, PROBES[:2], ["given"])
+    assert trainer.model.training
+    trainer.model.eval()
+    for result in results:
+        assert_as_plain(trainer.model, result, {one.id: chat_ids(one.prompt) for one in PROBES[:2]})
+    base, adapted = (result.scores[0].margin for result in results)
+    assert base == pytest.approx(before, rel=TOLERANCE)
+    assert adapted != pytest.approx(before, rel=100 * TOLERANCE)
 
 
 def test_logits_that_are_not_numbers_are_an_error() -> None:

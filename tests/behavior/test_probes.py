@@ -21,9 +21,7 @@ def test_every_field_is_read(tmp_path: Path) -> None:
     pieces = [{"index": 0, "part": -1, "start": -1, "text": "", "message": "{}"}]
     full = {**GOOD, "kind": "control", "expected": "ok", "stripped": pieces, "id": "left", "tools": [{"name": "f"}]}
     first, second, third = read_probes(write(tmp_path, full, "", GOOD, {**GOOD, "prompt": "text", "stripped": None}))
-    assert first == Probe(
-        GOOD["prompt"], "ok", "or the right?", "control", "ok", pieces, "left", first.place, {"tools": [{"name": "f"}]}
-    )
+    assert first == Probe(GOOD["prompt"], "ok", "or the right?", "control", "ok", pieces, "left", first.place, full)
     assert (second.kind, second.expected, second.stripped, second.id) == ("target", None, [], "line 3")
     assert second.place.endswith("probes.jsonl, line 3")
     assert third.prompt == "text"
