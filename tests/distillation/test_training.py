@@ -234,6 +234,19 @@ def test_dropout_is_the_students_alone(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
+def test_a_head_that_is_trained_is_the_students_alone(top_k: int, tmp_path: Path) -> None:
+    model = fresh_lora(tiny_model("llama"), modules_to_save=["lm_head"], init_lora_weights=False)
+    with torch.no_grad():
+        head = model.get_base_model().get_output_embeddings()
+        head.original_module.weight.mul_(4)
+        head.modules_to_save["default"].weight.mul_(3)
+    loss = Loss(top_k=top_k)
+    run = distil(model, tmp_path, ROWS[:2], loss)
+    assert any("lm_head" in name for name in run.gradients[0])
+    assert_first_step(run, model, reference_loss(model, ROWS[:2], loss))
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
 def test_under_autocast(top_k: int, tmp_path: Path) -> None:
     """The teacher's forward leaves no weights cast without gradient behind for the student's."""
     model, loss = sharp("qwen3_5_text"), Loss(top_k=top_k)
