@@ -13,7 +13,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from frozen_peft.adapters import (
@@ -55,6 +54,7 @@ from frozen_peft.model_setup import (
     make_config,
     make_cut,
     named_datasets,
+    require_whole_weights,
     settle_context_adapters,
 )
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
@@ -148,11 +148,8 @@ class FrozenContextTrainer(SFTTrainer):
         if self._freezes_context:
             require_exact_continuation(pretrained)
             settle_context_adapters(self.model, active=self.args.context_adapters, invocation=self._cut.invocation)
-        if self.args.sequence_chunk_size is not None and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-            raise ValueError(
-                "`sequence_chunk_size` runs a decoder again in its backward pass, which needs its weights in one "
-                "piece: not FSDP and not DeepSpeed ZeRO-3. Use DDP, or leave `sequence_chunk_size` out."
-            )
+        if self.args.sequence_chunk_size is not None:
+            require_whole_weights(self.accelerator)
         if self._freezes_context or self.args.sequence_chunk_size is not None:
             use_segmented_attention(self.model)
         if self._freezes_context:

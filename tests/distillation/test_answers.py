@@ -89,7 +89,7 @@ def changed_base() -> Any:
     ("loss", "model", "found"),
     [
         (Loss("reverse_kl", 5, likelihood_weight=0.3), None, True),
-        (Loss(top_k=6), None, False),
+        pytest.param(Loss(top_k=6), None, False, marks=pytest.mark.slow),
         (Loss(top_k=0), None, False),
         (Loss(top_k=5, temperature=2.0), None, False),
         (LOSS, changed_base, False),
@@ -109,6 +109,7 @@ def test_another_adapter_has_the_same_teacher(tmp_path: Path) -> None:
     assert reused(two_epochs(tmp_path, model=adapted("llama", seed=1), **fields)) == [1.0] * 2
 
 
+@pytest.mark.slow
 def test_hidden_states_know_no_temperature(tmp_path: Path) -> None:
     fields = {"distill_cache_dir": str(tmp_path / "answers"), "max_steps": 2}
     two_epochs(tmp_path, Loss(top_k=0), **fields)

@@ -63,7 +63,15 @@ def test_loss_and_gradient(
     assert_first_step(run, model, reference_loss(model, ROWS[:2], loss))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_5_moe_text", "falcon_h1", "granitemoehybrid"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "gemma3_text",
+        "qwen3_5_moe_text",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("falcon_h1", "granitemoehybrid")),
+    ],
+)
 def test_architectures(name: str, tmp_path: Path) -> None:
     """Attention alone, sliding windows and a soft cap, experts, and logits that are scaled; without rounding."""
     overrides = {
@@ -100,10 +108,10 @@ def test_the_auxiliary_loss_of_experts_stays(tmp_path: Path) -> None:
         {"distill_chunk_size": 1},
         {"distill_chunk_size": 7},
         {"distill_chunk_size": 1000},
-        {"prefill_chunk_size": 7},
-        {"gradient_checkpointing": False},
+        pytest.param({"prefill_chunk_size": 7}, marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing": False}, marks=pytest.mark.slow),
         {"context_cache_size": "1GiB"},
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        pytest.param({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}, marks=pytest.mark.slow),
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"sequence_chunk_size": 4},
     ],
@@ -120,7 +128,9 @@ def test_what_changes_nothing(fields: dict[str, Any], tmp_path: Path) -> None:
     assert_first_step(run, model, reference_loss(model, rows, loss))
 
 
-@pytest.mark.parametrize("fields", [{"tier": 1}, {"tier": 3, "sequence_chunk_size": 16}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"tier": 1}, pytest.param({"tier": 3, "sequence_chunk_size": 16}, marks=pytest.mark.slow)], ids=str
+)
 def test_the_full_gradient(fields: dict[str, Any], tmp_path: Path) -> None:
     model, loss = sharp("qwen3_5_text"), Loss(top_k=5)
     run = distil(model, tmp_path, ROWS[:2], loss, **fields)
@@ -193,6 +203,7 @@ def test_a_teacher_that_sees_what_the_student_sees_and_adapters_that_do_nothing(
         assert max(gradient.abs().max() for gradient in run.gradients[0].values()) < 1e-6
 
 
+@pytest.mark.slow
 def test_distilling_makes_the_student_what_the_teacher_is(tmp_path: Path) -> None:
     run = distil(
         sharp("llama"), tmp_path, ROWS[:2], Loss(top_k=20), max_steps=15, optim="adamw_torch", learning_rate=0.02
