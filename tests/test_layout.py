@@ -4,6 +4,7 @@
 import ast
 import importlib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -103,6 +104,14 @@ def test_packages_export_what_they_name(package: str) -> None:
     module = importlib.import_module(package)
     missing = [name for name in public_names(package) if not hasattr(module, name)]
     assert not missing
+
+
+@pytest.mark.parametrize("package", ["frozen_peft", "frozen_peft.behavior"])
+def test_no_module_hides_a_name_that_is_imported_at_first_use(package: str) -> None:
+    lazy = importlib.import_module(package)._MODULES
+    for module in set(lazy.values()):
+        importlib.import_module(f"{package}.{module}")
+    assert [name for name in lazy if isinstance(getattr(importlib.import_module(package), name), ModuleType)] == []
 
 
 def test_every_public_name_imports() -> None:

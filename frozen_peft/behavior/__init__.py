@@ -21,7 +21,6 @@ from frozen_peft.behavior.variants import DEFAULT_INDEPENDENT, VariantSettings, 
 if TYPE_CHECKING:
     from frozen_peft.behavior.generation import LocalSampler
     from frozen_peft.behavior.loading import load_model
-    from frozen_peft.behavior.probe_report import MEASURES, probe_report, probe_table
     from frozen_peft.behavior.probe_scores import (
         ProbeScore,
         ProbeScores,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
         score_probes,
         summarize,
     )
+    from frozen_peft.behavior.probe_tables import MEASURES, probe_report, probe_table
     from frozen_peft.behavior.probe_tokens import CONDITIONS, Condition
     from frozen_peft.behavior.sampling_model import load_sampling_model
 
@@ -92,15 +92,15 @@ _MODULES = {
     "CONDITIONS": "probe_tokens",
     "Condition": "probe_tokens",
     "LocalSampler": "generation",
-    "MEASURES": "probe_report",
+    "MEASURES": "probe_tables",
     "ProbeScore": "probe_scores",
     "ProbeScores": "probe_scores",
     "ProbeSummary": "probe_scores",
     "compare_probes": "probe_scores",
     "load_model": "loading",
     "load_sampling_model": "sampling_model",
-    "probe_report": "probe_report",
-    "probe_table": "probe_report",
+    "probe_report": "probe_tables",
+    "probe_table": "probe_tables",
     "score_probes": "probe_scores",
     "summarize": "probe_scores",
 }
