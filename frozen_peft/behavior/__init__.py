@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from frozen_peft.behavior.candidates import Candidate, PromptRow, SamplingSettings, read_prompts
 from frozen_peft.behavior.conversation import Split, message_texts, sample_problem, split_sample, with_context
 from frozen_peft.behavior.endpoint import EndpointError, EndpointSampler, RetrySettings
-from frozen_peft.behavior.filters import CandidateFilter
+from frozen_peft.behavior.filters import CandidateFilter, FilterError
 from frozen_peft.behavior.marks import DEFAULT_MARKS, Marks
 from frozen_peft.behavior.paraphrases import Paraphrases
 from frozen_peft.behavior.probes import Probe, ProbeKind, read_probes
@@ -21,6 +21,7 @@ from frozen_peft.behavior.variants import DEFAULT_INDEPENDENT, VariantSettings, 
 if TYPE_CHECKING:
     from frozen_peft.behavior.generation import LocalSampler
     from frozen_peft.behavior.loading import load_model
+    from frozen_peft.behavior.margins import DecisionMargin
     from frozen_peft.behavior.probe_scores import (
         ProbeScore,
         ProbeScores,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     )
     from frozen_peft.behavior.probe_tables import MEASURES, probe_report, probe_table
     from frozen_peft.behavior.probe_tokens import CONDITIONS, Condition
-    from frozen_peft.behavior.sampling_model import load_sampling_model
 
 __all__ = [
     "CONDITIONS",
@@ -41,8 +41,10 @@ __all__ = [
     "Candidate",
     "CandidateFilter",
     "Condition",
+    "DecisionMargin",
     "EndpointError",
     "EndpointSampler",
+    "FilterError",
     "LocalSampler",
     "Marks",
     "Paraphrases",
@@ -64,7 +66,6 @@ __all__ = [
     "VariantSettings",
     "compare_probes",
     "load_model",
-    "load_sampling_model",
     "message_texts",
     "probe_report",
     "probe_table",
@@ -91,6 +92,7 @@ __all__ = [
 _MODULES = {
     "CONDITIONS": "probe_tokens",
     "Condition": "probe_tokens",
+    "DecisionMargin": "margins",
     "LocalSampler": "generation",
     "MEASURES": "probe_tables",
     "ProbeScore": "probe_scores",
@@ -98,7 +100,6 @@ _MODULES = {
     "ProbeSummary": "probe_scores",
     "compare_probes": "probe_scores",
     "load_model": "loading",
-    "load_sampling_model": "sampling_model",
     "probe_report": "probe_tables",
     "probe_table": "probe_tables",
     "score_probes": "probe_scores",

@@ -8,7 +8,11 @@ from typing import Any, Protocol
 
 from frozen_peft.behavior.candidates import Candidate, PromptRow, completed
 
-__all__ = ["CandidateFilter", "MarginMeasure", "Verdict"]
+__all__ = ["CandidateFilter", "FilterError", "MarginMeasure", "Verdict"]
+
+
+class FilterError(ValueError):
+    """A function of the user's own failed, or gave no verdict."""
 
 
 class MarginMeasure(Protocol):
@@ -52,23 +56,34 @@ class CandidateFilter:
     min_margin: float = float("-inf")
     keep_unfinished: bool = False
 
-    def judge(self, rows: Sequence[PromptRow], candidates: Sequence[Candidate]) -> list[Verdict]:
+    def judge(
+        self, rows: Sequence[PromptRow], candidates: Sequence[Candidate], known: Sequence[float | None] | None = None
+    ) -> list[Verdict]:
         """Judges candidates, one verdict each.
 
         Args:
             rows: The prompt of each candidate.
             candidates: What was sampled.
+            known: Margins of the candidates, None for each that is not known; by default none of them is.
 
         Raises:
-            ValueError: The function fails, or returns something else than True or False.
+            FilterError: The function fails, or returns something else than True or False.
         """
         verdicts = [Verdict(self._rejection(row, candidate)) for row, candidate in zip(rows, candidates, strict=True)]
-        left = [index for index, verdict in enumerate(verdicts) if verdict.rejected is None]
-        if self.margin is not None and left:
-            margins = self.margin.measure([rows[index] for index in left], [candidates[index] for index in left])
-            for index, margin in zip(left, margins, strict=True):
-                enough = margin >= self.min_margin
-                verdicts[index] = Verdict(None if enough else f"margin below {self.min_margin:g}", margin)
+        if self.margin is None:
+            return verdicts
+        margins: list[float | None] = list(known) if known is not None else [None] * len(candidates)
+        passed = [index for index, verdict in enumerate(verdicts) if verdict.rejected is None]
+        unknown = [index for index in passed if margins[index] is None]
+        if unknown:
+            measured = self.margin.measure([rows[i] for i in unknown], [candidates[i] for i in unknown])
+            for index, value in zip(unknown, measured, strict=True):
+                margins[index] = value
+        for index in passed:
+            margin = margins[index]
+            assert margin is not None
+            enough = margin >= self.min_margin
+            verdicts[index] = Verdict(None if enough else f"margin below {self.min_margin:g}", margin)
         return verdicts
 
     def _rejection(self, row: PromptRow, candidate: Candidate) -> str | None:
@@ -91,7 +106,7 @@ class CandidateFilter:
         try:
             kept = self.function(completed(row, candidate))
         except Exception as error:
-            raise ValueError(f"{where} failed: {type(error).__name__}: {error}") from error
+            raise FilterError(f"{where} failed: {type(error).__name__}: {error}") from error
         if not isinstance(kept, bool):
-            raise ValueError(f"{where} returned {kept!r}, expected True or False")
+            raise FilterError(f"{where} returned {kept!r}, expected True or False")
         return kept

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from frozen_peft.adapters.activated import require_always_active
@@ -38,7 +39,7 @@ class LocalSampler:
         chunk_size: Context tokens per prefill forward; 0: one forward.
 
     Raises:
-        ValueError: `batch_size` is out of range, or an adapter is switched on by tokens.
+        ValueError: `batch_size` is out of range, or an adapter is switched on by tokens or puts in tokens of its own.
         ContextMismatchError: transformers does not continue this architecture exactly from a cache.
         UnsupportedArchitectureError: The model has no cache to continue from.
     """
@@ -55,6 +56,7 @@ class LocalSampler:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be 1 candidate or more, got {batch_size}")
         require_always_active(model)
+        _require_weights_only(model)
         self._model, self._tokenizer, self._settings, self._batch_size = model, tokenizer, settings, batch_size
         self._pretrained = get_pretrained_model(model)
         self._encoder = ContextEncoder(model, chunk_size=chunk_size)
@@ -157,6 +159,19 @@ class LocalSampler:
     def _context(self, row: PromptRow) -> torch.Tensor:
         """All but the last token, whose output is the decision's first token."""
         return torch.tensor(self._prompt(row)[:-1], dtype=torch.long)
+
+
+def _require_weights_only(model: torch.nn.Module) -> None:
+    """Refuses adapters that stand before a context, which would be left out where contexts are encoded below them."""
+    if not isinstance(model, PeftModel):
+        return
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"Adapter `{name}` is a {type(config).__name__}, which puts tokens of its own before a context; only "
+                "adapters on weights (LoRA and its kin) can be sampled with."
+            )
 
 
 def _order(tokens: list[int]) -> bytes:

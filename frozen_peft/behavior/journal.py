@@ -52,6 +52,8 @@ class Journal:
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Writes records, and returns when they are on the device."""
+        if not records:
+            return
         self._file.write("".join(map(dump_row, records)).encode())
         self._file.flush()
         os.fsync(self._file.fileno())

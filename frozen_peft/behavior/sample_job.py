@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The job behind `frozen-peft sample`: candidates, filtered, in a file that appears whole.
 
-1. Candidates go into a work file beside the output as they come, with what the filter made of them, and are on the
-   device before the next ones are asked for.
+1. Candidates go into a work file beside the output as they come, and are on the device before anything else happens.
+   So do their margins, once they are measured.
 2. A job that was interrupted finds them there and asks for the rest. Each candidate is known by its prompt and its
    number, so none comes twice and none is lost.
-3. When all are there, what was kept is written in the order of the prompts, the output appears under its name, and the
+3. The filter judges all of them in each run. It may therefore be another one when a job goes on: one that is mended
+   after it failed, for instance.
+4. When all are there, what was kept is written in the order of the prompts, the output appears under its name, and the
    work file goes.
 """
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Generator, Iterator, Sequence, Set
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +27,11 @@ from frozen_peft.behavior.journal import Journal
 from frozen_peft.behavior.rows import dump_row, whole_file
 
 __all__ = ["SampleSummary", "Sampler", "run_sample_job", "work_file"]
+
+# Index of a prompt, and number of one of its candidates.
+_Key = tuple[int, int]
+# Candidates of an earlier run that are judged together.
+_FOUND_BATCH = 64
 
 
 class Sampler(Protocol):
@@ -96,7 +103,8 @@ def run_sample_job(
         output: The file to write, replaced where it exists.
         sampler: Where candidates come from.
         keep: Which of them are kept.
-        settings: All that the candidates depend on, as JSON; a run with others does not go on with the work file.
+        settings: All that candidates and margins depend on, as JSON; a run with others does not go on with the work
+            file. The filter is no part of it.
 
     Raises:
         EndpointError: The server did not answer. What is done stays in the work file.
@@ -108,79 +116,99 @@ def run_sample_job(
         raise FileNotFoundError(f"no folder {output.absolute().parent} to write {output.name} to")
     journal = Journal(work_file(output), settings)
     try:
-        done = {(record["prompt"], record["candidate"]): record for record in journal.records}
-        num_found = len(done)
-        for record in _sampled(rows, sampler, keep, done, journal):
-            done[record["prompt"], record["candidate"]] = record
-        _write(rows, done, output)
+        done = _Done.of(journal.records)
+        num_found = len(done.candidates)
+        verdicts = _judged(rows, sampler, keep, done, journal)
+        with whole_file(output) as file:
+            for row in rows:
+                for number in range(len(row.seeds)):
+                    candidate, verdict = done.candidates[row.index, number], verdicts[row.index, number]
+                    if verdict.rejected is None:
+                        file.write(dump_row(completed(row, candidate, verdict.margin)))
     except BaseException:
         journal.close()
         raise
     journal.remove()
-    return _summary(rows, done, num_found, time.monotonic() - start)
+    return _summary(rows, done.candidates, verdicts, num_found, time.monotonic() - start)
 
 
-def _sampled(
-    rows: Sequence[PromptRow],
-    sampler: Sampler,
-    keep: CandidateFilter,
-    done: dict[tuple[int, int], dict[str, Any]],
-    journal: Journal,
-) -> Iterator[dict[str, Any]]:
-    """Records of what is sampled now, each of them on the device."""
-    num_wanted = sum(len(row.seeds) for row in rows)
-    num_kept = sum(record["rejected"] is None for record in done.values())
-    # A list of what was done before: the set that the sampler looks into must not grow under it.
-    batches = sampler.sample(rows, frozenset(done))
-    with tqdm(total=num_wanted, initial=len(done), desc="Sampling", unit=" candidates") as bar, closing(batches):  # type: ignore[type-var]
-        bar.set_postfix(kept=num_kept)
+@dataclass
+class _Done:
+    """What has been done, by index of the prompt and number of the candidate."""
+
+    candidates: dict[_Key, Candidate]
+    margins: dict[_Key, float]
+
+    @classmethod
+    def of(cls, records: Sequence[dict[str, Any]]) -> "_Done":
+        """Reads the records of a work file."""
+        done = cls({}, {})
+        for record in records:
+            if "margin" in record:
+                done.margins[record["prompt"], record["number"]] = record["margin"]
+            else:
+                candidate = Candidate(**record)
+                done.candidates[candidate.prompt, candidate.number] = candidate
+        return done
+
+
+def _judged(
+    rows: Sequence[PromptRow], sampler: Sampler, keep: CandidateFilter, done: _Done, journal: Journal
+) -> dict[_Key, Verdict]:
+    """Samples what is missing, and judges all."""
+    verdicts: dict[_Key, Verdict] = {}
+    num_kept = 0
+    total = sum(len(row.seeds) for row in rows)
+    with (
+        tqdm(total=total, desc="Sampling", unit=" candidates") as bar,
+        closing(_batches(rows, sampler, done)) as batches,
+    ):
         for batch in batches:
-            verdicts = keep.judge([rows[candidate.prompt] for candidate in batch], batch)
-            records = [_record(candidate, verdict) for candidate, verdict in zip(batch, verdicts, strict=True)]
-            journal.append(records)
-            num_kept += sum(verdict.rejected is None for verdict in verdicts)
+            keys = [(candidate.prompt, candidate.number) for candidate in batch]
+            new = [candidate for key, candidate in zip(keys, batch, strict=True) if key not in done.candidates]
+            journal.append([asdict(candidate) for candidate in new])
+            done.candidates.update(zip(keys, batch, strict=True))
+            judged = keep.judge([rows[index] for index, _ in keys], batch, [done.margins.get(key) for key in keys])
+            verdicts.update(zip(keys, judged, strict=True))
+            measured = {
+                key: verdict.margin
+                for key, verdict in zip(keys, judged, strict=True)
+                if verdict.margin is not None and key not in done.margins
+            }
+            journal.append(
+                [{"prompt": index, "number": number, "margin": m} for (index, number), m in measured.items()]
+            )
+            done.margins.update(measured)
+            num_kept += sum(verdict.rejected is None for verdict in judged)
             bar.update(len(batch))
             bar.set_postfix(kept=num_kept)
-            yield from records
+    return verdicts
 
 
-def _record(candidate: Candidate, verdict: Verdict) -> dict[str, Any]:
-    return {
-        "prompt": candidate.prompt,
-        "candidate": candidate.number,
-        "seed": candidate.seed,
-        "text": candidate.text,
-        "tokens": candidate.num_tokens,
-        "finish": candidate.finish,
-        "margin": verdict.margin,
-        "rejected": verdict.rejected,
-    }
-
-
-def _write(rows: Sequence[PromptRow], done: dict[tuple[int, int], dict[str, Any]], output: Path) -> None:
-    with whole_file(output) as file:
-        for row in rows:
-            for number in range(len(row.seeds)):
-                record = done[row.index, number]
-                if record["rejected"] is None:
-                    candidate = Candidate(
-                        row.index, number, record["seed"], record["text"], record["tokens"], record["finish"]
-                    )
-                    file.write(dump_row(completed(row, candidate, record["margin"])))
+def _batches(rows: Sequence[PromptRow], sampler: Sampler, done: _Done) -> Generator[list[Candidate], None, None]:
+    """What an earlier run sampled, and then the rest."""
+    found = list(done.candidates.values())
+    for start in range(0, len(found), _FOUND_BATCH):
+        yield found[start : start + _FOUND_BATCH]
+    yield from sampler.sample(rows, frozenset((candidate.prompt, candidate.number) for candidate in found))
 
 
 def _summary(
-    rows: Sequence[PromptRow], done: dict[tuple[int, int], dict[str, Any]], num_found: int, seconds: float
+    rows: Sequence[PromptRow],
+    candidates: dict[_Key, Candidate],
+    verdicts: dict[_Key, Verdict],
+    num_found: int,
+    seconds: float,
 ) -> SampleSummary:
-    kept = [record for record in done.values() if record["rejected"] is None]
-    rejected = Counter(record["rejected"] for record in done.values() if record["rejected"] is not None)
+    kept = [index for (index, _), verdict in verdicts.items() if verdict.rejected is None]
+    rejected = Counter(verdict.rejected for verdict in verdicts.values() if verdict.rejected is not None)
     return SampleSummary(
         num_prompts=len(rows),
-        num_without=len(rows) - len({record["prompt"] for record in kept}),
-        num_candidates=len(done),
+        num_without=len(rows) - len({*kept}),
+        num_candidates=len(candidates),
         num_found=num_found,
         num_kept=len(kept),
-        num_tokens=sum(record["tokens"] or 0 for record in done.values()),
+        num_tokens=sum(candidate.num_tokens or 0 for candidate in candidates.values()),
         seconds=seconds,
         rejected=dict(rejected.most_common()),
     )

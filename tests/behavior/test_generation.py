@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from frozen_peft.adapters import activate_at_invocation
-from frozen_peft.behavior import Candidate, LocalSampler, PromptRow, SamplingSettings, load_sampling_model
+from frozen_peft.behavior import Candidate, LocalSampler, PromptRow, SamplingSettings, load_model
 from frozen_peft.behavior.candidates import candidate_seed
 from tests.behavior.checkpoint import write_checkpoint
 from tests.tiny_models import add_lora
@@ -57,7 +58,7 @@ def sampled(sampler: LocalSampler, rows: list[PromptRow], **options: Any) -> dic
 
 def test_greedy_candidates_are_those_of_generate(folder: Path) -> None:
     rows = rows_of(GREEDY)
-    found = sampled(LocalSampler(*load_sampling_model(str(folder)), GREEDY, batch_size=3), rows)
+    found = sampled(LocalSampler(*load_model(str(folder)), GREEDY, batch_size=3), rows)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert len(found) == len(rows)
     for row in rows:
@@ -74,7 +75,7 @@ def test_greedy_candidates_are_those_of_generate(folder: Path) -> None:
 
 def test_candidates_do_not_hang_on_batches_order_or_what_is_done(folder: Path) -> None:
     rows = rows_of(SAMPLED)
-    model, tokenizer = load_sampling_model(str(folder))
+    model, tokenizer = load_model(str(folder))
     expected = sampled(LocalSampler(model, tokenizer, SAMPLED), rows)
     assert len({candidate.text for candidate in expected.values()}) == 15
     for batch_size in (1, 2, 4):
@@ -88,7 +89,7 @@ def test_candidates_do_not_hang_on_batches_order_or_what_is_done(folder: Path) -
 
 
 def test_what_prompts_share_is_encoded_once(folder: Path) -> None:
-    model, tokenizer = load_sampling_model(str(folder))
+    model, tokenizer = load_model(str(folder))
     sampler = LocalSampler(model, tokenizer, SAMPLED, batch_size=3)
     # In an order in which none of those that begin alike stand together.
     rows = rows_of(SAMPLED, [PROMPTS[0], PROMPTS[2], PROMPTS[1], PROMPTS[3], PROMPTS[0]])
@@ -109,26 +110,33 @@ def test_what_prompts_share_is_encoded_once(folder: Path) -> None:
 
 
 def test_an_adapter_samples(folder: Path, tmp_path: Path) -> None:
-    model, _ = load_sampling_model(str(folder))
+    model, _ = load_model(str(folder))
     add_lora(model).save_pretrained(tmp_path)
     rows = rows_of(GREEDY)
-    base = sampled(LocalSampler(*load_sampling_model(str(folder)), GREEDY), rows)
-    adapted, tokenizer = load_sampling_model(str(folder), adapter=str(tmp_path))
+    base = sampled(LocalSampler(*load_model(str(folder)), GREEDY), rows)
+    adapted, tokenizer = load_model(str(folder), adapter=str(tmp_path))
     assert sampled(LocalSampler(adapted, tokenizer, GREEDY), rows) != base
     with adapted.disable_adapter():
         assert sampled(LocalSampler(adapted, tokenizer, GREEDY), rows) == base
 
 
 def test_an_adapter_that_tokens_switch_on_is_refused(folder: Path) -> None:
-    model, tokenizer = load_sampling_model(str(folder))
+    model, tokenizer = load_model(str(folder))
     adapted = add_lora(model)
     activate_at_invocation(adapted, (1,))
     with pytest.raises(ValueError, match="alora_invocation_tokens"):
         LocalSampler(adapted, tokenizer, GREEDY)
 
 
+def test_an_adapter_with_tokens_of_its_own_is_refused(folder: Path) -> None:
+    model, tokenizer = load_model(str(folder))
+    prompted = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="is a PromptTuningConfig, which puts tokens of its own before a context"):
+        LocalSampler(prompted, tokenizer, GREEDY)
+
+
 def test_what_would_not_fit_is_refused_before_sampling(folder: Path) -> None:
-    model, tokenizer = load_sampling_model(str(folder))
+    model, tokenizer = load_model(str(folder))
     rows = rows_of(GREEDY, ["short", "a " * 5000])
     with pytest.raises(ValueError, match=r"line 2: \d+ tokens and `max_new_tokens` 10 are more than the 4096"):
         LocalSampler(model, tokenizer, GREEDY).check(rows)
@@ -138,7 +146,7 @@ def test_what_would_not_fit_is_refused_before_sampling(folder: Path) -> None:
 
 
 def test_a_finished_candidate_ends_where_it_says(folder: Path) -> None:
-    model, tokenizer = load_sampling_model(str(folder))
+    model, tokenizer = load_model(str(folder))
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] *= 3
     found = sampled(LocalSampler(model, tokenizer, SAMPLED), rows_of(SAMPLED))

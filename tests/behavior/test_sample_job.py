@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Iterator, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from frozen_peft.behavior import Candidate, CandidateFilter, PromptRow, run_sample_job, work_file
+from frozen_peft.behavior import Candidate, CandidateFilter, FilterError, PromptRow, run_sample_job, work_file
 
 SETTINGS = {"seed": 0}
 ROWS = [
@@ -125,13 +126,36 @@ def test_killed_after_the_output_appeared(tmp_path: Path, monkeypatch: pytest.Mo
     assert lines(output) == EXPECTED
 
 
-def test_a_filter_that_fails_stops_the_job_and_keeps_what_was_done(tmp_path: Path) -> None:
+def test_a_filter_that_fails_loses_nothing(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
-    failing = CandidateFilter(function=lambda sample: sample["id"] < 3 or 1 / 0, function_name="failing")
-    with pytest.raises(ValueError, match=r"line 4, candidate 0: `failing` failed: ZeroDivisionError"):
-        run_sample_job(ROWS, output, Dealer(), failing, SETTINGS)
+    failing = CandidateFilter(function=lambda sample: 1 / 0, function_name="failing")
+    dealer = Dealer([5])
+    with pytest.raises(FilterError, match=r"line 4, candidate 0: `failing` failed: ZeroDivisionError"):
+        run_sample_job(ROWS, output, dealer, failing, SETTINGS)
     assert not output.exists()
-    assert len(lines(work_file(output))) == 1
+    mended = Dealer([5])
+    run_sample_job(ROWS, output, mended, KEEP, SETTINGS)
+    assert lines(output) == EXPECTED
+    assert not {*mended.asked} & {*dealer.asked}
+    assert len(dealer.asked) == 5
+
+
+def test_margins_are_measured_once(tmp_path: Path) -> None:
+    measured: list[tuple[int, int]] = []
+
+    class Margin:
+        def measure(self, rows: Sequence[PromptRow], candidates: Sequence[Candidate]) -> list[float]:
+            measured.extend((row.index, candidate.number) for row, candidate in zip(rows, candidates, strict=True))
+            return [row.index + candidate.number / 4 for row, candidate in zip(rows, candidates, strict=True)]
+
+    output = tmp_path / "out.jsonl"
+    keep = replace(KEEP, margin=Margin(), min_margin=1.25)
+    with pytest.raises(StoppedError):
+        run_sample_job(ROWS, output, Dealer([2], interrupt_after=3), keep, SETTINGS)
+    run_sample_job(ROWS, output, Dealer([2]), keep, SETTINGS)
+    expected = [{**row, "margin": row["id"] + row["candidate"] / 4} for row in EXPECTED]
+    assert lines(output) == [row for row in expected if row["margin"] >= 1.25]
+    assert sorted(measured) == sorted((row["id"], row["candidate"]) for row in EXPECTED)
 
 
 def test_other_settings_do_not_go_on(tmp_path: Path) -> None:

@@ -87,6 +87,39 @@ def test_a_server_and_a_function(prompts: Path, tmp_path: Path, capsys: pytest.C
     assert shown.splitlines()[2].split() == ["prompts", "5", "(2", "without", "any", "kept)"]
 
 
+def test_a_margin_decides(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    messages = [
+        {"role": "system", "content": "<do>Take the left road.</do>The facts."},
+        {"role": "user", "content": "Left?"},
+    ]
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(json.dumps({"prompt": messages}) + "\n")
+    command = ["sample", str(prompts), str(out), "--model", str(folder), "--num_candidates", "6"]
+    command += ["--max_new_tokens", "5", "--keep_unfinished", "--overwrite", "--tag", "do"]
+    assert main([*command, "--min_margin=-inf"]) == 0
+    margins = {row["candidate"]: row["margin"] for row in lines(out)}
+    assert len(margins) > 3
+    middle = sorted(margins.values())[len(margins) // 2]
+    capsys.readouterr()
+    assert main([*command, f"--min_margin={middle}"]) == 0
+    kept = {row["candidate"]: row["margin"] for row in lines(out)}
+    assert kept == {number: margin for number, margin in margins.items() if margin >= middle}
+    assert 0 < len(kept) < len(margins)
+    assert f"margin below {middle:g}" in capsys.readouterr().out
+    # A server's candidates, measured by a local model.
+    with answering(echo) as server:
+        out.unlink()
+        options = ["--min_margin=-inf", "--margin_model", str(folder), "--tag", "do", "--batch_size", "3"]
+        assert main(asking(prompts, out, server.url, *options)) == 0
+    assert len({row["margin"] for row in lines(out)}) == 4
+
+
+def test_a_margin_needs_instructions(folder: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = prompts.with_name("out.jsonl")
+    assert main(["sample", str(prompts), str(out), "--model", str(folder), "--min_margin", "0"]) == 2
+    assert f"{prompts}, line 1: there are no instructions to leave out" in capsys.readouterr().err
+
+
 def test_a_server_that_goes_away_and_comes_back(
     prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,6 +214,10 @@ def test_bad_rows_stop_the_run_or_are_left_out(
         (["--keep", "missing.py:f"], "no file missing.py"),
         (["--adapter", "a"], "--adapter has no effect with --endpoint"),
         (["--load_in_4bit"], "--load_in_4bit has no effect with --endpoint"),
+        (["--tag", "t"], "--tag has no effect without --min_margin"),
+        (["--margin_model", "m"], "--margin_model has no effect without --min_margin"),
+        (["--min_margin", "0"], "--min_margin needs --margin_model beside --endpoint"),
+        (["--min_margin", "nan"], "--min_margin must be a number, got nan"),
         (["--concurrency", "0"], "`concurrency` must be 1 request or more, got 0"),
         (["--timeout", "0"], "`timeout` must be above 0 seconds"),
         (["--api_key_env", "NO_SUCH_KEY"], "no environment variable NO_SUCH_KEY"),

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling from a real server: `transformers serve` on the loopback, with a tiny checkpoint."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from frozen_peft.cli import main
+from tests.behavior.checkpoint import write_checkpoint
+
+pytestmark = pytest.mark.slow
+
+PROMPTS: list[Any] = [
+    [{"role": "user", "content": "Left?"}],
+    [{"role": "system", "content": "The facts are noted."}, {"role": "user", "content": "Right?"}],
+    "Once upon a time",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # The server draws only where the checkpoint says that it is meant for that; a temperature of 0 turns it off again.
+    return write_checkpoint(tmp_path_factory.mktemp("model"), do_sample=True)
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = "from transformers.cli.transformers import main; main()"
+    arguments = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", process)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def wait_for(health: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"the server ended with {process.returncode}: {process.communicate()[0].decode()}")
+        try:
+            with urllib.request.urlopen(health, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise AssertionError("the server did not become healthy")
+
+
+def sampled(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    command = ["sample", str(prompts), str(out), "--max_new_tokens", "8", "--keep_unfinished", "--overwrite"]
+    assert main([*command, *options]) == 0
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def test_greedy_candidates_of_the_server_are_those_of_the_local_model(folder: Path, url: str, tmp_path: Path) -> None:
+    greedy = ["--model", str(folder), "--temperature", "0", "--num_candidates", "1"]
+    local = sampled(tmp_path, *greedy)
+    assert len(local) == 3
+    served = sampled(tmp_path, *greedy, "--endpoint", url)
+    # The server leaves a special token in a text where a random model says one.
+    assert json.loads(json.dumps(served).replace("<|im_start|>", "")) == local
+
+
+def test_candidates_differ_and_come_again_with_their_seeds(folder: Path, url: str, tmp_path: Path) -> None:
+    options = ["--model", str(folder), "--endpoint", url, "--num_candidates", "3", "--concurrency", "1"]
+    first = sampled(tmp_path, *options)
+    assert sampled(tmp_path, *options) == first
+    assert len({json.dumps(row["completion"]) for row in first}) == len(first) > 6
+    assert sampled(tmp_path, *options, "--seed", "1") != first
+
+
+def test_a_model_that_the_server_does_not_have(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    assert main(["sample", str(prompts), str(tmp_path / "o.jsonl"), "--model", "other", "--endpoint", url]) == 2
+    assert "status 400: " in capsys.readouterr().err
