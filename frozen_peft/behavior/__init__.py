@@ -10,7 +10,7 @@ from frozen_peft.behavior.endpoint import EndpointError, EndpointSampler, RetryS
 from frozen_peft.behavior.filters import CandidateFilter, FilterError
 from frozen_peft.behavior.marks import DEFAULT_MARKS, Marks
 from frozen_peft.behavior.paraphrases import Paraphrases
-from frozen_peft.behavior.probes import Probe, ProbeKind, read_probes
+from frozen_peft.behavior.probes import CONDITIONS, Condition, Probe, ProbeKind, read_probes
 from frozen_peft.behavior.rows import Row, read_rows, whole_file
 from frozen_peft.behavior.sample_job import Sampler, SampleSummary, run_sample_job, work_file
 from frozen_peft.behavior.strip import QuotedInstructionError, restore_instructions, strip_instructions
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
         summarize,
     )
     from frozen_peft.behavior.probe_tables import MEASURES, probe_report, probe_table
-    from frozen_peft.behavior.probe_tokens import CONDITIONS, Condition
 
 __all__ = [
     "CONDITIONS",
@@ -90,8 +89,6 @@ __all__ = [
 
 # Imported at first use: torch, TRL and transformers take seconds, which `frozen-peft strip` need not wait for.
 _MODULES = {
-    "CONDITIONS": "probe_tokens",
-    "Condition": "probe_tokens",
     "DecisionMargin": "margins",
     "LocalSampler": "generation",
     "MEASURES": "probe_tables",

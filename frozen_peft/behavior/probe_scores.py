@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from frozen_peft.behavior.decision_scores import DecisionScore, DecisionScorer, Weights
 from frozen_peft.behavior.decision_tokens import stop_tokens
 from frozen_peft.behavior.intervals import Mean, Proportion, bootstrap_mean, wilson_proportion
-from frozen_peft.behavior.probe_tokens import CONDITIONS, Condition, ProbeDecisions, ProbeTokens, TokenizedDecision
-from frozen_peft.behavior.probes import KINDS, Probe, ProbeKind
+from frozen_peft.behavior.probe_tokens import ProbeDecisions, ProbeTokens, TokenizedDecision
+from frozen_peft.behavior.probes import CONDITIONS, KINDS, Condition, Probe, ProbeKind
 from frozen_peft.context.models import get_pretrained_model
 
 __all__ = ["ProbeScore", "ProbeScores", "ProbeSummary", "compare_probes", "score_probes", "summarize"]
@@ -150,7 +150,7 @@ def score_probes(
         model: A causal language model of transformers, or a `PeftModel` of one; its modes are left as they are.
         tokenizer: Its tokenizer, with a chat template where prompts are messages.
         probes: What to score.
-        condition: The context: `given`, `instructed`, `shuffled` or `empty`, see `probe_tokens`.
+        condition: The context: `given`, `instructed`, `shuffled` or `empty`, see `probes`.
         adapters: Whether a `PeftModel` is scored with its adapters, or as its base.
         seed: Decides who gets whose context in `shuffled`.
         batch_size: Decisions per forward.
@@ -188,7 +188,7 @@ def compare_probes(
             model, scored as the base.
         tokenizer: Its tokenizer, with a chat template where prompts are messages.
         probes: What to score.
-        conditions: The contexts, see `probe_tokens`.
+        conditions: The contexts, see `probes`.
         seed: Decides who gets whose context in `shuffled`.
         batch_size: Decisions per forward.
         prefill_chunk_size: Context tokens per prefill forward; 0: one forward.

@@ -1,22 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokens of probes: decisions as TRL prepares a completion for training, behind one context or another.
-
-Conditions say which context a decision is scored in:
-
-- `given`: the probe's prompt.
-- `instructed`: the prompt with the instructions that were stripped from it put back.
-- `shuffled`: the prompt of another probe of its kind. Which one is drawn as a derangement of the distinct prompts, so
-  none keeps its own.
-- `empty`: nothing but what the chat template puts before every assistant message, and the beginning of the sequence
-  where the tokenizer marks it.
-
-A decision keeps its tokens in the last two, whatever it stands behind.
-"""
+"""The tokens of probes: decisions as TRL prepares a completion for training, behind one context or another."""
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,13 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from frozen_peft.behavior.decision_tokens import decision_tokens, prompt_tokens, rendered_tokens
-from frozen_peft.behavior.probes import KINDS, Probe
+from frozen_peft.behavior.probes import CONDITIONS, KINDS, Condition, Probe
 from frozen_peft.behavior.strip import restore_instructions
 
-__all__ = ["CONDITIONS", "Condition", "ProbeDecisions", "ProbeTokens", "TokenizedDecision"]
+__all__ = ["ProbeDecisions", "ProbeTokens", "TokenizedDecision"]
 
-Condition = Literal["given", "instructed", "shuffled", "empty"]
-CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 # Stands before an empty conversation's decision while it is rendered: templates need a message to begin with.
 _ANY_MESSAGE = [{"role": "user", "content": "."}]
 

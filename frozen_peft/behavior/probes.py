@@ -1,5 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes: questions to a model of the form "which of these two decisions, in this context?"."""
+"""Probes: questions to a model of the form "which of these two decisions, in this context?".
+
+Conditions say which context a decision is scored in:
+
+- `given`: the probe's prompt.
+- `instructed`: the prompt with the instructions that were stripped from it put back.
+- `shuffled`: the prompt of another probe of its kind. Which one is drawn as a derangement of the distinct prompts, so
+  none keeps its own.
+- `empty`: nothing but what the chat template puts before every assistant message, and the beginning of the sequence
+  where the tokenizer marks it.
+
+A decision keeps its tokens in the last two, whatever it stands behind.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,10 +21,12 @@ from typing import Any, Literal, cast, get_args
 from frozen_peft.behavior.conversation import sample_problem
 from frozen_peft.behavior.rows import read_rows
 
-__all__ = ["KINDS", "Probe", "ProbeKind", "read_probes"]
+__all__ = ["CONDITIONS", "KINDS", "Condition", "Probe", "ProbeKind", "read_probes"]
 
 ProbeKind = Literal["target", "control"]
 KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
+Condition = Literal["given", "instructed", "shuffled", "empty"]
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 
 
 @dataclass(frozen=True)

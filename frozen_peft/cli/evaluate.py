@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from frozen_peft.behavior import CONDITIONS, compare_probes, load_model, probe_report, probe_table, read_probes
-from frozen_peft.behavior.rows import whole_file
+from frozen_peft.behavior import CONDITIONS, read_probes, whole_file
 from frozen_peft.cli.errors import reported
 
 __all__ = ["run"]
@@ -49,6 +48,10 @@ def run(arguments: Sequence[str]) -> None:
     with reported():
         _require_writable(options.output)
         probes = read_probes(options.probes, on_bad)
+    # After what is wrong with the probes is said: torch and transformers take seconds.
+    from frozen_peft.behavior import compare_probes, load_model, probe_report, probe_table
+
+    with reported():
         model, tokenizer = load_model(
             options.model,
             options.adapter,

@@ -2,6 +2,8 @@
 """`frozen-peft evaluate` on files: the table, the report, and what it refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,16 @@ def test_a_single_probe_has_no_interval_of_means() -> None:
     first = probe_table([result]).splitlines()[1]
     assert first.split()[:4] == ["control", "given", "base", "1"]
     assert first.endswith("-")
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from frozen_peft.cli import main\n"
+        "try: main(['evaluate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'trl'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
