@@ -144,9 +144,9 @@ class FrozenContextConfig(SFTConfig):
     loss_type: str = field(
         default="nll",
         metadata={
-            "help": "'nll': negative log-likelihood. 'dft': TRL's dynamic fine-tuning. 'distill': the model without "
-            "its instructions learns what the base model says with them, at the decision's tokens; rows have the "
-            "column `stripped`, and the model adapters.",
+            "help": "'nll': likelihood; 'dft': TRL's; 'distill': the model learns, without its instructions, what its "
+            "base says with them (fields `distill_...`). To distil, rows need the column `stripped`, and the model "
+            "adapters.",
             "choices": ["nll", "dft", "chunked_nll", "distill"],
         },
     )

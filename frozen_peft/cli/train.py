@@ -173,6 +173,8 @@ def make_parser() -> RecipeParser:
     ours = dataclasses.fields(FrozenContextConfig)
     # What SFTConfig lacks, then what it has with another default.
     own = [item.name for item in ours if item.name not in inherited]
+    # Of use to one loss only, whose help names them; `--help-all` has them.
+    own = [name for name in own if not name.startswith("distill_")]
     own += [item.name for item in ours if item.name in inherited and item.default != inherited[item.name].default]
     names = [[item.name for item in dataclasses.fields(group)] for group in groups]
     parser = RecipeParser(
