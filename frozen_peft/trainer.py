@@ -6,6 +6,7 @@ import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -57,17 +58,19 @@ from frozen_peft.model_setup import (
     require_whole_weights,
     settle_context_adapters,
 )
+from frozen_peft.resuming import ResumableTrainer
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
 from frozen_peft.sampling import GroupByContextSampler, make_sampler, require_groupable
 
 __all__ = ["FrozenContextTrainer"]
 
 
-class FrozenContextTrainer(SFTTrainer):
+class FrozenContextTrainer(ResumableTrainer):
     """`SFTTrainer` that encodes each sample's context without gradient and trains the decision behind it.
 
     Takes what `SFTTrainer` takes, in the same order; `args` may be a `FrozenContextConfig`, or a plain `SFTConfig` or
-    `TrainingArguments`, which is converted. Everything is inherited but these hooks, which add to the parent's:
+    `TrainingArguments`, which is converted. Everything is inherited but these hooks and those of `ResumableTrainer`,
+    which add to the parent's:
 
     - `compute_loss` and `prediction_step` turn a batch into a batch of decisions that carries its frozen context as
       `past_key_values`, and let TRL compute the loss, the metrics and the logits from that.
@@ -78,7 +81,8 @@ class FrozenContextTrainer(SFTTrainer):
     - `_prepare_dataset` cuts contexts where TRL would cut decisions, and checks every sample.
     - `_set_signature_columns_if_needed` keeps the teacher's columns with `loss_type="distill"`.
     - `log` adds what became of the contexts.
-    - `_save` adds what is known of an adapter's base, for merging.
+    - `_write_model` adds what is known of an adapter's base, for merging.
+    - `_forget_history` drops encoded contexts, which a run that goes on from a checkpoint does not have.
     - `_get_train_sampler` and `_run_epoch` order the samples with `group_by_context`.
 
     A sample without context is a plain SFT sample. With `gradient_horizon=-1` (tiers 1 and 3) nothing is frozen, and
@@ -290,9 +294,16 @@ class FrozenContextTrainer(SFTTrainer):
             self._metrics[self._mode][name] = [value]
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        save_base_record(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+    def _write_model(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
+        super()._write_model(folder, state_dict)
+        if self.args.should_save:
+            save_base_record(self.accelerator.unwrap_model(self.model), folder)
+
+    def _forget_history(self) -> None:
+        if self._freezes_context:
+            self._encoder.forget()
+        if self._distiller is not None:
+            self._distiller.forget()
 
     def _prepare_dataset(
         self,

@@ -29,6 +29,8 @@ ARROWS = {
     "model_setup": {"config", "context", "adapters"},
     # Of behaviour, what puts stripped instructions back.
     "distillation": {"batches", "behavior", "config", "context", "first_batch", "metrics"},
+    "checkpoints": set(),
+    "resuming": {"checkpoints"},
     "trainer": {
         "adapters",
         "batches",
@@ -39,6 +41,7 @@ ARROWS = {
         "gradient",
         "metrics",
         "model_setup",
+        "resuming",
         "samples",
         "sampling",
     },

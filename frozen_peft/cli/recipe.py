@@ -109,6 +109,10 @@ class RecipeParser(TrlParser):
         for name, text in texts.items():
             self._fields[name].help = text
 
+    def alias(self, option: str, name: str) -> None:
+        """Lets a field be given by another option on the command line, where a recipe uses its own name."""
+        self._option_string_actions[option] = self._fields[name]
+
     def error(self, message: str) -> Any:
         """Raises instead of printing a usage of several hundred lines."""
         raise ValueError(message)

@@ -15,6 +15,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 from frozen_peft.adapters import PRESETS, ROLES, lora_config, quantization_config
+from frozen_peft.checkpoints import checkpoint_to_resume
 from frozen_peft.cli.demo import DEMO_DIR
 from frozen_peft.cli.errors import reported
 from frozen_peft.cli.recipe import RecipeParser
@@ -151,8 +152,8 @@ def run(arguments: Sequence[str]) -> None:
     with reported(raised_in="frozen_peft"):
         _resolve_demo(model, data)
     with reported():
+        checkpoint = checkpoint_to_resume(_as_wanted(config.resume_from_checkpoint), config.output_dir)
         trainer = _build_trainer(model, data, adapter, config)
-    checkpoint = _checkpoint(config.resume_from_checkpoint)
     with reported(raised_in="frozen_peft"):
         # A run that goes on from a checkpoint has no loss before training to show.
         before = None if checkpoint else _evaluate(trainer, "eval_before")
@@ -197,8 +198,10 @@ def make_parser() -> RecipeParser:
     parser.describe(
         output_dir="Where adapter, checkpoints and metrics are written.",
         bf16="Compute in bfloat16; on by default where an accelerator does.",
-        resume_from_checkpoint="Checkpoint folder to go on from; true: the latest in `output_dir`.",
+        resume_from_checkpoint="Checkpoint folder to go on from; auto: the last whole one in `output_dir`, and anew "
+        "where there is none; true: the same, and an error where there is none. Also --resume.",
     )
+    parser.alias("--resume", "resume_from_checkpoint")
     return parser
 
 
@@ -299,8 +302,8 @@ def _evaluate(trainer: FrozenContextTrainer, name: str) -> float | None:
     return metrics["eval_loss"]
 
 
-def _checkpoint(value: str | None) -> str | bool | None:
-    """Reads `resume_from_checkpoint`: a folder, or true for the latest in `output_dir`."""
+def _as_wanted(value: str | None) -> str | bool | None:
+    """Reads `resume_from_checkpoint`: a folder, `auto`, true or false."""
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 

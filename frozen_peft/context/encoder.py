@@ -117,6 +117,12 @@ class ContextEncoder:
         if self.store is not None:
             self.store.read_ahead([_as_array(context) for context in contexts])
 
+    def forget(self) -> None:
+        """Drops what is kept of earlier steps, but for contexts in files that are good for ever."""
+        self._kept.clear()
+        if self.store is not None:
+            self.store.forget()
+
     def encode(self, contexts: Sequence[torch.Tensor], *, step: int = 0, stale: bool = True) -> FrozenContext:
         """Encodes contexts, or finds them.
 

@@ -236,6 +236,20 @@ class ContextStore:
             return cuts
         return (*cuts[:-1], places[length], cuts[-1])
 
+    def forget(self) -> None:
+        """Drops what another process that goes on from here would not find.
+
+        That is everything, or nothing where entries are in files and good for ever.
+        """
+        self.flush()
+        if self._disk is not None and not self._adapters:
+            return
+        self._keep_only(set())
+        self._current, self._readable = "", ()
+        self._origin.clear()
+        self._branches.clear()
+        self._copying.clear()
+
     def flush(self) -> None:
         """Waits until everything is written."""
         if self._disk is not None:

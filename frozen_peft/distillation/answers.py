@@ -95,6 +95,13 @@ class AnswerStore:
         if self._files is not None:
             self._files.write(*entry, own, {})
 
+    def forget(self) -> None:
+        """Drops the answers that are kept in memory alone; those in files are found again as they were."""
+        if self._files is None:
+            # `clear` would take them for answers that there is no room for.
+            for entry in list(self._memory):
+                del self._memory[entry]
+
     def _remember(self, entry: tuple[str, PrefixKey], answers: Answers | None) -> None:
         if answers is not None and _num_bytes(answers) <= self._memory.maxsize:
             self._memory[entry] = answers

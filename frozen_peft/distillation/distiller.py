@@ -81,6 +81,10 @@ class Distiller:
         """Announces the batches of an optimizer step."""
         self.teacher.expect([decision for batch in batches for decision in self._decisions(batch)])
 
+    def forget(self) -> None:
+        """Drops what is kept in memory alone of earlier steps."""
+        self.teacher.forget()
+
     def target(self, teachers: Sequence[Decision], labels: torch.Tensor, mode: Mode) -> Answers | None:
         """What the teacher says about each label that a batch predicts, row by row; None where there is none.
 

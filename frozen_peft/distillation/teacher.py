@@ -73,6 +73,11 @@ class Teacher:
         # Its contexts are those of every step: the base model does not learn.
         self._encoder.expect([decision.context for decision in missing if len(decision.context)])
 
+    def forget(self) -> None:
+        """Drops what is kept in memory alone of earlier steps."""
+        self._answers.forget()
+        self._encoder.forget()
+
     def answer(self, decisions: Sequence[Decision]) -> list[Answers]:
         """What the teacher says about the supervised tokens of each decision, in their order."""
         self._answers.open(self._model, self._divergence)

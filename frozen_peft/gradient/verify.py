@@ -97,9 +97,10 @@ def _hidden_and_gradient(
         hidden = decoder(input_ids=input_ids[None], position_ids=positions, use_cache=False).last_hidden_state
         direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
         loss = (hidden.float() * direction).sum()
-    if not loss.requires_grad:
-        return hidden, hidden.new_zeros(1)
-    gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        if not loss.requires_grad:
+            return hidden, hidden.new_zeros(1)
+        # Layers under activation checkpoints run again in here, without dropout as the first time.
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
     found = [gradient.flatten().float() for gradient in gradients if gradient is not None]
     return hidden.detach(), torch.cat(found)
 
