@@ -144,9 +144,9 @@ class FrozenContextConfig(SFTConfig):
     loss_type: str = field(
         default="nll",
         metadata={
-            "help": "'nll': likelihood; 'dft': TRL's; 'distill': the model learns, without its instructions, what its "
-            "base says with them (fields `distill_...`). To distil, rows need the column `stripped`, and the model "
-            "adapters.",
+            "help": "'nll': likelihood; 'dft': TRL's; 'distill': what the base says with instructions (`distill_...`)."
+            " There the model learns, without the instructions in its context, the distribution that its base has with "
+            "them; rows need the column `stripped`, and the model adapters.",
             "choices": ["nll", "dft", "chunked_nll", "distill"],
         },
     )
