@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from frozen_peft.adapters.activated import CANNOT_MERGE
 from frozen_peft.adapters.merge.checkpoint import find_folder, load_tensors, read_json
 from frozen_peft.adapters.merge.layout import change_layout, layout_of_keys, layout_of_model
+from frozen_peft.adapters.merge.patterns import require_quick_patterns
 from frozen_peft.adapters.merge.updates import AddVector, LowRank, Replacement, RowReplacement, Update
 from frozen_peft.adapters.roles import bypassed_modules
 
@@ -35,27 +36,48 @@ logger = logging.getLogger(__name__)
 
 _NAME = "default"
 _PREFIX = "base_model.model."
-_TEXTS = (list, str, type(None))
-# The fields that say what an adapter computes, with the types they may have.
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "r": (int,),
-    "lora_alpha": (int, float),
-    "target_modules": _TEXTS,
-    "exclude_modules": _TEXTS,
-    "target_parameters": (list, type(None)),
-    "modules_to_save": (list, type(None)),
-    "layers_to_transform": (list, int, type(None)),
-    "layers_pattern": _TEXTS,
-    "rank_pattern": (dict, type(None)),
-    "alpha_pattern": (dict, type(None)),
-    "trainable_token_indices": (list, dict, type(None)),
-    "fan_in_fan_out": (bool,),
-    "use_rslora": (bool,),
-    "use_dora": (bool,),
-    "lora_bias": (bool,),
-    "ensure_weight_tying": (bool,),
-    "bias": (str,),
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    """Checks for a value of just these types; a bool is no int."""
+    return lambda value: type(value) in kinds
+
+
+def _list_of(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) is list and all(type(item) in kinds for item in value)
+
+
+def _pattern_of(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) is dict and all(type(item) in kinds and item > 0 for item in value.values())
+
+
+def _tokens_by_module(value: Any) -> bool:
+    return type(value) is dict and all(map(_list_of(int), value.values()))
+
+
+_NONE, _TEXT, _FLAG, _TEXTS = _is(type(None)), _is(str), _is(bool), _list_of(str)
+# The fields that say what an adapter computes, with what they may be.
+_FIELDS: dict[str, tuple[Callable[[Any], bool], ...]] = {
+    "r": (_is(int),),
+    "lora_alpha": (_is(int, float),),
+    "target_modules": (_NONE, _TEXT, _TEXTS),
+    "exclude_modules": (_NONE, _TEXT, _TEXTS),
+    "target_parameters": (_NONE, _TEXTS),
+    "modules_to_save": (_NONE, _TEXTS),
+    "layers_to_transform": (_NONE, _is(int), _list_of(int)),
+    "layers_pattern": (_NONE, _TEXT, _TEXTS),
+    "rank_pattern": (_NONE, _pattern_of(int)),
+    "alpha_pattern": (_NONE, _pattern_of(int, float)),
+    "trainable_token_indices": (_NONE, _list_of(int), _tokens_by_module),
+    "fan_in_fan_out": (_FLAG,),
+    "use_rslora": (_FLAG,),
+    "use_dora": (_FLAG,),
+    "lora_bias": (_FLAG,),
+    "ensure_weight_tying": (_FLAG,),
+    "bias": (_TEXT,),
 }
+# What says where the base is.
+_BASE_FIELDS = dict.fromkeys(("base_model_name_or_path", "revision"), (_NONE, _TEXT))
 _NOT_MERGED = {
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
@@ -104,9 +126,9 @@ def open_adapter(name: str | Path, *, allow_pickle: bool = False, activated: boo
     config = read_json(path)
     if str(config.get("peft_type", "")).upper() != "LORA":
         raise ValueError(f"{path} has `peft_type` {config.get('peft_type')!r}; only LORA can be merged here.")
-    for field, allowed in _FIELDS.items():
+    for field, allowed in (_FIELDS | _BASE_FIELDS).items():
         value = config.get(field)
-        if field in config and (type(value) not in allowed or not _holds_scalars(value)):
+        if field in config and not any(check(value) for check in allowed):
             raise ValueError(f"{path} has {field!r}: {value!r}, which PEFT cannot read.")
     if config.get("alora_invocation_tokens") and not activated:
         raise ValueError(f"{folder}: {CANNOT_MERGE}")
@@ -146,6 +168,8 @@ def updates_of(adapter: AdapterFolder, make_model: Callable[[], PreTrainedModel]
     needed = layout_of_model(model)
     if needed is not None and layout_of_keys(tensors) != needed:
         config, tensors = change_layout(config, tensors, needed)
+    modules = (name for name, _ in model.named_modules())
+    require_quick_patterns(adapter.folder / "adapter_config.json", adapter.config, [*modules, *names])
     wrapped = _load(adapter.folder, model, _lora_config(adapter.folder, config), tensors)
     found: dict[str, Update] = {}
     for name, module in wrapped.named_modules():
@@ -194,7 +218,7 @@ def _load(folder: Path, model: PreTrainedModel, config: LoraConfig, tensors: dic
             result = set_peft_model_state_dict(wrapped, tensors, adapter_name=_NAME, low_cpu_mem_usage=True)
         except KeyError as error:
             raise ValueError(f"{folder} lacks the tensor {error} that its configuration asks for.") from error
-        except (ValueError, RuntimeError, TypeError, AttributeError, re.error) as error:
+        except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, re.error) as error:
             raise ValueError(
                 f"{folder} does not fit the base model: {error}\nThe base has to be the model that the adapter was "
                 "trained on, with the same vocabulary."
@@ -267,12 +291,3 @@ def _lora_updates(folder: Path, home: str, layer: LoraLayer) -> Iterator[tuple[s
         yield f"{home}.weight", LowRank(up, down, scale, magnitude)
     if layer.lora_bias[_NAME]:
         yield f"{home}.bias", AddVector(layer.lora_B[_NAME].bias.detach(), scale)
-
-
-def _holds_scalars(value: Any) -> bool:
-    """Whether a list or object of the configuration holds texts and numbers, or lists of numbers."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return all(
-        type(item) in (str, int, float) or (isinstance(item, list) and all(type(part) is int for part in item))
-        for item in items
-    )

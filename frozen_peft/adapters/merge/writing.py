@@ -22,7 +22,7 @@ from frozen_peft.adapters.merge.updates import Update
 
 __all__ = ["OutputShard", "OutputTensor", "write_shards"]
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
