@@ -145,7 +145,7 @@ class FrozenContextConfig(SFTConfig):
         default="nll",
         metadata={
             "help": "'nll': likelihood; 'dft': TRL's; 'distill': what the base says with instructions (`distill_...`)."
-            " There the model learns, without the instructions in its context, the distribution that its base has with "
+            " There the model learns, without the instructions in its context, the distribution its base has with "
             "them; rows need the column `stripped`, and the model adapters.",
             "choices": ["nll", "dft", "chunked_nll", "distill"],
         },
