@@ -144,9 +144,9 @@ class FrozenContextConfig(SFTConfig):
     loss_type: str = field(
         default="nll",
         metadata={
-            "help": "'nll': likelihood; 'dft': TRL's; 'distill': what the base says with instructions (`distill_...`)."
-            " There the model learns, without the instructions in its context, the distribution its base has with "
-            "them; rows need the column `stripped`, and the model adapters.",
+            "help": "'distill' learns what the base says with instructions. There the model learns, without the "
+            "instructions in its context, the distribution its base has with them, as the fields `distill_...` say; "
+            "rows need the column `stripped`, and the model adapters. 'nll' is the likelihood, 'dft' TRL's own.",
             "choices": ["nll", "dft", "chunked_nll", "distill"],
         },
     )

@@ -198,8 +198,8 @@ def make_parser() -> RecipeParser:
     parser.describe(
         output_dir="Where adapter, checkpoints and metrics are written.",
         bf16="Compute in bfloat16; on by default where an accelerator does.",
-        resume_from_checkpoint="Checkpoint folder to go on from; auto: the last whole one in `output_dir`, and anew "
-        "where there is none; true: the same, and an error where there is none. Also --resume.",
+        resume_from_checkpoint="Checkpoint folder to go on from; auto: the last whole one in `output_dir`, or anew; "
+        "true: the same, or an error. Also --resume.",
     )
     parser.alias("--resume", "resume_from_checkpoint")
     return parser
