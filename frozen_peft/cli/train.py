@@ -198,8 +198,8 @@ def make_parser() -> RecipeParser:
     parser.describe(
         output_dir="Where adapter, checkpoints and metrics are written.",
         bf16="Compute in bfloat16; on by default where an accelerator does.",
-        resume_from_checkpoint="Checkpoint folder to go on from; auto: the last whole one in `output_dir`, or anew; "
-        "true: the same, or an error. Also --resume.",
+        resume_from_checkpoint="Folder, or auto: the last whole checkpoint (also --resume). Auto starts anew where "
+        "`output_dir` has none; true is the same, and an error there.",
     )
     parser.alias("--resume", "resume_from_checkpoint")
     return parser
