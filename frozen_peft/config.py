@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -144,9 +144,9 @@ class FrozenContextConfig(SFTConfig):
     loss_type: str = field(
         default="nll",
         metadata={
-            "help": "'distill' learns what the base says with instructions. There the model learns, without the "
-            "instructions in its context, the distribution its base has with them, as the fields `distill_...` say; "
-            "rows need the column `stripped`, and the model adapters. 'nll' is the likelihood, 'dft' TRL's own.",
+            "help": "'nll': likelihood; 'dft': TRL's; 'distill': what the base says with instructions (`distill_...`)."
+            " There the model learns, without the instructions in its context, the distribution that its base has "
+            "with them; rows need the column `stripped`, and the model adapters.",
             "choices": ["nll", "dft", "chunked_nll", "distill"],
         },
     )
@@ -211,6 +211,10 @@ class FrozenContextConfig(SFTConfig):
         if self.group_by_context:
             self._check_grouping()
         self._check_distillation()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The trainer pickles this beside the weights, in `training_args.bin`, to be handed on with them.
+        return {**self.__dict__, "hub_token": None}
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> Self:

@@ -18,8 +18,12 @@ from trl import TrlParser
 
 __all__ = ["RecipeParser", "read_recipe"]
 
-# TrlParser's own field: environment variables for the run.
+# TrlParser's own field, which is refused here: environment variables for the run.
 _ENVIRONMENT_FIELD = "env"
+_MAX_DEPTH = 20
+_TEXT_TAG = "tag:yaml.org,2002:str"
+# Fields whose values no message shows.
+_SECRET = frozenset({"hub_token"})
 
 
 class RecipeParser(TrlParser):
@@ -75,7 +79,14 @@ class RecipeParser(TrlParser):
             option = token.partition("=")[0]
             if option.startswith("--") and option not in self._option_string_actions:
                 raise ValueError(self._unknown(option.removeprefix("--").replace("-", "_"), "command line"))
-        *instances, unused = self.parse_args_and_config([*recipe, *rest], return_remaining_strings=True)
+        try:
+            *instances, unused = self.parse_args_and_config([*recipe, *rest], return_remaining_strings=True)
+        except (TypeError, AttributeError, LookupError, ArithmeticError, ImportError, RecursionError) as error:
+            # What transformers and TRL do with a value of a kind that they do not expect.
+            kind = type(error).__name__
+            raise ValueError(
+                f"a field of {' '.join(recipe[1:]) or 'the command line'} is amiss: {kind}: {error}"
+            ) from error
         if unused:
             raise ValueError(
                 f"unexpected argument {unused[0]!r}: give at most one recipe, first, and then --field value"
@@ -122,11 +133,13 @@ class RecipeParser(TrlParser):
         for name, value in values.items():
             place = f"{path}, line {lines[name]}"
             if name == _ENVIRONMENT_FIELD:
-                continue
+                # It could have any library load code or write elsewhere.
+                raise ValueError(f"{place}: `{name}`: a recipe sets no environment variables; set them in the shell")
             if name not in self._fields:
                 raise ValueError(self._unknown(name, place))
             problem = _misfit(self._fields[name], value)
             if problem:
+                problem = "does not fit; its value is secret and not shown" if name in _SECRET else problem
                 raise ValueError(f"{place}: `{name}` {problem}")
 
     def _unknown(self, name: str, place: str) -> str:
@@ -150,22 +163,46 @@ def read_recipe(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no recipe {path}")
-    text = Path(path).read_text(encoding="utf-8")
     try:
+        text = Path(path).read_text(encoding="utf-8")
+        _refuse_bombs(path, text)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ValueError(f"{path}, line {line}: not valid YAML: {error.problem}") from error
+    except _RefusedError:
+        raise
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        # Characters that YAML does not allow, bytes that are not UTF-8, dates that no calendar has.
+        raise ValueError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict) or not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path}: a recipe is a mapping of fields to values, got {type(values).__name__}")
     lines: dict[str, int] = {}
     for key, _ in root.value:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode) or key.tag != _TEXT_TAG:
+            raise ValueError(f"{path}, line {line}: a field's name is text, got {str(key.value)[:60]!r}")
         if key.value in lines:
             raise ValueError(f"{path}, line {line}: `{key.value}` is already given on line {lines[key.value]}")
         lines[key.value] = line
-    return {str(name): value for name, value in values.items()}, lines
+    return values, lines
+
+
+def _refuse_bombs(path: str | Path, text: str) -> None:
+    """Refuses what a few lines of, written out, fill any memory or stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        place = f"{path}, line {event.start_mark.line + 1}"
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise _RefusedError(f"{place}: `*{event.anchor}`: a recipe has no aliases; write the value out")
+        if depth > _MAX_DEPTH:
+            raise _RefusedError(f"{place}: more than {_MAX_DEPTH} lists or mappings within each other")
+
+
+class _RefusedError(ValueError):
+    """What is said already as the user should read it."""
 
 
 def _misfit(action: argparse.Action, value: Any) -> str | None:
