@@ -28,6 +28,8 @@ __all__ = ["AdapterArguments", "DataArguments", "ModelArguments", "make_parser",
 # As a model or dataset name: the demo's own, built on first use.
 DEMO_NAME = "demo"
 
+_PICKLES = frozenset({"pytorch_model.bin", "adapter_model.bin"})
+
 # The inherited fields that most runs set. `--help` shows these, `--help-all` the other hundred too.
 _COMMON_TRAINING_FIELDS = (
     "output_dir",
@@ -80,6 +82,9 @@ class ModelArguments:
             "help": "Quantize the base to 4 bit (NF4, double quantization) and keep small, sensitive projections in "
             "16 bit."
         },
+    )
+    allow_pickle: bool = field(
+        default=False, metadata={"help": "Read weights that are pickles (tensors only, no code is run)."}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention implementation of transformers, such as `flash_attention_2`."}
@@ -153,6 +158,9 @@ def run(arguments: Sequence[str]) -> None:
         _resolve_demo(model, data)
     with reported():
         checkpoint = checkpoint_to_resume(_as_wanted(config.resume_from_checkpoint), config.output_dir)
+        for folder in (model.model_name_or_path, checkpoint):
+            if folder is not None and not model.allow_pickle:
+                _require_no_pickle(Path(folder))
         trainer = _build_trainer(model, data, adapter, config)
     with reported(raised_in="frozen_peft"):
         # A run that goes on from a checkpoint has no loss before training to show.
@@ -185,7 +193,7 @@ def make_parser() -> RecipeParser:
         "field on the command line wins over the recipe.",
         sections={
             "frozen context": own,
-            "model": names[0],
+            "model": [name for name in names[0] if name != "allow_pickle"],  # its error names it
             "data": names[1],
             "adapters": names[2],
             "training": [name for name in _COMMON_TRAINING_FIELDS if name not in own],
@@ -216,6 +224,18 @@ def _require(model: ModelArguments, data: DataArguments) -> None:
         raise ValueError("`dataset_streaming` has no use with `dataset_name: demo`, a small local file")
 
 
+def _require_no_pickle(folder: Path) -> None:
+    """Refuses a folder whose weights are pickles alone."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = [path for path in sorted(folder.glob("*.bin")) if path.name in _PICKLES or "-of-" in path.name]
+    if pickles:
+        raise ValueError(
+            f"{pickles[0]} is a pickle, which can hold code, without safetensors beside it. Convert it, or set "
+            "`allow_pickle: true`: tensors alone are read from it then."
+        )
+
+
 def _resolve_demo(model: ModelArguments, data: DataArguments) -> None:
     """Puts the paths of the demo's model and data where its name stands."""
     if DEMO_NAME not in (model.model_name_or_path, data.dataset_name, data.eval_dataset_name):
@@ -244,6 +264,8 @@ def _build_trainer(
     config.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
+        # None: safetensors where there are any.
+        "use_safetensors": None if model.allow_pickle else True,
         "dtype": model.dtype or ("auto" if adapter.use_peft else "float32"),
         **given,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ from frozen_peft import FrozenContextConfig
 from frozen_peft.cli import main
 from frozen_peft.cli.recipe import read_recipe
 from frozen_peft.cli.train import make_parser
+from tests.tiny_models import tiny_model
+from tests.trainer.runs import word_tokenizer
 
 FIELDS = sorted(make_parser()._fields)
 SECRET = "hf_abcdefghij"
@@ -142,3 +145,45 @@ def test_code_beside_a_dataset_is_not_run(tmp_path: Path, capsys: pytest.Capture
         assert main(["train", *arguments, "--output_dir", str(tmp_path / "out")]) == 2
     assert not (tmp_path / "touched").exists()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "adapter_model.bin"])
+@pytest.mark.parametrize("field", ["model_name_or_path", "resume"])
+def test_weights_that_are_pickles_are_refused(
+    name: str, field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / name).write_bytes(b"cos\nmkdir\n(V" + str(tmp_path / "touched").encode() + b"\ntR.")
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    fields = {"model_name_or_path": str(tmp_path), "dataset_name": "rows.jsonl"} | {field: str(folder)}
+    arguments = [argument for key, value in fields.items() for argument in (f"--{key}", value)]
+    assert main(["train", *arguments, "--output_dir", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert f"{folder / name} is a pickle" in message
+    assert "`allow_pickle: true`" in message
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_pickled_base_needs_the_flag(allowed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, samples = tmp_path / "base", tmp_path / "rows.jsonl"
+    model = tiny_model("llama")
+    model.save_pretrained(base)
+    word_tokenizer().save_pretrained(base)
+    (base / "model.safetensors").unlink()
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    samples.write_text('{"prompt": "w1 w2 w3", "completion": " w4 w5"}\n' * 2)
+    arguments = [
+        "--model_name_or_path",
+        str(base),
+        "--dataset_name",
+        str(samples),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    arguments += ["--max_steps", "1", "--report_to", "none", "--save_strategy", "no"]
+    arguments += ["--allow_pickle", "true"] if allowed else []
+    assert main(["train", *arguments]) == (0 if allowed else 2)
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file() == allowed
