@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from frozen_peft import FrozenContextTrainer
+from tests.distillation.pairs import as_dataset as pairs_as_dataset
+from tests.distillation.pairs import pairs
 from tests.reference import IGNORED, Sample
 from tests.tiny_models import tiny_model
 from tests.trainer.runs import Run, as_dataset, config, equal, fresh_lora, samples, train
+from tests.trainer.test_activated import ROWS as INVOKED
 
 ROWS = samples()
 SAVING = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2}
@@ -39,16 +42,37 @@ CASES = {
     "warmup": ({"lr_scheduler_type": "cosine", "warmup_steps": 2, "context_cache_size": "1GiB"}, SHARED),
     "stale": (STALE, SHARED),
     "stale, few kept": ({**STALE, "context_cache_size": "200KiB"}, SHARED),
+    "encoded by the base": (
+        {
+            "context_adapters": False,
+            "train_sampling_strategy": "random",
+            "context_cache_size": "1GiB",
+            "save_steps": 3,
+            "max_steps": 8,
+        },
+        INVOKED,
+    ),
+    "distilled": (
+        {
+            "loss_type": "distill",
+            "train_sampling_strategy": "random",
+            "context_cache_size": "1GiB",
+            "save_steps": 3,
+            "max_steps": 8,
+        },
+        pairs(),
+    ),
     "stretches": ({"tier": 1, "sequence_chunk_size": 32}, ROWS),
     "evaluated": ({"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, ROWS[:4]),
 }
 
 
-def run(folder: Path, fields: dict[str, Any], rows: list[Sample], resume: Path | None = None) -> Run:
+def run(folder: Path, fields: dict[str, Any], rows: list[Any], resume: Path | None = None) -> Run:
     held_out = {"eval_dataset": as_dataset(ROWS[:2])} if "eval_strategy" in fields else {}
     arguments = config(folder, **({"max_steps": 5} | SAVING | fields))
+    dataset = pairs_as_dataset(rows) if "loss_type" in fields else as_dataset(rows)
     model = fresh_lora(tiny_model("qwen3_5_text"), lora_dropout=0.2)
-    return train(FrozenContextTrainer, model, arguments, as_dataset(rows), resume=resume and str(resume), **held_out)
+    return train(FrozenContextTrainer, model, arguments, dataset, resume=resume and str(resume), **held_out)
 
 
 @pytest.mark.parametrize("case", CASES)
