@@ -121,7 +121,7 @@ def open_adapter(name: str | Path, *, allow_pickle: bool = False, activated: boo
         ValueError: It is no whole LoRA adapter, or of a kind that has no exact merged weights; the message says which.
         FileNotFoundError: There is no such folder.
     """
-    folder = find_folder(name, what="the adapter")
+    folder = find_folder(name, what="the adapter", allow_pickle=allow_pickle)
     path = folder / "adapter_config.json"
     config = read_json(path)
     if str(config.get("peft_type", "")).upper() != "LORA":

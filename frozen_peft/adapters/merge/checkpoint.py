@@ -30,6 +30,17 @@ ALLOW_PICKLE = (
     "which reads tensors only (`torch.load(weights_only=True)`)"
 )
 _COPY_BYTES = 1 << 22
+_HUB_FILES = (
+    "model*.safetensors",
+    "adapter_model.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.py",
+    "LICENSE*",
+)
+_HUB_PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 
 
 class Shard(Protocol):
@@ -166,8 +177,16 @@ class Checkpoint:
         return next(shard for shard in self.shards if name in shard.tensors)
 
 
-def find_folder(name_or_path: str | Path, revision: str | None = None, *, what: str = "the base model") -> Path:
+def find_folder(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    *,
+    what: str = "the base model",
+    allow_pickle: bool = False,
+) -> Path:
     """The folder of a model or an adapter; one of the hub is downloaded, or found in the hub's cache.
+
+    Of the hub's files only those are downloaded that a merge reads or copies: not the same weights in other forms.
 
     Raises:
         FileNotFoundError: There is no such folder, and the hub has none or cannot be asked.
@@ -180,8 +199,9 @@ def find_folder(name_or_path: str | Path, revision: str | None = None, *, what: 
         raise FileNotFoundError(f"{what}: there is no folder {name_or_path} (looked in {Path.cwd()})")
     from huggingface_hub import snapshot_download
 
+    patterns = [*_HUB_FILES, *(_HUB_PICKLES if allow_pickle else ())]
     try:
-        return Path(snapshot_download(str(name_or_path), revision=revision))
+        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{what}: {name_or_path!r} is no folder, and the hub gives none: {error}") from error
 

@@ -257,7 +257,7 @@ def _open_base(
         if len(named) != 1 or not isinstance(name := next(iter(named)), str) or not name:
             raise ValueError(f"The adapters name {sorted(map(str, named))} as base models; say which with `base`.")
         base, revision = name, revision or adapters[0].config.get("revision")
-    folder = find_folder(base, revision)
+    folder = find_folder(base, revision, allow_pickle=allow_pickle)
     checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What cannot be merged: an error that says why, and nothing written."""
 
+import fnmatch
 import json
 import os
 import shutil
@@ -233,6 +234,23 @@ def test_an_output_that_holds_something_is_left_alone(made, tmp_path: Path) -> N
 def test_an_output_in_no_folder_is_refused(made, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no folder"):
         merge_adapter(made[1], tmp_path / "no" / "merged", made[0], verify=False)
+
+
+@pytest.mark.parametrize("allow_pickle", [False, True])
+def test_of_the_hub_only_what_is_merged_is_downloaded(allow_pickle: bool, made, tmp_path: Path, monkeypatch) -> None:
+    def download(name: str, *, revision: str, allow_patterns: list[str]) -> str:
+        assert (name, revision) == ("someone/base", "v2")
+        files = ["model-00001-of-00004.safetensors", INDEX, "config.json", "chat_template.jinja", "pytorch_model.bin"]
+        files += ["consolidated.safetensors", "model.gguf", "original/weights.pth"]
+        kept = [file for file in files if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns)]
+        assert kept == files[: 5 if allow_pickle else 4]
+        return str(made[0])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    report = merge_adapter(
+        made[1], tmp_path / "merged", "someone/base", revision="v2", verify=False, allow_pickle=allow_pickle
+    )
+    assert report["base"] == "someone/base"
 
 
 def test_a_hub_id_that_cannot_be_had_is_named(made, tmp_path: Path) -> None:
