@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from frozen_peft import merge_adapter
-from tests.adapters.merge.cases import CASES, Case, everything, lora, preset, save_case
-from tests.tiny_models import tiny_model
+from tests.adapters.merge.cases import CASES, EXPERTS, Case, everything, lora, preset, save_case
+from tests.tiny_models import VOCAB_SIZE, make_every_state_matter, tiny_model
 
 SCRIPT = Path(__file__).with_name("plain_logits.py")
 QUICK = (
@@ -165,3 +166,50 @@ def test_a_16_bit_base_is_updated_in_float32(tmp_path: Path) -> None:
             expected = (base[name].float() + 2.0 * (up @ down)).bfloat16()
             assert not torch.equal(expected, base[name])
         assert torch.equal(tensor, expected), name
+
+
+def other_models() -> dict[str, PreTrainedModel]:
+    """Architectures of the role table that `tiny_models` does not build: a sparse LFM2, and the sparse wrapper."""
+    common = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_hidden_layers": 2}
+    lfm2 = {"intermediate_size": 48, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
+    text = {
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "shared_expert_intermediate_size": 24,
+        "tie_word_embeddings": False,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    wrapper = transformers.Qwen3_5MoeConfig(
+        text_config={**common, **experts, **text},
+        vision_config={**vision, "num_position_embeddings": 16},
+        tie_word_embeddings=False,
+    )
+    models = {
+        "lfm2_moe": transformers.Lfm2MoeForCausalLM(transformers.Lfm2MoeConfig(**common, **experts, **lfm2)),
+        "qwen3_5_moe": transformers.Qwen3_5MoeForConditionalGeneration(wrapper),
+    }
+    for model in models.values():
+        make_every_state_matter(model)
+    return models
+
+
+@pytest.mark.parametrize("name", ["lfm2_moe", "qwen3_5_moe"])
+@pytest.mark.parametrize("with_experts", [False, True])
+def test_sparse_relatives_merge(name: str, with_experts: bool, tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = other_models()[name].eval()
+    model.save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    adapt = lora(**EXPERTS) if with_experts else preset()
+    adapt(model).save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base", verify=False)
+    without, wanted = unmerged_logits(tmp_path / "base", tmp_path / "adapter", type(model))
+    with torch.no_grad():
+        found = type(model).from_pretrained(tmp_path / "merged").eval()(input_ids=IDS, use_cache=False).logits
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (without - wanted).abs().max() > 0.02 * wanted.abs().max()
