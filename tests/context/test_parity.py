@@ -192,30 +192,35 @@ def test_adapters_that_would_act_on_a_context_encoded_without_them_are_refused()
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_frozen_context_serves_decisions_in_any_order_and_never_changes(name: str) -> None:
-    model = _model(name, checkpointing=True)
+    """In float64: after 65 tokens in chunks of 7, float32's rounding alone is 1.1e-5 on some processors."""
+    model, plain = (to_double(_model(name, checkpointing=checkpointing)) for checkpointing in (True, False))
     base = random_sample(65, 2)
     decisions = [
         Sample(torch.cat([base.context, part.input_ids]), torch.cat([torch.full((65,), IGNORED), part.labels]))
         for part in (random_sample(0, length, seed=length) for length in (9, 5, 17))
     ]
-    frozen = encode(model, [base], chunk_size=7)
-    before = fingerprint(frozen, name)
-    num_bytes = frozen.num_bytes
-    assert before
     results: dict[int, list] = {0: [], 1: [], 2: []}
-    for index in (0, 1, 2, 1, 0, 2, 2):
-        samples = [decisions[index]]
-        outcome = frozen_logprobs(model, samples, frozen), frozen_gradients(model, samples, frozen)
-        results[index].append(outcome)
-    assert fingerprint(frozen, name) == before
-    assert frozen.num_bytes == num_bytes
+    with double_precision(model):
+        frozen = encode(model, [base], chunk_size=7)
+        before = fingerprint(frozen, name)
+        num_bytes = frozen.num_bytes
+        assert before
+        for index in (0, 1, 2, 1, 0, 2, 2):
+            samples = [decisions[index]]
+            outcome = frozen_logprobs(model, samples, frozen), frozen_gradients(model, samples, frozen)
+            results[index].append(outcome)
+        assert fingerprint(frozen, name) == before
+        assert frozen.num_bytes == num_bytes
     for index, outcomes in results.items():
-        logprobs, gradients = _reference(name, (decisions[index],))
+        sample = decisions[index]
+        with double_precision(plain):
+            logprobs = reference_logprobs(plain, sample.input_ids, sample.boundary)
+            gradients = reference_gradients(plain, [sample])
         for outcome in outcomes:
             assert torch.equal(outcome[0], outcomes[0][0])
             assert all(torch.equal(outcome[1][key], value) for key, value in outcomes[0][1].items())
-        assert relative_error(outcomes[0][0], logprobs) <= TOLERANCE
-        assert worst_gradient_error(outcomes[0][1], gradients) <= TOLERANCE
+        assert relative_error(outcomes[0][0], logprobs) <= DOUBLE_TOLERANCE
+        assert worst_gradient_error(outcomes[0][1], gradients) <= DOUBLE_TOLERANCE
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
