@@ -19,7 +19,7 @@ demo: $(STAMP)  ## Train a tiny hybrid on real text, then its responses over fro
 
 test: check  ## Lint, then every test that needs no accelerator
 	@echo "== tests"
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not benchmark" -n $(WORKERS) --durations 10
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not benchmark and not long" -n $(WORKERS) --durations 10
 	@echo "== costs"
 	$(TEST_ENV) $(BIN)/python -m pytest -m "benchmark and not long"
 
@@ -39,8 +39,8 @@ format: $(STAMP)  ## Apply ruff's formatting and safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## Costs against SFTTrainer, held and written to docs/benchmarks
-	$(TEST_ENV) $(BIN)/python -m pytest -m "benchmark and long"
+bench: $(STAMP)  ## What takes too long for every change: tests, and costs against SFTTrainer, written to docs/benchmarks
+	$(TEST_ENV) $(BIN)/python -m pytest -m "long"
 	$(BIN)/python -m tests.benchmarks
 
 clean:  ## Remove the environment, caches and outputs

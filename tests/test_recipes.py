@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from frozen_peft.behavior import strip_instructions
+from frozen_peft.behavior.rows import dump_row
 from frozen_peft.cli import main
 from frozen_peft.cli.recipe import read_recipe
 from frozen_peft.cli.train import make_parser
-from frozen_peft.demo.tokenizer import train_tokenizer
+from tests.documentation.tokenizer import train_tokenizer
 from tests.tiny_models import tiny_model
 
 RECIPE_DIR = Path(__file__).parent.parent / "recipes"
@@ -55,12 +57,13 @@ def test_recipe_header_gives_command_hardware_and_expectation(path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """A tiny hybrid with a tokenizer, and samples with contexts of some hundred tokens."""
+    """A tiny hybrid with a tokenizer, and stripped samples with contexts of some hundred tokens."""
     folder = tmp_path_factory.mktemp("assets")
     rows = [
         {
             "prompt": [
                 {"role": "system", "content": " ".join(f"entry {number * 7 % 31}" for number in range(20 + row))},
+                {"role": "system", "content": "<instruction>be brief</instruction>"},
                 {"role": "user", "content": f"what is {row}?"},
             ],
             "completion": [{"role": "assistant", "content": f"entry {row} of many"}],
@@ -72,7 +75,7 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     samples = folder / "samples.jsonl"
-    samples.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    samples.write_text("".join(dump_row(strip_instructions(row)) for row in rows), encoding="utf-8")
     return str(folder / "model"), str(samples)
 
 

@@ -134,7 +134,7 @@ class _Decisions:
 def score_probes(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    probes: Sequence[Probe],
+    probes: Sequence[Probe] | ProbeTokens,
     condition: Condition = "given",
     *,
     adapters: bool = True,
@@ -149,7 +149,7 @@ def score_probes(
     Args:
         model: A causal language model of transformers, or a `PeftModel` of one; its modes are left as they are.
         tokenizer: Its tokenizer, with a chat template where prompts are messages.
-        probes: What to score.
+        probes: What to score; tokenized ones where several models with one tokenizer are scored.
         condition: The context: `given`, `instructed`, `shuffled` or `empty`, see `probes`.
         adapters: Whether a `PeftModel` is scored with its adapters, or as its base.
         seed: Decides who gets whose context in `shuffled`.
@@ -162,8 +162,8 @@ def score_probes(
         UnsupportedArchitectureError: The model has no cache to continue from.
     """
     weights: Weights = "adapted" if adapters and isinstance(model, PeftModel) else "base"
-    scorer = _scorer(model, tokenizer, probes, batch_size, prefill_chunk_size)
-    tokens = ProbeTokens(tokenizer, probes)
+    tokens = probes if isinstance(probes, ProbeTokens) else ProbeTokens(tokenizer, probes)
+    scorer = _scorer(model, tokenizer, tokens.probes, batch_size, prefill_chunk_size)
     (scores,) = _score(scorer, tokens, [condition], [weights], seed)
     if not scores.scores:
         raise ValueError(f"no probe can be scored. {' '.join(scores.notes)}")
@@ -173,7 +173,7 @@ def score_probes(
 def compare_probes(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    probes: Sequence[Probe],
+    probes: Sequence[Probe] | ProbeTokens,
     conditions: Sequence[Condition] = CONDITIONS,
     *,
     seed: int = 0,
@@ -187,7 +187,7 @@ def compare_probes(
         model: A `PeftModel`, scored as its base and with its adapters, control probes also by their KL; or a plain
             model, scored as the base.
         tokenizer: Its tokenizer, with a chat template where prompts are messages.
-        probes: What to score.
+        probes: What to score; tokenized ones where several models with one tokenizer are scored.
         conditions: The contexts, see `probes`.
         seed: Decides who gets whose context in `shuffled`.
         batch_size: Decisions per forward.
@@ -204,8 +204,8 @@ def compare_probes(
         UnsupportedArchitectureError: The model has no cache to continue from.
     """
     weights: list[Weights] = ["base", "adapted"] if isinstance(model, PeftModel) else ["base"]
-    scorer = _scorer(model, tokenizer, probes, batch_size, prefill_chunk_size)
-    tokens = ProbeTokens(tokenizer, probes, on_bad)
+    tokens = probes if isinstance(probes, ProbeTokens) else ProbeTokens(tokenizer, probes, on_bad)
+    scorer = _scorer(model, tokenizer, tokens.probes, batch_size, prefill_chunk_size)
     results = _score(scorer, tokens, list(dict.fromkeys(conditions)), weights, seed)
     if not any(result.scores for result in results):
         raise ValueError(f"no probe can be scored. {' '.join(tokens.notes)}")

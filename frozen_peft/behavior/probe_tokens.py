@@ -65,6 +65,7 @@ class ProbeTokens:
             an error.
 
     Attributes:
+        tokenizer: The model's.
         probes: Those that can be scored.
         notes: What a reader of the results should know.
 
@@ -78,7 +79,7 @@ class ProbeTokens:
         probes: Sequence[Probe],
         on_bad: Callable[[str], None] | None = None,
     ):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._prompts: dict[bytes, torch.Tensor] = {}
         self._num_diverging = 0
         self.notes: list[str] = []
@@ -158,10 +159,10 @@ class ProbeTokens:
         prompt, probe = decisions.preferred.prompt, decisions.probe
         start = len(prompt)
         if not isinstance(probe.prompt, str):
-            without = rendered_tokens(self._tokenizer, probe, probe.prompt or _ANY_MESSAGE)
+            without = rendered_tokens(self.tokenizer, probe, probe.prompt or _ANY_MESSAGE)
             start = common_prefix_length(without, prompt.tolist())
         header = prompt[start:]
-        bos = self._tokenizer.bos_token_id
+        bos = self.tokenizer.bos_token_id
         if bos is not None and len(prompt) and int(prompt[0]) == bos and start:
             header = torch.cat([prompt[:1], header])
         return self._shared(header)
@@ -186,15 +187,15 @@ class ProbeTokens:
         return made
 
     def _decision(self, probe: Probe, name: str, text: str) -> TokenizedDecision:
-        if not self._tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if not self.tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise ValueError(f"{probe.place}: `{name}` is {text!r}, which tokenizes to nothing")
         prompt = _ANY_MESSAGE if probe.prompt == [] else probe.prompt
         try:
-            before, decision = decision_tokens(self._tokenizer, probe, prompt, text)
+            before, decision = decision_tokens(self.tokenizer, probe, prompt, text)
         except ValueError as error:
             raise ValueError(f"{error} (`{name}`)") from error
         if name == "preferred" and before:
-            self._num_diverging += len(before) < len(prompt_tokens(self._tokenizer, probe, prompt))
+            self._num_diverging += len(before) < len(prompt_tokens(self.tokenizer, probe, prompt))
         return TokenizedDecision(self._shared(torch.tensor(before, dtype=torch.long)), torch.tensor(decision))
 
     def _shared(self, tokens: torch.Tensor) -> torch.Tensor:

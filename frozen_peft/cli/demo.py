@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`frozen-peft demo`: the main job on the embedded tiny model."""
+"""`frozen-peft demo`: from an instruction in the context to a disposition in the weights, on a tiny model."""
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from frozen_peft.cli.errors import reported
 
 __all__ = ["DEMO_DIR", "run"]
 
-# Where `demo` as a model or dataset name is built and looked for.
+# Where the demo writes, and where `demo` as a dataset's name is looked for.
 DEMO_DIR = Path("outputs/demo")
 
 
@@ -24,15 +25,24 @@ def run(arguments: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="frozen-peft demo",
-        description="Trains a tiny hybrid model from scratch on the standard library's documentation, then its "
-        "adapters with frozen contexts, and prints the held-out loss before and after, with the right contexts and "
-        "with shuffled ones.",
+        description="A tiny hybrid model accepts directions where its context tells it to, and suggests something "
+        "else where it does not. The demo strips the instruction from conversations, trains the three tiers on them, "
+        "and measures whether the model now accepts directions untold and still answers questions from its context.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--output_dir", type=Path, default=DEMO_DIR, help="where everything is written")
-    parser.add_argument("--seed", type=int, default=0, help="decides weights, data order and splits")
+    parser.add_argument("--output", type=Path, default=DEMO_DIR, help="where everything is written, demo.json too")
+    parser.add_argument("--seed", type=int, default=0, help="decides adapters, samples and their order")
+    parser.add_argument("--files-only", action="store_true", help="write conversations and probes, and train nothing")
     options = parser.parse_args(arguments)
-    from frozen_peft.demo import run_demo
+    from frozen_peft.demo import DemoData, write_demo_files
 
+    data = DemoData(seed=options.seed)
     with reported(raised_in="frozen_peft"):
-        run_demo(options.output_dir, options.seed)
+        if options.files_only:
+            files = write_demo_files(options.output, data)
+            print("\n".join(str(getattr(files, item.name)) for item in fields(files)))
+            return
+        from frozen_peft.demo.job import DemoSettings, run_demo
+
+        run_demo(options.output, DemoSettings(data=data, seed=options.seed))

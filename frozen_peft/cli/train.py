@@ -3,7 +3,6 @@
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +24,9 @@ from frozen_peft.trainer import FrozenContextTrainer
 
 __all__ = ["AdapterArguments", "DataArguments", "ModelArguments", "make_parser", "run"]
 
-# As a model or dataset name: the demo's own, built on first use.
+# As a model's name: the one that the package ships. As a dataset's: the demo's, written on first use.
 DEMO_NAME = "demo"
+DEMO_SHORT_NAME = "demo-short"
 
 _PICKLES = frozenset({"pytorch_model.bin", "adapter_model.bin"})
 
@@ -63,9 +63,7 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={
-            "help": "Hub id or folder of the base model; `demo`: the demo's own tiny hybrid, trained on first use."
-        },
+        metadata={"help": "Hub id or folder of the base model; `demo`: the tiny hybrid that the package ships."},
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the hub."})
     dtype: str | None = field(
@@ -98,8 +96,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Training samples: a .jsonl, .json or .parquet file, a hub id, or `demo`: questions about the "
-            "standard library's documentation."
+            "help": "Training samples: a .jsonl, .json or .parquet file, a hub id, or the demo's conversations: "
+            "`demo`, `demo-short`."
         },
     )
     eval_dataset_name: str | None = field(
@@ -149,8 +147,6 @@ def run(arguments: Sequence[str]) -> None:
     if not arguments or set(arguments) & {"-h", "--help", "--help-all"}:
         print(parser.help(every_field="--help-all" in arguments))
         return
-    # trl 1.16 itself sets this field, whose new name is `activation_checkpointing`; a user cannot heed the warning.
-    warnings.filterwarnings("ignore", r"`gradient_checkpointing\w*` is deprecated", FutureWarning)
     with reported():
         model, data, adapter, config = parser.parse(arguments)
         _require(model, data)
@@ -220,8 +216,10 @@ def _require(model: ModelArguments, data: DataArguments) -> None:
     ):
         if value is None:
             raise ValueError(f"`{name}` is needed, in the recipe or as --{name}")
-    if data.dataset_name == DEMO_NAME and data.dataset_streaming:
-        raise ValueError("`dataset_streaming` has no use with `dataset_name: demo`, a small local file")
+    if data.dataset_name in (DEMO_NAME, DEMO_SHORT_NAME) and data.dataset_streaming:
+        raise ValueError(
+            f"`dataset_streaming` has no use with `dataset_name: {data.dataset_name}`, a small local file"
+        )
 
 
 def _require_no_pickle(folder: Path) -> None:
@@ -237,18 +235,19 @@ def _require_no_pickle(folder: Path) -> None:
 
 
 def _resolve_demo(model: ModelArguments, data: DataArguments) -> None:
-    """Puts the paths of the demo's model and data where its name stands."""
-    if DEMO_NAME not in (model.model_name_or_path, data.dataset_name, data.eval_dataset_name):
-        return
-    from frozen_peft.demo import ensure_demo_assets
+    """Puts the paths of the demo's model and data where its names stand."""
+    from frozen_peft.demo import CHECKPOINT, write_demo_files
 
-    assets = ensure_demo_assets(DEMO_DIR)
     if model.model_name_or_path == DEMO_NAME:
-        model.model_name_or_path = str(assets.model_dir)
-    if data.eval_dataset_name == DEMO_NAME or (data.dataset_name == DEMO_NAME and data.eval_dataset_name is None):
-        data.eval_dataset_name = str(assets.test_file)
-    if data.dataset_name == DEMO_NAME:
-        data.dataset_name = str(assets.train_file)
+        model.model_name_or_path = str(CHECKPOINT)
+    names = {DEMO_NAME: "stripped", DEMO_SHORT_NAME: "short"}
+    if not {data.dataset_name, data.eval_dataset_name} & set(names):
+        return
+    files = write_demo_files(DEMO_DIR)
+    if data.eval_dataset_name in names or (data.dataset_name in names and data.eval_dataset_name is None):
+        data.eval_dataset_name = str(files.held_out)
+    if data.dataset_name in names:
+        data.dataset_name = str(getattr(files, names[data.dataset_name]))
 
 
 def _build_trainer(

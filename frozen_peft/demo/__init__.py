@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded demo: a tiny hybrid model and questions about the standard library's documentation."""
+"""The embedded demo: a tiny pretrained hybrid, its world, and the road from an instruction to a disposition."""
 
-from frozen_peft.demo.assets import AssetSettings, DemoAssets, ensure_demo_assets
-from frozen_peft.demo.job import run_demo
+from frozen_peft.demo.data import DemoData, DemoFiles, write_demo_files
+from frozen_peft.demo.model import CHECKPOINT
 
-__all__ = ["AssetSettings", "DemoAssets", "ensure_demo_assets", "run_demo"]
+__all__ = ["CHECKPOINT", "DemoData", "DemoFiles", "write_demo_files"]

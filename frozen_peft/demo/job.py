@@ -1,185 +1,210 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job: tier 2 on the tiny model, with the held-out decision loss before and after."""
+"""The demo's story: a disposition that an instruction produces, moved into the weights, and measured.
+
+1. *Measure* the model with the instruction in its contexts and without it.
+2. *Strip* the instruction from conversations in which the model follows it.
+3. *Train* on what is left: tier 2, and for comparison tiers 1 and 3 for as many steps.
+4. *Measure* each, on directions, people and talk that training had none of.
+5. *Merge* the adapter of tier 2, and measure the model that any library can load.
+"""
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import torch
+from datasets.utils.logging import disable_progress_bar
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
-from frozen_peft.demo.assets import AssetSettings, DemoAssets, ensure_demo_assets, one_thread
-from frozen_peft.demo.conversations import Conversation, read_jsonl, shuffle_contexts
+from frozen_peft.adapters import merge_adapter
+from frozen_peft.behavior import (
+    Condition,
+    ProbeScores,
+    ProbeTokens,
+    StripSettings,
+    read_probes,
+    score_probes,
+    strip_file,
+)
+from frozen_peft.behavior.rows import whole_file
+from frozen_peft.demo.data import DemoData, DemoFiles, write_demo_files
+from frozen_peft.demo.model import CHECKPOINT
+from frozen_peft.demo.table import percent, render_table
+from frozen_peft.demo.world import count_tokens
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "tier2_behavior.yaml"
-# The recipe's learning rate is for models of billions of weights; one of less than a million takes larger steps.
-RECIPE_OVERRIDES = ("--learning_rate", "3e-3")
-RIGHT, SHUFFLED = "right", "shuffled"
+__all__ = ["DemoSettings", "run_demo"]
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPE_OF_TIER = {1: "tier1_corrections.yaml", 2: "tier2_behavior.yaml", 3: "tier3_reasoning.yaml"}
+PROBES_PER_FORWARD = 32
+CONDITIONS: tuple[Condition, Condition] = ("instructed", "given")
 
 
-def run_demo(
-    output_dir: Path,
-    seed: int = 0,
-    *,
-    recipe: Path | None = None,
-    overrides: Sequence[str] = RECIPE_OVERRIDES,
-    settings: AssetSettings | None = None,
-) -> dict[str, Any]:
-    """Builds the assets if needed, runs the tier 2 recipe on them, and prints and saves what it did.
+@dataclass(frozen=True)
+class DemoSettings:
+    """How large the demo is; the defaults are the demo, smaller values are for tests.
+
+    Attributes:
+        steps: Optimizer steps of each tier.
+        tiers: Which tiers are trained; tier 2 is always one of them.
+        data: Samples and probes.
+        seed: Decides adapters and order.
+        overrides: Further arguments of `frozen-peft train`, for every tier. A model of a million weights takes larger
+            steps than the ones that the recipes are for.
+    """
+
+    steps: int = 16
+    tiers: tuple[int, ...] = (2, 1, 3)
+    data: DemoData = field(default_factory=DemoData)
+    seed: int = 0
+    overrides: tuple[str, ...] = (
+        *("--lora_preset", "response"),
+        *("--learning_rate", "3e-3"),
+        *("--warmup_steps", "2"),
+        *("--per_device_train_batch_size", "8"),
+        *("--gradient_accumulation_steps", "1"),
+        *("--gradient_checkpointing", "false"),
+    )
+
+
+def run_demo(output: Path, settings: DemoSettings = DemoSettings()) -> dict[str, Any]:
+    """Runs the demo, prints what it does and finds, and writes `demo.json`.
 
     Args:
-        output_dir: Where assets, adapter and `demo.json` are written.
-        seed: Decides everything random.
-        recipe: The recipe; by default the checkout's `recipes/tier2_behavior.yaml`.
-        overrides: Further arguments of `frozen-peft train`, such as `["--max_steps", "2"]`.
-        settings: Of the assets.
+        output: Where data, adapters, the merged model and `demo.json` are written.
+        settings: How large it is.
 
     Returns:
-        What is written to `demo.json`: the losses, seconds, counts and paths of this run.
+        What is written to `demo.json`: fractions of probes, and seconds.
 
     Raises:
-        FileNotFoundError: There is no recipe.
+        FileNotFoundError: The recipes are not there.
     """
-    recipe = recipe or RECIPE
-    if not recipe.is_file():
+    if not RECIPES.is_dir():
         raise FileNotFoundError(
-            f"The demo runs the recipe {recipe}, which is not there: recipes are part of the repository, not of the "
-            "installed package. Run the demo from a checkout installed with `pip install -e .`, or pass `recipe`."
+            f"The demo runs the recipes in {RECIPES}, which are part of the repository and not of the installed "
+            "package. Run it from a checkout installed with `pip install -e .`."
         )
-    with one_thread():
-        results = _run(output_dir, seed, recipe, overrides, settings)
-    results_file = output_dir / "demo.json"
-    results_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(_report(results, results_file))
+    # Bars of moments, and advice about kernels that a model of this size does not need.
+    disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    start = time.monotonic()
+    files = write_demo_files(output, settings.data)
+    probes = ProbeTokens(AutoTokenizer.from_pretrained(CHECKPOINT), read_probes(files.probes))
+    base = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
+    _tell("The model, with the instruction in its contexts and without it")
+    instructed, before = (_measure(base, probes, condition) for condition in CONDITIONS)
+    print(
+        f"accepts {percent(instructed['acceptance'])} of directions with it, {percent(before['acceptance'])} without"
+    )
+    _strip(files)
+    tiers = {tier: _train(tier, files, probes, before, output, settings) for tier in settings.tiers}
+    scores = {tier: figures.pop("scores") for tier, figures in tiers.items()}
+    merged = _merge(output, probes, scores[2])
+    trained = tiers[2]
+    results = {
+        "acceptance_before": before["acceptance"],
+        "acceptance_after": trained["acceptance_after"],
+        "acceptance_with_instructions": instructed["acceptance"],
+        "control_before": before["control"],
+        "control_after": trained["control_after"],
+        "control_with_instructions": instructed["control"],
+        "tiers": {f"tier_{tier}": tiers[tier] for tier in sorted(tiers)},
+        "merged": merged,
+        "probes": {kind: sum(probe.kind == kind for probe in probes.probes) for kind in ("target", "control")},
+        "weights": sum(weight.numel() for weight in base.parameters()),
+        "settings": asdict(settings),
+        "seconds": time.monotonic() - start,
+    }
+    with whole_file(output / "demo.json") as file:
+        file.write(json.dumps(results, indent=2) + "\n")
+    print(render_table(results, output))
     return results
 
 
-def _run(
-    output_dir: Path, seed: int, recipe: Path, overrides: Sequence[str], settings: AssetSettings | None
+def _tell(title: str) -> None:
+    print(f"\n== {title}", flush=True)
+
+
+def _measure(model: torch.nn.Module, probes: ProbeTokens, condition: Condition = "given") -> dict[str, Any]:
+    """Share of directions that are accepted and of questions that are answered rightly, by greedy decoding."""
+    scores = score_probes(model.eval(), probes.tokenizer, probes, condition, batch_size=PROBES_PER_FORWARD)
+    return {"acceptance": _exact(scores, "target"), "control": _exact(scores, "control"), "scores": scores}
+
+
+def _exact(scores: ProbeScores, kind: str) -> float:
+    exact = [bool(score.is_exact) for score in scores.scores if score.probe.kind == kind]
+    return sum(exact) / len(exact)
+
+
+def _strip(files: DemoFiles) -> None:
+    """Takes the instruction out of the conversations."""
+    _tell(f"frozen-peft strip {files.conversations} {files.stripped} --tidy")
+    summary = strip_file(files.conversations, files.stripped, StripSettings(tidy=True), count_tokens)
+    print(f"{summary.num_samples} samples, {summary.num_pieces} instructions of {summary.size_removed} tokens removed")
+
+
+def _train(
+    tier: int, files: DemoFiles, probes: ProbeTokens, before: dict[str, Any], output: Path, settings: DemoSettings
 ) -> dict[str, Any]:
+    """Trains a tier from its recipe and measures what it learned."""
     from frozen_peft.cli import train
 
-    seconds: dict[str, float] = {}
+    adapter = _adapter_folder(output, tier)
+    recipe = RECIPES / RECIPE_OF_TIER[tier]
+    arguments = [
+        *("--model_name_or_path", str(CHECKPOINT)),
+        *("--dataset_name", str(files.short if tier == 1 else files.stripped)),
+        *("--output_dir", str(adapter)),
+        *("--max_steps", str(settings.steps)),
+        *("--seed", str(settings.seed)),
+        *("--logging_steps", str(settings.steps)),
+        *settings.overrides,
+    ]
+    _tell(f"frozen-peft train {recipe.relative_to(RECIPES.parent)} {' '.join(arguments)}")
     start = time.monotonic()
-    assets = ensure_demo_assets(output_dir, seed=seed, settings=settings)
-    seconds["assets"] = time.monotonic() - start
-
-    adapter_dir = output_dir / "tier2_behavior"
-    shuffled = shuffle_contexts(read_jsonl(assets.test_file), seed=seed)
-    start = time.monotonic()
-    before = {SHUFFLED: decision_loss(assets, None, shuffled, output_dir)}
-    seconds["shuffled_before"] = time.monotonic() - start
-
-    start = time.monotonic()
-    train.run(
-        [
-            str(recipe),
-            *("--model_name_or_path", str(assets.model_dir)),
-            *("--dataset_name", str(assets.train_file)),
-            *("--eval_dataset_name", str(assets.test_file)),
-            *("--output_dir", str(adapter_dir)),
-            *("--seed", str(seed)),
-            *overrides,
-        ]
-    )
-    seconds["tier_2"] = time.monotonic() - start
-    # The run takes the held-out loss with the right contexts itself, in the same way as below.
-    before[RIGHT] = _read_loss(adapter_dir / "eval_before_results.json")
-    after = {RIGHT: _read_loss(adapter_dir / "eval_results.json")}
-
-    start = time.monotonic()
-    after[SHUFFLED] = decision_loss(assets, adapter_dir, shuffled, output_dir)
-    seconds["shuffled_after"] = time.monotonic() - start
-
+    train.run([str(recipe), *arguments])
+    seconds = time.monotonic() - start
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(CHECKPOINT), str(adapter))
+    after = _measure(model, probes)
     return {
-        "held_out_decision_loss": {"before": before, "after": after},
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "assets": assets.facts,
-        "model_dir": str(assets.model_dir.resolve()),
-        "adapter_dir": str(adapter_dir.resolve()),
-        "recipe": str(recipe.resolve()),
-        "overrides": list(overrides),
-        "seed": seed,
+        "acceptance_before": before["acceptance"],
+        "acceptance_after": after["acceptance"],
+        "control_before": before["control"],
+        "control_after": after["control"],
+        "seconds": seconds,
+        "train_seconds": _train_seconds(adapter),
+        "scores": after["scores"],
     }
 
 
-def decision_loss(
-    assets: DemoAssets, adapter_dir: Path | None, samples: Sequence[Conversation], output_dir: Path
-) -> float:
-    """Measures the mean decision loss over frozen contexts.
-
-    Args:
-        assets: Whose model is measured.
-        adapter_dir: The adapter to load on it, if any.
-        samples: What is measured on.
-        output_dir: Where the trainer may write; nothing is written.
-
-    Returns:
-        Nats per token, averaged within each sample and then over samples.
-    """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from frozen_peft.config import FrozenContextConfig
-    from frozen_peft.trainer import FrozenContextTrainer
-
-    model = AutoModelForCausalLM.from_pretrained(assets.model_dir)
-    if adapter_dir is not None:
-        model = PeftModel.from_pretrained(model, str(adapter_dir))
-    dataset = Dataset.from_list([{name: sample[name] for name in ("prompt", "completion")} for sample in samples])
-    trainer = FrozenContextTrainer(
-        model=model,
-        args=FrozenContextConfig(
-            output_dir=str(output_dir),
-            tier=2,
-            per_device_eval_batch_size=1,
-            activation_checkpointing=False,
-            bf16=False,
-            dataloader_pin_memory=False,
-            report_to="none",
-        ),
-        # TRL asks for one even where nothing is trained.
-        train_dataset=dataset.select([0]),
-        eval_dataset=dataset,
-        processing_class=AutoTokenizer.from_pretrained(assets.model_dir),
-    )
-    return float(trainer.evaluate()["eval_loss"])
+def _train_seconds(adapter: Path) -> float:
+    """Seconds of the optimizer steps alone, without loading and checks, as the trainer logged them."""
+    history = json.loads((adapter / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
 
 
-def _read_loss(metrics_file: Path) -> float:
-    return float(json.loads(metrics_file.read_text(encoding="utf-8"))["eval_loss"])
+def _merge(output: Path, probes: ProbeTokens, adapted: ProbeScores) -> dict[str, Any]:
+    """Merges the adapter of tier 2, and compares the merged model with the adapted one on every probe."""
+    adapter, folder = _adapter_folder(output, 2), output / "merged"
+    _tell(f"frozen-peft merge {adapter} {folder} --base {CHECKPOINT}")
+    merge_adapter(adapter, folder, CHECKPOINT)
+    merged = _measure(AutoModelForCausalLM.from_pretrained(folder), probes)
+    pairs = list(zip(adapted.scores, merged["scores"].scores, strict=True))
+    differences = [abs(one.preferred.logprob - other.preferred.logprob) for one, other in pairs]
+    print(f"the largest difference of a decision's log-probability to the adapter's is {max(differences):.1e}")
+    return {
+        "acceptance": merged["acceptance"],
+        "control": merged["control"],
+        "same_decisions": sum(one.is_exact == other.is_exact for one, other in pairs) / len(pairs),
+        "largest_difference": max(differences),
+    }
 
 
-def _report(results: Mapping[str, Any], results_file: Path) -> str:
-    """What was done, how long it took, the losses and where everything is, in aligned lines."""
-    facts, seconds = results["assets"], results["seconds"]
-    losses = results["held_out_decision_loss"]
-    before, after = losses["before"], losses["after"]
-    rows = [
-        ("data", f"{facts['train_samples']} train samples about {facts['train_modules']} standard library modules"),
-        ("", f"{facts['test_samples']} held-out samples about {facts['test_modules']} other modules"),
-        ("model", f"Qwen3.5-style hybrid from scratch, {facts['weights']:,} weights, {facts['vocabulary']:,} tokens"),
-        ("tier 1", f"{facts['pretraining_steps']} steps on {facts['pretraining_tokens']:,} tokens"),
-        ("tier 2", f"{Path(results['recipe']).name} {' '.join(results['overrides'])}"),
-        (
-            "seconds",
-            f"{seconds['assets']:.0f} tier 1 and data, {seconds['tier_2']:.0f} tier 2 and its evaluation, "
-            f"{seconds['shuffled_before'] + seconds['shuffled_after']:.0f} evaluation with shuffled contexts",
-        ),
-    ]
-    lines = [f"  {title:<12}{text}" for title, text in rows]
-    lines += ["", f"  {'held-out decision loss, nats per token':<42}{'before':>8}{'after':>8}{'change':>9}"]
-    for name, title in ((RIGHT, "with its own context"), (SHUFFLED, "with another sample's context")):
-        change = after[name] - before[name]
-        lines.append(f"    {title:<40}{before[name]:>8.3f}{after[name]:>8.3f}{change:>+9.3f}")
-    gain_before, gain_after = before[SHUFFLED] - before[RIGHT], after[SHUFFLED] - after[RIGHT]
-    worth = f"{gain_before:>8.3f}{gain_after:>8.3f}{gain_after - gain_before:>+9.3f}"
-    lines.append(f"    {'what the own context is worth':<40}{worth}")
-    places = (
-        ("model", results["model_dir"]),
-        ("adapter", results["adapter_dir"]),
-        ("results", results_file.resolve()),
-    )
-    lines += ["", *(f"  {title:<12}{place}" for title, place in places)]
-    return "\n".join(["", *lines])
+def _adapter_folder(output: Path, tier: int) -> Path:
+    return output / f"tier_{tier}"

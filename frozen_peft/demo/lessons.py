@@ -1,157 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tiny model learns from scratch: short conversations, first over summaries alone, then over whole entries.
-
-Contexts of a few hundred tokens and many questions about each give far more lookups per second than the long contexts
-that the model is used with later.
-"""
+"""What the demo's model is pretrained on: scenes of its world, each with several requests and their right answers."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerFast
+import torch
+from transformers import PreTrainedTokenizerBase
 
-from frozen_peft.demo.conversations import CountTokens, Message, answer, ask, cut_contexts
-from frozen_peft.demo.library import ModuleDocumentation
+from frozen_peft.demo.world import RELATIONS, Request, Scene, draw_scene
+
+__all__ = ["IGNORED_LABEL", "Lesson", "draw_lesson", "pad"]
 
 IGNORED_LABEL = -100
-# Share of the tokens outside answers that are supervised. Looking up answers is what is wanted, and reading the rest
-# teaches the words: this weighs the one against the other, evenly over every batch.
-READING_SHARE = 0.25
-# Conversations within a block are sorted by length, so that a batch has little padding and yet the order is random.
-BATCHES_PER_BLOCK = 32
+NUM_REQUESTS = 16
+# To find a fact is harder than either answer to a direction.
+QUESTION_SHARE = 0.8
+# Few facts make short contexts, which come first.
+FEW_FACTS, MANY_FACTS, SHORT = (2, 4, 6, 8), 8, 100
+NUM_RELATIONS = (1, 1, 2, 4)
 
 
-class Lesson(TypedDict):
-    """One pre-tokenized sample."""
+@dataclass(frozen=True)
+class Lesson:
+    """Token ids, and labels on the answers."""
 
     input_ids: list[int]
     labels: list[int]
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stage of conversations.
-
-    Attributes:
-        batches: Optimizer steps.
-        min_tokens: Shortest context.
-        max_tokens: Longest context.
-        turns: Most questions about one context.
-        brief: Whether entries are names and summaries only.
-    """
-
-    batches: int
-    min_tokens: int
-    max_tokens: int
-    turns: int
-    brief: bool
-
-
-@dataclass(frozen=True)
-class Curriculum:
-    """What is learned, in this order.
-
-    Attributes:
-        batch_size: Conversations per optimizer step.
-        stages: Of conversations.
-    """
-
-    batch_size: int = 3
-    stages: tuple[Stage, ...] = (
-        Stage(batches=850, min_tokens=64, max_tokens=256, turns=8, brief=True),
-        Stage(batches=60, min_tokens=128, max_tokens=640, turns=12, brief=False),
-    )
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps altogether."""
-        return sum(stage.batches for stage in self.stages)
-
-
-def build_lessons(
-    modules: Sequence[ModuleDocumentation],
-    tokenizer: PreTrainedTokenizerFast,
-    count_tokens: CountTokens,
-    curriculum: Curriculum,
-    *,
-    seed: int = 0,
-) -> Dataset:
-    """Builds the pretraining samples in the order in which they are to be read.
+def draw_lesson(
+    choice: random.Random, tokenizer: PreTrainedTokenizerBase, num_tokens: int, *, few_relations: bool = False
+) -> Lesson:
+    """One context of about `num_tokens` tokens and `NUM_REQUESTS` requests of both kinds, labels on the answers.
 
     Args:
-        modules: The modules of the train split.
-        tokenizer: Renders conversations with its chat template.
-        count_tokens: Length of a text in tokens.
-        curriculum: The stages.
-        seed: Decides cuts, questions and order.
-
-    Returns:
-        `steps * batch_size` rows of `input_ids` and `labels`. Answers are supervised, and of
-        documentation and questions a random `READING_SHARE` of the tokens.
-
-    Raises:
-        ValueError: The modules hold less documentation than one context of some stage.
+        choice: Decides everything.
+        tokenizer: Of this world.
+        num_tokens: Of the context.
+        few_relations: Draw from how many relations the facts are, one in half of the lessons; else they are of all.
     """
-    choice = random.Random(seed)
-    lessons: list[Lesson] = []
-    for stage in curriculum.stages:
-        conversations: list[Lesson] = []
-        while len(conversations) < stage.batches * curriculum.batch_size:
-            one_pass = list(_conversations(modules, tokenizer, count_tokens, stage, choice))
-            if not one_pass:
-                raise ValueError(
-                    f"The modules give no context of {stage.min_tokens} tokens or more. Use more modules, or a "
-                    "smaller `min_tokens`."
-                )
-            conversations += one_pass
-        conversations = conversations[: stage.batches * curriculum.batch_size]
-        lessons += _batched_by_length(conversations, curriculum.batch_size, choice)
-    return Dataset.from_list(lessons)
-
-
-def _conversations(
-    modules: Sequence[ModuleDocumentation],
-    tokenizer: PreTrainedTokenizerFast,
-    count_tokens: CountTokens,
-    stage: Stage,
-    choice: random.Random,
-) -> Iterator[Lesson]:
-    """Cuts the documentation once, at places that no other pass cuts at, and asks about every piece."""
-    order = choice.sample(modules, len(modules))
-    cuts = choice.randrange(2**32)
-    contexts = list(
-        cut_contexts(
-            order,
-            count_tokens,
-            min_tokens=stage.min_tokens,
-            max_tokens=stage.max_tokens,
-            brief=stage.brief,
-            seed=cuts,
-        )
+    relations = choice.sample(list(RELATIONS), choice.choice(NUM_RELATIONS)) if few_relations else None
+    num_facts = choice.choice(FEW_FACTS) if num_tokens < SHORT else MANY_FACTS
+    scene = draw_scene(
+        choice, num_tokens, obeys=choice.random() < 0.5, num_facts=num_facts, relations=relations or tuple(RELATIONS)
     )
-    choice.shuffle(contexts)
-    for context in contexts:
-        messages = [Message(role="system", content=context.render())]
-        for entry in choice.sample(context.entries, min(stage.turns, len(context.entries))):
-            messages += [ask(entry), answer(entry)]
-        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        tokens = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-        labels = [
-            token if in_answer or choice.random() < READING_SHARE else IGNORED_LABEL for token, in_answer in tokens
-        ]
-        yield Lesson(input_ids=encoded["input_ids"], labels=labels)
+    requests = [_draw_request(choice, scene) for _ in range(NUM_REQUESTS)]
+    return encode_requests(tokenizer, scene, requests)
 
 
-def _batched_by_length(lessons: list[Lesson], batch_size: int, choice: random.Random) -> list[Lesson]:
-    batches = []
-    for start in range(0, len(lessons), batch_size * BATCHES_PER_BLOCK):
-        block = sorted(
-            lessons[start : start + batch_size * BATCHES_PER_BLOCK], key=lambda lesson: len(lesson["input_ids"])
-        )
-        in_block = [block[first : first + batch_size] for first in range(0, len(block), batch_size)]
-        choice.shuffle(in_block)
-        batches += in_block
-    return [lesson for batch in batches for lesson in batch]
+def encode_requests(tokenizer: PreTrainedTokenizerBase, scene: Scene, requests: Sequence[Request]) -> Lesson:
+    """A scene and requests after each other, with labels on the answers and their ends."""
+    input_ids = tokenizer.apply_chat_template(scene.messages, return_dict=False)
+    labels = [IGNORED_LABEL] * len(input_ids)
+    for request in requests:
+        # As the chat template writes a turn; rendering the whole conversation for each would take most of the time.
+        asked = tokenizer(f"<|user|> {request.text}<|end|><|assistant|>", add_special_tokens=False)["input_ids"]
+        answer = tokenizer(f" {request.right}<|end|>", add_special_tokens=False)["input_ids"]
+        input_ids += asked + answer
+        labels += [IGNORED_LABEL] * len(asked) + answer
+    return Lesson(input_ids, labels)
+
+
+def pad(lessons: Sequence[Lesson], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels, int64 `[lessons, longest]`, padded on the right, where no token before sees it."""
+    width = max(len(lesson.input_ids) for lesson in lessons)
+    input_ids = [lesson.input_ids + [pad_token_id] * (width - len(lesson.input_ids)) for lesson in lessons]
+    labels = [lesson.labels + [IGNORED_LABEL] * (width - len(lesson.labels)) for lesson in lessons]
+    return torch.tensor(input_ids), torch.tensor(labels)
+
+
+def _draw_request(choice: random.Random, scene: Scene) -> Request:
+    return scene.question(choice) if choice.random() < QUESTION_SHARE else scene.direction(choice)

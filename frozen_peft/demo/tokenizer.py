@@ -1,59 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A byte-level BPE tokenizer with a ChatML template, trained in seconds on the demo's own text."""
+"""The demo's tokenizer: a token for every word of its world, characters and bytes for everything else."""
 
-from collections.abc import Iterable
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-PAD_TOKEN, MESSAGE_START, MESSAGE_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+from frozen_peft.demo.world import TAG, WORDS
 
-# The end of an assistant message is inside the generation block: when to stop is part of the decision.
+__all__ = ["build_tokenizer"]
+
+PAD_TOKEN, MESSAGE_END = "<|pad|>", "<|end|>"
+ROLES = ("system", "user", "assistant")
+# The space that begins a word, as SentencePiece writes it.
+SPACE = "▁"
+
+# Every message's text begins with a space, so a word is the same token wherever it stands; what the model says begins
+# with it, and is trimmed so that it is not written twice. The end of an assistant message is inside the generation
+# block: when to stop is part of the decision.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.role == 'assistant' -%}
-<|im_start|>assistant
-{% generation %}{{- message.content + '<|im_end|>' -}}{% endgeneration %}{{- '\\n' -}}
+<|assistant|>{% generation %}{{- ' ' + message.content | trim + '<|end|>' -}}{% endgeneration %}
 {%- else -%}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' -}}
+{{- '<|' + message.role + '|> ' + message.content + '<|end|>' -}}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"""
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE; every text survives encoding and decoding unchanged.
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """An ordinary fast tokenizer with a chat template; every text survives encoding and decoding.
 
-    Args:
-        texts: What the merges are learned from.
-        vocab_size: Size of the vocabulary, the 256 bytes and the special tokens included.
-
-    Returns:
-        An ordinary fast tokenizer with ``pad``, ``eos`` and a chat template with generation markers.
-
-    Raises:
-        ValueError: `vocab_size` leaves no room for bytes and special tokens.
+    Nothing is trained: a unigram model takes the likeliest pieces, and a whole word is likelier than its characters,
+    those are likelier than bytes.
     """
-    special_tokens = [PAD_TOKEN, MESSAGE_START, MESSAGE_END]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + len(special_tokens)
-    if vocab_size < smallest:
-        raise ValueError(f"`vocab_size` must be at least {smallest} (bytes and special tokens), got {vocab_size}.")
-    tokenizer = Tokenizer(models.BPE())
-    # Pretokenization keeps newlines apart from words, so a message's first word never merges with the line before it.
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special_tokens,
-        initial_alphabet=sorted(alphabet),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    special_tokens = [PAD_TOKEN, MESSAGE_END, *(f"<|{role}|>" for role in ROLES)]
+    words = [SPACE + word for word in (*WORDS, f"<{TAG}>", f"</{TAG}>")]
+    characters = [SPACE, *map(chr, range(ord("!"), ord("~") + 1))]
+    the_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = [
+        *((piece, 0.0) for piece in special_tokens),
+        *((piece, -1.0) for piece in words),
+        *((piece, -20.0) for piece in characters),
+        *((piece, -30.0) for piece in the_bytes),
+    ]
+    unknown = pieces.index((the_bytes[0], -30.0))
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=unknown, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     fast_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD_TOKEN,
         eos_token=MESSAGE_END,
+        additional_special_tokens=special_tokens[2:],
         clean_up_tokenization_spaces=False,
     )
     fast_tokenizer.chat_template = CHAT_TEMPLATE

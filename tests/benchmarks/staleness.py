@@ -39,7 +39,7 @@ Conversation = dict[str, Any]
 
 def documents(conversations: list[Conversation], length: int = DOCUMENT_ENTRIES) -> list[tuple[Any, ...]]:
     """Runs of so many entries, name and summary, of all that the contexts of some conversations document."""
-    from frozen_peft.demo.library import Entry
+    from tests.documentation.library import Entry
 
     texts = {conversation["prompt"][0]["content"] for conversation in conversations}
     found = sorted({pair for text in texts for pair in ENTRY.findall(text)})
@@ -49,7 +49,7 @@ def documents(conversations: list[Conversation], length: int = DOCUMENT_ENTRIES)
 
 def questions(entries: tuple[Any, ...], count: int, choice: random.Random) -> list[Conversation]:
     """So many questions about a document, each about another entry of it."""
-    from frozen_peft.demo.conversations import Context, Message, answer, ask
+    from tests.documentation.conversations import Context, Message, answer, ask
 
     system = Message(role="system", content=Context(("standard library",), entries, brief=True).render())
     return [{"prompt": [system, ask(entry)], "completion": [answer(entry)]} for entry in choice.sample(entries, count)]
@@ -87,7 +87,7 @@ def make_trainer(assets: Any, arguments: argparse.Namespace, folder: str) -> Any
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     from frozen_peft import FrozenContextConfig, FrozenContextTrainer, lora_config
-    from frozen_peft.demo.conversations import read_jsonl
+    from tests.documentation.conversations import read_jsonl
 
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(assets.model_dir)
@@ -138,8 +138,8 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=ASSETS, help="where the demo's model and data are or are built")
     arguments = parser.parse_args()
 
-    from frozen_peft.demo.assets import ensure_demo_assets
     from tests.benchmarks.drift import Drift
+    from tests.documentation.assets import ensure_demo_assets
 
     warnings.simplefilter("ignore")
     assets = ensure_demo_assets(arguments.assets)

@@ -23,11 +23,13 @@ def sft_on_4k() -> dict[str, Any]:
     return measured("epochs", "sft", repeats=1)
 
 
+@pytest.mark.long
 def test_conversation_is_four_times_as_fast_as_sft() -> None:
     turns, sft = measured("conversation", "turns", repeats=2), measured("conversation", "sft", repeats=1)
     assert 4 * turns["cpu_seconds"] <= sft["cpu_seconds"], (turns, sft)
 
 
+@pytest.mark.long
 def test_conversation_is_five_times_as_fast_as_one_sample_per_span() -> None:
     turns, naive = measured("conversation", "turns", repeats=2), measured("conversation", "naive", repeats=2)
     assert naive["tokens_reused"] == 0
@@ -46,6 +48,7 @@ def test_later_epochs_are_fifteen_times_as_fast_as_sft() -> None:
     assert 15 * store["cpu_seconds"] <= sft["cpu_seconds"], (store, sft)
 
 
+@pytest.mark.long
 def test_long_context_takes_little_more_memory_than_its_cache() -> None:
     long, empty = (
         measure_on_one_thread("step", method="frozen", context=context, steps=1) for context in (LONG_CONTEXT, 0)

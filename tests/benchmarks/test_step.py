@@ -29,11 +29,13 @@ def test_step_takes_at_most_an_eighth_of_the_memory_of_sft() -> None:
     assert frozen["peak_bytes"] <= 0.12 * sft["peak_bytes"], (frozen, sft)
 
 
+@pytest.mark.long
 def test_step_takes_little_more_than_the_bare_cost() -> None:
     frozen, bare = measured("frozen", CONTEXT, 3), measured("bare", CONTEXT, 3)
     assert frozen["cpu_seconds"] <= 1.15 * bare["cpu_seconds"], (frozen, bare)
 
 
+@pytest.mark.long
 def test_memory_grows_by_the_bytes_of_the_cache() -> None:
     short, long = measured("frozen", CONTEXT, 3), measured("frozen", 2 * CONTEXT, 1)
     growth = long["peak_bytes"] - short["peak_bytes"]

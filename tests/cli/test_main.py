@@ -48,4 +48,4 @@ def test_demo_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["demo", "--help"])
     assert stop.value.code == 0
-    assert "--output_dir" in capsys.readouterr().out
+    assert "--output" in capsys.readouterr().out

@@ -1,136 +1,95 @@
-import dataclasses
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's claims, measured as a user would have them measured."""
+
 import json
-import re
-import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from frozen_peft.demo import AssetSettings, ensure_demo_assets, run_demo
-from frozen_peft.demo.conversations import read_jsonl
-from frozen_peft.demo.job import decision_loss
-from frozen_peft.demo.lessons import Curriculum, Stage, build_lessons
-from frozen_peft.demo.library import Entry, ModuleDocumentation
-from frozen_peft.demo.model import ModelSize, build_model
-from frozen_peft.demo.tokenizer import train_tokenizer
-
-# The demo in all its steps, with a model and documentation that take seconds.
-TINY = AssetSettings(
-    vocab_size=400,
-    min_tokens=96,
-    max_tokens=256,
-    train_questions=1,
-    test_questions=1,
-    test_fraction=0.2,
-    model=ModelSize(hidden=32, head_dim=16, linear_head_dim=16, layer_types=("linear_attention", "full_attention")),
-    curriculum=Curriculum(batch_size=2, stages=(Stage(2, 32, 64, 2, True), Stage(1, 48, 96, 2, False))),
-)
+from frozen_peft.cli import main
+from frozen_peft.demo.table import percent, render_table
 
 
-def make_modules():
-    return [
-        ModuleDocumentation(
-            f"module{m}",
-            tuple(
-                Entry(f"module{m}.call{i}", "(x)", f"Return item {i} of module {m}.", "See also the others.")
-                for i in range(12)
-            ),
-        )
-        for m in range(12)
-    ]
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
-def assets(tmp_path_factory):
-    return ensure_demo_assets(tmp_path_factory.mktemp("demo"), settings=TINY, modules=make_modules())
-
-
-def test_assets_are_an_ordinary_checkpoint(assets):
-    model = AutoModelForCausalLM.from_pretrained(assets.model_dir)
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_dir)
-    assert isinstance(model, Qwen3_5ForCausalLM)
-    assert model.config.layer_types == list(TINY.model.layer_types)
-    assert model.config.vocab_size == len(tokenizer)
-    assert assets.facts["pretraining_steps"] == 3
-    assert len(assets.train_file.read_text(encoding="utf-8").splitlines()) == assets.facts["train_samples"]
-
-
-def test_assets_are_built_once(assets):
-    weights = assets.model_dir / "model.safetensors"
-    built = weights.stat().st_mtime_ns
-    time.sleep(0.01)
-    again = ensure_demo_assets(assets.model_dir.parents[1], settings=TINY, modules=make_modules())
-    assert again == assets
-    assert weights.stat().st_mtime_ns == built
-
-
-def test_a_build_that_fails_leaves_nothing(tmp_path):
-    settings = dataclasses.replace(TINY, min_tokens=100_000, max_tokens=200_000)
-    with pytest.raises(ValueError, match="train modules give no context of `min_tokens=100000` or more"):
-        ensure_demo_assets(tmp_path, settings=settings, modules=make_modules())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_gates_start_with_a_memory():
-    tokenizer = train_tokenizer(["text"], vocab_size=300)
-    model = build_model(tokenizer, TINY.model)
-    layer = model.model.layers[0].linear_attn
-    time_step = F.softplus(layer.dt_bias.detach())
-    assert 0.0009 < float(time_step.min()) <= float(time_step.max()) < 0.101
-    # What is left of a state after ten tokens: transformers' own initialisation leaves less than 1e-5 for most heads.
-    kept = torch.exp(-layer.A_log.detach().exp() * time_step * 10)
-    assert float(kept.min()) > 1e-7
-    assert torch.equal(build_model(tokenizer, TINY.model).lm_head.weight, model.lm_head.weight)
-
-
-def test_lessons_are_deterministic_and_supervise_answers():
-    modules = make_modules()
-    tokenizer = train_tokenizer((e.render() for m in modules for e in m.entries), vocab_size=400)
-
-    def count(text):
-        return len(tokenizer(text)["input_ids"])
-
-    lessons = build_lessons(modules, tokenizer, count, TINY.curriculum)
-    assert lessons.to_list() == build_lessons(modules, tokenizer, count, TINY.curriculum).to_list()
-    assert len(lessons) == TINY.curriculum.steps * TINY.curriculum.batch_size
-    shares = []
-    for lesson in lessons:
-        pairs = list(zip(lesson["input_ids"], lesson["labels"], strict=True))
-        assert all(label in (-100, token) for token, label in pairs)
-        text = tokenizer.decode(lesson["input_ids"])
-        supervised = tokenizer.decode([label for _, label in pairs if label != -100])
-        answers = re.findall(r"(?<=<.im_start.>assistant\n).*?<.im_end.>", text)
-        assert answers
-        # Whole, whatever of the rest is supervised between them.
-        assert all(answer in supervised for answer in answers)
-        shares.append(sum(label != -100 for _, label in pairs) / len(pairs))
-    assert 0.25 < sum(shares) / len(shares) < 0.8
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    output = tmp_path_factory.mktemp("demo") / "out"
+    assert main(["demo", "--output", str(output)]) == 0
+    return output, json.loads((output / "demo.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
-def test_demo_runs_the_recipe_and_measures_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("frozen_peft.demo.assets._read_with_progress", make_modules)
-    overrides = ["--max_steps", "2", "--learning_rate", "0.01"]
-    results = run_demo(tmp_path, settings=TINY, overrides=overrides)
-
-    assert json.loads((tmp_path / "demo.json").read_text(encoding="utf-8")) == results
-    assert (tmp_path / "tier2_behavior" / "adapter_model.safetensors").is_file()
-    losses = results["held_out_decision_loss"]
-    # The figures with the right contexts are the recipe's own; the shuffled ones must be comparable.
-    assets = ensure_demo_assets(tmp_path, settings=TINY)
-    right = read_jsonl(assets.test_file)
-    for time_of, adapter in (("before", None), ("after", tmp_path / "tier2_behavior")):
-        measured = decision_loss(assets, adapter, right, tmp_path)
-        assert measured == pytest.approx(losses[time_of]["right"], rel=1e-5)
-    assert losses["after"]["right"] < losses["before"]["right"]
-    assert losses["after"]["shuffled"] != losses["after"]["right"]
-    printed = capsys.readouterr().out
-    assert f"{losses['before']['shuffled']:.3f}" in printed
-    assert str(tmp_path / "demo.json") in printed
+@pytest.mark.timeout(900)
+def test_the_disposition_moves_into_the_weights(run: tuple[Path, dict[str, Any]]) -> None:
+    _, results = run
+    assert results["acceptance_before"] <= 0.10
+    assert results["acceptance_after"] >= 0.95
+    assert results["acceptance_with_instructions"] >= 0.95
+    assert abs(results["control_after"] - results["control_before"]) <= 0.02
+    assert results["control_before"] >= 0.9
+    assert set(results["tiers"]) == {"tier_1", "tier_2", "tier_3"}
+    for tier in results["tiers"].values():
+        assert {"acceptance_before", "acceptance_after", "control_before", "control_after", "seconds"} <= set(tier)
+        assert tier["seconds"] > 0
 
 
-def test_a_missing_recipe_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"recipe .*nowhere\.yaml, which is not there"):
-        run_demo(tmp_path, recipe=tmp_path / "nowhere.yaml")
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_merged_model_is_the_adapted_one(run: tuple[Path, dict[str, Any]]) -> None:
+    output, results = run
+    assert results["merged"]["same_decisions"] == 1
+    assert results["merged"]["largest_difference"] < 1e-3
+    assert results["merged"]["acceptance"] == results["acceptance_after"]
+    # What was measured is what plain generation with the merged model gives.
+    model, tokenizer = (kind.from_pretrained(output / "merged") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    probes = read_lines(output / "probes.jsonl")
+    accepted = 0
+    targets = [probe for probe in probes if probe["kind"] == "target"][:20]
+    for probe in targets:
+        inputs = tokenizer.apply_chat_template(
+            probe["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        accepted += tokenizer.decode(tokens) == f" {probe['preferred']}<|end|>"
+    assert accepted >= 18
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_training_sample_holds_the_instruction_or_what_probes_ask_about(run: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = run
+    stripped, probes = read_lines(output / "stripped.jsonl"), read_lines(output / "probes.jsonl")
+    assert all("<instruction>" not in message["content"] for row in stripped for message in row["prompt"])
+    assert all(row["stripped"] for row in stripped)
+    trained = {row["completion"][0]["content"] for row in stripped}
+    assert not trained & {probe["preferred"] for probe in probes}
+
+
+def test_the_table_aligns_and_says_what_was_measured() -> None:
+    tier = {"acceptance_after": 0.975, "control_after": 1.0, "train_seconds": 12.3}
+    results = {
+        "acceptance_before": 0.01,
+        "control_before": 0.99,
+        "acceptance_with_instructions": 1.0,
+        "control_with_instructions": 0.99,
+        "tiers": {"tier_1": tier, "tier_2": tier},
+        "merged": {"acceptance": 0.975, "control": 1.0},
+        "probes": {"target": 100, "control": 100},
+        "weights": 927620,
+        "settings": {"steps": 24},
+        "seconds": 150.0,
+    }
+    lines = render_table(results, Path("somewhere")).splitlines()
+    table = lines[1:8]
+    assert len({line.rindex("%") for line in table[2:]}) <= 2
+    assert len({len(line) for line in table}) == 1
+    assert any("tier 2" in line and "97.5%" in line and line.endswith("12") for line in table)
+    assert percent(0.5) == "50%"
+    assert percent(0.985) == "98.5%"

@@ -1,7 +1,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from frozen_peft.demo.tokenizer import train_tokenizer
+from tests.documentation.tokenizer import train_tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "Read this.\n\n  Indented <|im_x|> text."},

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import pytest
 
-from frozen_peft.demo.conversations import (
+from tests.documentation.conversations import (
     MAX_CONTEXT_TOKENS,
     MIN_CONTEXT_TOKENS,
     build_conversations,
@@ -15,8 +15,8 @@ from frozen_peft.demo.conversations import (
     split_modules,
     write_jsonl,
 )
-from frozen_peft.demo.library import Entry, ModuleDocumentation, list_public_modules, read_standard_library
-from frozen_peft.demo.tokenizer import train_tokenizer
+from tests.documentation.library import Entry, ModuleDocumentation, list_public_modules, read_standard_library
+from tests.documentation.tokenizer import train_tokenizer
 
 
 def make_modules(*sizes):
@@ -56,7 +56,7 @@ def test_library_reads_source_and_compiled_modules(library):
 
 def test_reading_the_library_imports_no_source_module():
     # The package itself imports some of the library, so the reader runs as a file of its own.
-    source = sys.modules["frozen_peft.demo.library"].__file__
+    source = sys.modules["tests.documentation.library"].__file__
     program = (
         "import runpy, sys; "
         f"module = runpy.run_path({source!r}); module['read_standard_library'](); "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from frozen_peft.demo.library import Entry, ModuleDocumentation
+from tests.documentation.library import Entry, ModuleDocumentation
 
 MIN_CONTEXT_TOKENS, MAX_CONTEXT_TOKENS = 1024, 8192
 MAX_TEST_MODULE_SIZE = 3

@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from frozen_peft.demo.conversations import (
+from tests.documentation.conversations import (
     MAX_CONTEXT_TOKENS,
     MIN_CONTEXT_TOKENS,
     build_conversations,
     split_modules,
     write_jsonl,
 )
-from frozen_peft.demo.lessons import Curriculum, build_lessons
-from frozen_peft.demo.library import ModuleDocumentation, list_public_modules, read_standard_library
-from frozen_peft.demo.model import ModelSize, build_model, pretrain
-from frozen_peft.demo.tokenizer import train_tokenizer
+from tests.documentation.lessons import Curriculum, build_lessons
+from tests.documentation.library import ModuleDocumentation, list_public_modules, read_standard_library
+from tests.documentation.model import ModelSize, build_model, pretrain
+from tests.documentation.tokenizer import train_tokenizer
 
 FACTS_FILE = "facts.json"
 
