@@ -3,7 +3,8 @@
 
     python -m tests.benchmarks.full_gradient
 
-Prints a table and writes it, with every figure behind it, to `docs/benchmarks/stretches.md` and `stretches.json`.
+Prints a table and writes it, with every figure behind it, to `docs/benchmarks/stretches.md` and `stretches.json`. The
+figures are written after each measurement: interrupted, it goes on where it was; `--anew` measures all of them again.
 """
 
 import argparse
@@ -21,6 +22,11 @@ TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 # Memory above the loaded model in which the longest sample is looked for.
 MORE_BYTES = 128 * MEBIBYTE
 FITTING: dict[str, Any] = {"steps": 1, "stretch": 512, "head_dim": 16, "more_bytes": MORE_BYTES}
+# A model of half the layers and query heads, for lengths whose attention would take hours on two cores. Neither
+# changes how memory grows with the length: what a token takes is proportional to the layers in both columns.
+TABLED: dict[str, Any] = {"layers": 16, "heads": 2}
+# Longer samples are measured in one step, which is the first and so pays for what is done once.
+LONGEST_OF_TWO_STEPS = 8192
 HEADER = ("tokens", "SFTTrainer s", "stretches s", "ratio", "SFTTrainer MiB", "stretches MiB", "ratio", "cache MiB")
 
 
@@ -31,12 +37,14 @@ def measure(
     steps: int,
     stretch: int = 1024,
     head_dim: int = 48,
+    layers: int = 32,
+    heads: int = 4,
     more_bytes: int | None = None,
 ) -> dict[str, Any] | None:
     """Runs one measurement in a process of its own; None where it ran out of the memory it was given."""
     command = [sys.executable, "-m", "tests.benchmarks.stretches", "--method", method, "--tokens", str(tokens)]
     command += ["--steps", str(steps), "--stretch", str(stretch), "--head-dim", str(head_dim)]
-    command += ["--checkpointing"]
+    command += ["--layers", str(layers), "--heads", str(heads), "--checkpointing"]
     if more_bytes is not None:
         command += ["--more-bytes", str(more_bytes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -86,13 +94,13 @@ def markdown(rows: list[tuple[str, ...]], fits: dict[str, int], machine: dict[st
         "# The full gradient in stretches\n\n"
         "Made by `python -m tests.benchmarks.full_gradient`; do not edit.\n\n"
         "One sample per step, 64 of its tokens supervised, float32, the same LoRA adapters of the same model "
-        "(Qwen3.5-style, 24 Gated DeltaNet and 8 attention layers, hidden size 128). `SFTTrainer` with gradient "
+        "(Qwen3.5-style, 12 Gated DeltaNet and 4 attention layers, hidden size 128). `SFTTrainer` with gradient "
         "checkpointing, its default, against `tier: 3` with `sequence_chunk_size: 1024` and gradient checkpointing "
         "inside a stretch. Seconds are processor time of a step on one thread; memory is the peak above the loaded "
         "model. *Cache* is what keys, values and states of that many tokens take.\n\n"
         f"{table}\n\n"
         f"The longest sample that fits into an address space of {MORE_BYTES // MEBIBYTE} MiB above the loaded model, "
-        "with a third of the keys and values and stretches of 512: "
+        "with twice the layers, a third of the keys and values in each and stretches of 512: "
         f"{fits['sft']} tokens with `SFTTrainer`, {fits['stretches']} in stretches.\n\n{facts}\n"
     )
 
@@ -101,22 +109,32 @@ def main() -> None:
     """Measures every length and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="tokens of a sample")
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps per measurement")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--anew", action="store_true", help="measure what was measured already")
     arguments = parser.parse_args()
-    all_figures, rows = [], []
-    for tokens in arguments.tokens:
-        print(f"{tokens} tokens ...", file=sys.stderr, flush=True)
-        pair = [measure(method, tokens, steps=arguments.steps) for method in ("sft", "stretches")]
-        all_figures += pair
-        rows.append(row(*pair))
-    fits = {"sft": longest("sft", [512 * count for count in range(1, 40)])}
-    fits["stretches"] = longest("stretches", [fits["sft"] * count for count in (4, 8, 10, 12, 16)])
-    page = markdown(rows, fits, describe_machine())
+    path = arguments.output / "stretches.json"
+    results: dict[str, Any] = {"machine": describe_machine(), "figures": [], "more_bytes": MORE_BYTES}
+    if path.exists() and not arguments.anew:
+        results = json.loads(path.read_text())
     arguments.output.mkdir(parents=True, exist_ok=True)
+    figures = {(one["method"], one["tokens"]): one for one in results["figures"]}
+    for tokens in arguments.tokens:
+        for method in ("sft", "stretches"):
+            if (method, tokens) in figures:
+                continue
+            print(f"{method}, {tokens} tokens ...", file=sys.stderr, flush=True)
+            steps = 2 if tokens <= LONGEST_OF_TWO_STEPS else 1
+            figures[method, tokens] = measure(method, tokens, steps=steps, **TABLED)
+            results["figures"] = list(figures.values())
+            path.write_text(json.dumps(results, indent=2) + "\n")
+    if "longest" not in results:
+        fits = {"sft": longest("sft", [512 * count for count in range(4, 40)])}
+        fits["stretches"] = longest("stretches", [fits["sft"] * count for count in (8, 10, 12)])
+        results["longest"] = fits
+        path.write_text(json.dumps(results, indent=2) + "\n")
+    rows = [row(figures["sft", tokens], figures["stretches", tokens]) for tokens in arguments.tokens]
+    page = markdown(rows, results["longest"], results["machine"])
     (arguments.output / "stretches.md").write_text(page)
-    results = {"machine": describe_machine(), "figures": all_figures, "longest": fits, "more_bytes": MORE_BYTES}
-    (arguments.output / "stretches.json").write_text(json.dumps(results, indent=2) + "\n")
     print(page)
 
 

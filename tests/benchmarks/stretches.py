@@ -39,8 +39,8 @@ DECISION = 64
 HEAD_TILE = 256
 
 
-def build_model(head_dim: int) -> Any:
-    """A Qwen3.5-style hybrid of 8M parameters: 24 Gated DeltaNet and 8 attention layers."""
+def build_model(head_dim: int, layers: int = 32, heads: int = 4) -> Any:
+    """A Qwen3.5-style hybrid, of 8M parameters with 32 layers: three Gated DeltaNet to one attention layer."""
     import torch
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
@@ -49,8 +49,8 @@ def build_model(head_dim: int) -> Any:
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=32,
-        num_attention_heads=4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         num_key_value_heads=1,
         head_dim=head_dim,
         linear_num_key_heads=2,
@@ -87,6 +87,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, required=True, help="tokens of a sample")
     parser.add_argument("--stretch", type=int, default=1024, help="tokens per stretch")
     parser.add_argument("--head-dim", type=int, default=48, help="numbers in a key, and in a value")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the model")
+    parser.add_argument("--heads", type=int, default=4, help="query heads of an attention layer")
     parser.add_argument("--checkpointing", action="store_true", help="layer checkpoints inside a stretch")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps; the first is not counted in the time")
     parser.add_argument("--more-bytes", type=int, help="bytes that the process may map above the loaded model")
@@ -96,9 +98,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = HEAD_TILE
     fields = trainer_fields(arguments)
-    model = build_model(arguments.head_dim)
+    shape = (arguments.head_dim, arguments.layers, arguments.heads)
+    model = build_model(*shape)
     # A short run first: libraries, kernels and thread pools are loaded before the baseline is read.
-    timings_of(arguments.method, build_model(arguments.head_dim), 256 + DECISION, 2, fields)
+    timings_of(arguments.method, build_model(*shape), 256 + DECISION, 2, fields)
     baseline = baseline_bytes()
     if arguments.more_bytes is not None:
         limit = resident_bytes("VmSize") + arguments.more_bytes
@@ -109,6 +112,8 @@ def main() -> None:
         "method": arguments.method,
         "tokens": arguments.tokens,
         "head_dim": arguments.head_dim,
+        "layers": arguments.layers,
+        "heads": arguments.heads,
         "stretch": arguments.stretch if arguments.method == "stretches" else None,
         "checkpointing": arguments.checkpointing or arguments.method == "sft",
         "seconds": statistics.median(wall for wall, _ in counted),
@@ -118,7 +123,7 @@ def main() -> None:
         "more_bytes": arguments.more_bytes,
     }
     if arguments.more_bytes is None:
-        figures["cache_bytes"] = cache_bytes(build_model(arguments.head_dim), arguments.tokens)
+        figures["cache_bytes"] = cache_bytes(build_model(*shape), arguments.tokens)
     print(json.dumps(figures))
 
 

@@ -90,14 +90,21 @@ def run(model: PreTrainedModel, seed: int, size: Size) -> dict[str, Any]:
 
 
 def compare_gradients(model: PreTrainedModel, task: Task, seed: int, size: Size) -> list[dict[str, Any]]:
+    """What `gradient_rows` gives for a task."""
+    samples = draw(task.make, GRADIENT_SEED + seed, size.gradient_samples, *CONTEXT_TOKENS)
+    return gradient_rows(model, samples, HORIZONS, task.name, seed, size)
+
+
+def gradient_rows(
+    model: PreTrainedModel, samples: Sequence[Sample], horizons: dict[str, int], task: str, seed: int, size: Size
+) -> list[dict[str, Any]]:
     """Cosine with the full gradient, and norm relative to it, per role and layer of every horizon.
 
     At the start `lora_B` is zero, and so is the gradient of `lora_A`: what is compared is the gradient of the rows of
     `lora_B` that hold a role. Every linear layer is adapted, so that each role has one; a preset's are the same.
     """
-    samples = draw(task.make, GRADIENT_SEED + seed, size.gradient_samples, *CONTEXT_TOKENS)
     adapted = _adapt(model, "all-linear", seed, size)
-    gradients = {name: adapter_gradients(adapted, samples, horizon) for name, horizon in HORIZONS.items()}
+    gradients = {name: adapter_gradients(adapted, samples, horizon) for name, horizon in horizons.items()}
     parts = {"all": [(name, None) for name in gradients["full"]]}
     for match in find_roles(model):
         weight = f"base_model.model.{match.module}.lora_B.default.weight"
@@ -105,13 +112,11 @@ def compare_gradients(model: PreTrainedModel, task: Task, seed: int, size: Size)
     rows = []
     for part, places in parts.items():
         full = _flat(gradients["full"], places)
-        for horizon in HORIZONS:
+        for horizon in horizons:
             own = _flat(gradients[horizon], places)
             norm = float(own.norm() / full.norm())
             cosine = float(own @ full / (own.norm() * full.norm())) if norm > 0 else None
-            rows.append(
-                {"task": task.name, "seed": seed, "part": part, "horizon": horizon, "cosine": cosine, "norm": norm}
-            )
+            rows.append({"task": task, "seed": seed, "part": part, "horizon": horizon, "cosine": cosine, "norm": norm})
     return rows
 
 
