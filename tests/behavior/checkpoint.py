@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Any
 
-from frozen_peft.demo.tokenizer import train_tokenizer
+from tests.documentation.tokenizer import train_tokenizer
 from tests.tiny_models import tiny_model
 
 TEXT = "Take the left road. I would rather take the right road. The facts are noted in the book of facts. " * 4

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from frozen_peft.checkpoints import UNFINISHED, last_whole_checkpoint
 from frozen_peft.cli import main
-from frozen_peft.demo.tokenizer import train_tokenizer
+from tests.documentation.tokenizer import train_tokenizer
 from tests.tiny_models import tiny_model
 
 FIELDS = {
