@@ -216,7 +216,7 @@ def draw_scene(
 
     Args:
         choice: Decides everything.
-        num_tokens: At least; a message more at most.
+        num_tokens: About; a context with room for little more than its facts may be a third longer.
         obeys: Whether it holds an instruction to accept directions.
         num_facts: Facts in it.
         relations: What they may say: verbs of `RELATIONS`.

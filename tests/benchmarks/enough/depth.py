@@ -93,9 +93,10 @@ Made by `python -m tests.benchmarks.enough.depth`; do not edit.
 
 The demo's model has {len(results["layers"])} layers, Gated DeltaNet and attention in turn. Contexts are
 {CONTEXT_TOKENS[0]:,} to {CONTEXT_TOKENS[1]:,} tokens here. Compared is the gradient of `lora_B` at the start, with
-all linear layers adapted: {NUM_SAMPLES} samples in one batch, means over {len(results["seeds"])} seeds of samples and
-adapters. Cells are the cosine with the full gradient, and in brackets the norm relative to it. *Habit*: accept a
-direction that no instruction asks to accept. *New form*: answer from facts that are written the other way round.
+all linear layers adapted: {NUM_SAMPLES} samples in one batch; seeds of samples and adapters:
+{", ".join(map(str, results["seeds"]))}. Cells are the cosine with the full gradient, and in brackets the norm
+relative to it. *Habit*: accept a direction that no instruction asks to accept. *New form*: answer from facts that are
+written the other way round.
 
 {tables[0]}
 
