@@ -216,7 +216,8 @@ def draw_scene(
 
     Args:
         choice: Decides everything.
-        num_tokens: About; a context with room for little more than its facts may be a third longer.
+        num_tokens: About. Turns are counted as four sentences each before they are drawn, and an instruction that is
+            remembered in the middle is not counted: in contexts of a hundred tokens that is up to forty more.
         obeys: Whether it holds an instruction to accept directions.
         num_facts: Facts in it.
         relations: What they may say: verbs of `RELATIONS`.

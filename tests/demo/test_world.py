@@ -49,6 +49,18 @@ def test_the_context_determines_every_answer(seed: int, num_tokens: int, obeys: 
     assert answer_by_reading(without, direction.text) == (direction.other if obeys else direction.right)
 
 
+@settings(max_examples=100, deadline=None)
+@given(seed=SEEDS, num_tokens=st.sampled_from([100, 300, 2000]))
+def test_contexts_stop_at_the_sentence_that_fills_them(seed: int, num_tokens: int) -> None:
+    scene = draw_scene(random.Random(seed), num_tokens, obeys=True)
+    told = [entry["content"] for entry in scene.messages if entry["role"] == "user"]
+    told = [text for text in told if not text.startswith("memory.")]
+    words = count_tokens(scene.messages[0]["content"]) + 3 + sum(map(count_tokens, told))
+    # Turns are counted before they are drawn, four sentences and seven tokens each; the longest sentence has eight.
+    length = words + 7 * sum(text.count(".") for text in told) / 4
+    assert 0 <= length - num_tokens < 8 + 7 / 4
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=SEEDS, num_tokens=st.sampled_from([300, 600, 2000]))
 def test_contexts_are_as_long_as_asked(seed: int, num_tokens: int) -> None:
