@@ -13,7 +13,7 @@ from frozen_peft.behavior import strip_instructions
 from frozen_peft.behavior.rows import dump_row
 from frozen_peft.cli import main
 from frozen_peft.cli.recipe import read_recipe
-from frozen_peft.cli.train import make_parser
+from frozen_peft.cli.training import make_parser
 from tests.documentation.tokenizer import train_tokenizer
 from tests.tiny_models import tiny_model
 

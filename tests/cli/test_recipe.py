@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from frozen_peft.cli.recipe import RecipeParser, read_recipe
-from frozen_peft.cli.train import make_parser
+from frozen_peft.cli.training import make_parser
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from frozen_peft import FrozenContextConfig
 from frozen_peft.cli import main
 from frozen_peft.cli.recipe import read_recipe
-from frozen_peft.cli.train import make_parser
+from frozen_peft.cli.training import make_parser
 from tests.tiny_models import tiny_model
 from tests.trainer.runs import word_tokenizer
 
