@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 
 from frozen_peft.context.encoded import AttentionState, EncodedContext, LayerState, LinearState
 from frozen_peft.context.handover import Segment, give_segment, mark_contiguous
+from frozen_peft.context.kernel_table import current_capabilities, has_flash_prefill
 
 __all__ = ["can_extend", "frozen_row", "prefill_cache", "resume_linear", "resume_window"]
 
@@ -53,7 +54,7 @@ class _BufferedLayer(DynamicLayer):
         self.num_filled += key_states.shape[-2]
         self.keys[:, :, start : self.num_filled] = key_states
         self.values[:, :, start : self.num_filled] = value_states
-        if self.segmented and self.num_past + start and key_states.device.type == "cpu":
+        if self.segmented and self.num_past + start and not _can_read_as_one(key_states, value_states):
             give_segment(key_states, self._segment(start))
             return key_states, value_states
         keys, values = self.keys[:, :, : self.num_filled], self.values[:, :, : self.num_filled]
@@ -81,6 +82,13 @@ class _BufferedLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.num_past + self.num_filled
+
+
+def _can_read_as_one(keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether a kernel takes a chunk's queries and all keys up to them; else the chunk is a segment of its own."""
+    device = keys.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else keys.dtype
+    return has_flash_prefill(current_capabilities(device), dtype, keys.shape[-1], values.shape[-1])
 
 
 class _BufferedHybridLayer(LinearAttentionAndFullAttentionLayer):

@@ -6,7 +6,8 @@ copy of the cache, its gradient, and an expansion for grouped heads. Here a deci
 they lie:
 
 1. Scores against blocks of keys are reduced with an online softmax in float32, first over the context (every sample
-   against its own, unpadded), then over the decision itself. The result is the softmax over both segments.
+   against its own, unpadded), then over the decision itself. The result is the softmax over both segments. On a GPU
+   the operands of its products stay in the model's 16 bit, and their sums are float32, as in FlashAttention.
 2. The backward pass needs the output and the log-sum-exp only. Against the context it computes the gradient of the
    queries and nothing else, since keys and values are constants there; against the decision also those of its own
    keys and values.
@@ -35,6 +36,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from frozen_peft.context.handover import CONTIGUOUS, KeyValueGradient, Segment, current_use, get_segment
+from frozen_peft.context.kernel_table import has_16_bit_products
 from frozen_peft.context.models import get_decoder
 
 __all__ = ["IMPLEMENTATION", "is_segmented"]
@@ -82,6 +84,7 @@ def segmented_attention_forward(
     if segment is CONTIGUOUS and attention_mask is None and query.shape[-2] < key.shape[-2]:
         bias = causal_lower_right(query.shape[-2], key.shape[-2])
         attend = torch.nn.functional.scaled_dot_product_attention
+        query, key, value = (_autocast(tensor) for tensor in (query, key, value))
         output = attend(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True)
     elif isinstance(segment, Segment):
         assert dropout == 0.0, "segments are only used where attention has no dropout"
@@ -91,7 +94,10 @@ def segmented_attention_forward(
         if _can_use_flash_on_cpu(query, key, value, attention_mask):
             output = _flash_on_cpu(query, key, value, segment, scale)
         else:
-            output = _TwoSegmentAttention.apply(query, key, value, segment, attention_mask, scale)
+            operands = _operand_dtype(query)
+            # Autocast would round the scores, and not those that the backward pass computes again.
+            with torch.autocast(query.device.type, enabled=False):
+                output = _TwoSegmentAttention.apply(query, key, value, segment, attention_mask, scale, operands)
     else:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -116,6 +122,14 @@ def segmented_mask(*, mask_function: Any, allow_is_causal_skip: bool = True, **k
 
 AttentionInterface.register(IMPLEMENTATION, segmented_attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, segmented_mask)
+
+
+def _autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """What autocast makes of an argument of attention; torch 2.13 does not do it where the mask is a `CausalBias`."""
+    device_type = tensor.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device_type))
 
 
 def _can_use_flash_on_cpu(
@@ -260,14 +274,35 @@ def _accumulation_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _operand_dtype(query: torch.Tensor) -> torch.dtype:
+    """In which matrices are multiplied: on a card with tensor cores for it the model's 16 bit, as SDPA would."""
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    is_16_bit = dtype in (torch.float16, torch.bfloat16)
+    # `bmm` with sums in float32 is there for CUDA alone (torch 2.13).
+    return dtype if is_16_bit and has_16_bit_products(query.device) else _accumulation_dtype(query)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, operands: torch.dtype) -> torch.Tensor:
+    """Product of batches of matrices, summed and returned in float32 or more whatever the operands are."""
+    left, right = left.to(operands), right.to(operands)
+    dtype = _accumulation_dtype(left)
+    if operands == dtype:
+        return left @ right
+    if left.device.type == "cuda":
+        return torch.bmm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
 def _folded(tensor: torch.Tensor, num_kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
     """Heads of one sample `(H, queries, E)` as `(K, G * queries, E)`."""
     return tensor.to(dtype).reshape(num_kv_heads, -1, tensor.shape[-1])
 
 
-def _scores(query: torch.Tensor, block: _Block, scale: float) -> torch.Tensor:
+def _scores(query: torch.Tensor, block: _Block, scale: float, operands: torch.dtype) -> torch.Tensor:
     """Scaled scores of folded queries, shape `(K, G * queries, keys)`, `-inf` where a query may not look."""
-    scores = torch.matmul(query, block.keys.to(query.dtype).transpose(-1, -2)).mul_(scale)
+    scores = _product(query, block.keys.transpose(-1, -2), operands).mul_(scale)
     if block.hidden is not None:
         num_queries, num_keys = block.hidden.shape
         scores.view(scores.shape[0], -1, num_queries, num_keys).masked_fill_(block.hidden, float("-inf"))
@@ -286,6 +321,7 @@ class _TwoSegmentAttention(torch.autograd.Function):
         segment: Segment,
         mask: torch.Tensor | None,
         scale: float,
+        operands: torch.dtype,
     ) -> torch.Tensor:
         dtype = _accumulation_dtype(query)
         num_kv_heads, num_groups = key.shape[1], query.shape[1] // key.shape[1]
@@ -293,19 +329,19 @@ class _TwoSegmentAttention(torch.autograd.Function):
         logsumexp = query.new_empty(query.shape[:-1], dtype=dtype)
         for row in range(query.shape[0]):
             for queries in _query_blocks(query):
-                folded = _folded(query[row, :, queries], num_kv_heads, dtype)
-                peak = folded.new_full(folded.shape[:-1], float("-inf"))
-                total = folded.new_zeros(folded.shape[:-1])
-                weighted = folded.new_zeros(*folded.shape[:-1], value.shape[-1])
+                folded = _folded(query[row, :, queries], num_kv_heads, operands)
+                peak = folded.new_full(folded.shape[:-1], float("-inf"), dtype=dtype)
+                total = torch.zeros_like(peak)
+                weighted = peak.new_zeros(*peak.shape, value.shape[-1])
                 for block in _blocks(row, queries, num_groups, key, value, segment, mask):
-                    scores = _scores(folded, block, scale)
+                    scores = _scores(folded, block, scale, operands)
                     new_peak = torch.maximum(peak, scores.amax(-1))
                     # A query that has seen no key yet has no peak; any finite one will do.
                     safe_peak = new_peak.masked_fill(new_peak == float("-inf"), 0.0)
                     weights = scores.sub_(safe_peak[..., None]).exp_()
                     decayed = (peak - safe_peak).exp_()
                     total = total.mul_(decayed).add_(weights.sum(-1))
-                    weighted.mul_(decayed[..., None]).add_(weights @ block.values.to(dtype))
+                    weighted.mul_(decayed[..., None]).add_(_product(weights, block.values, operands))
                     peak = new_peak
                 shape = (query.shape[1], queries.stop - queries.start)
                 # Padding may look nowhere (a window that ends before it): it gets zeros, and in the backward pass
@@ -315,14 +351,14 @@ class _TwoSegmentAttention(torch.autograd.Function):
                 output[row, :, queries] = mean.view(*shape, -1).to(output.dtype)
                 logsumexp[row, :, queries] = (peak + total.log()).masked_fill(blind, float("inf")).view(shape)
         ctx.save_for_backward(query, key, value, output, logsumexp, mask)
-        ctx.segment, ctx.scale = segment, scale
+        ctx.segment, ctx.scale, ctx.operands = segment, scale, operands
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, output, logsumexp, mask = ctx.saved_tensors
-        dtype, scale = logsumexp.dtype, ctx.scale
+        dtype, scale, operands = logsumexp.dtype, ctx.scale, ctx.operands
         num_kv_heads, num_groups = key.shape[1], query.shape[1] // key.shape[1]
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (torch.zeros_like(tensor, dtype=dtype) for tensor in (key, value))
@@ -335,14 +371,14 @@ class _TwoSegmentAttention(torch.autograd.Function):
                 delta = (folded_grad * folded_output).sum(-1, keepdim=True)
                 folded_grad_query = torch.zeros_like(folded)
                 for block in _blocks(row, queries, num_groups, key, value, ctx.segment, mask, (grad_key, grad_value)):
-                    weights = _scores(folded, block, scale).sub_(normalizer).exp_()
-                    grad_scores = (folded_grad @ block.values.to(dtype).transpose(-1, -2)).sub_(delta).mul_(weights)
-                    grad_scores.mul_(scale)
-                    folded_grad_query += grad_scores @ block.keys.to(dtype)
+                    weights = _scores(folded, block, scale, operands).sub_(normalizer).exp_()
+                    grad_weights = _product(folded_grad, block.values.transpose(-1, -2), operands)
+                    grad_scores = grad_weights.sub_(delta).mul_(weights).mul_(scale)
+                    folded_grad_query += _product(grad_scores, block.keys, operands)
                     if block.gradient is not None:
                         of_keys, of_values = block.gradient
-                        of_keys += (grad_scores.transpose(-1, -2) @ folded).to(of_keys.device)
-                        of_values += (weights.transpose(-1, -2) @ folded_grad).to(of_values.device)
+                        of_keys += _product(grad_scores.transpose(-1, -2), folded, operands).to(of_keys.device)
+                        of_values += _product(weights.transpose(-1, -2), folded_grad, operands).to(of_values.device)
                 shape = (query.shape[1], queries.stop - queries.start, query.shape[-1])
                 grad_query[row, :, queries] = folded_grad_query.view(shape).to(query.dtype)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
