@@ -28,3 +28,12 @@ def fixed_seeds() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Let PEFT 0.21 read an attribute that transformers 5.23 deprecates; goes with the next PEFT."""
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is none, however the tests were chosen."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
