@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl import SFTTrainer
 
 from frozen_peft.checkpoints import (
     UNFINISHED,
@@ -16,11 +15,12 @@ from frozen_peft.checkpoints import (
     settle_best,
     whole_files,
 )
+from frozen_peft.out_of_memory import AdvisedTrainer
 
 __all__ = ["ResumableTrainer"]
 
 
-class ResumableTrainer(SFTTrainer):
+class ResumableTrainer(AdvisedTrainer):
     """`SFTTrainer` whose checkpoints are there whole or not at all, and from which a run ends as it would have.
 
     Everything is inherited but these hooks, which add to the parent's:

@@ -30,7 +30,8 @@ ARROWS = {
     # Of behaviour, what puts stripped instructions back.
     "distillation": {"batches", "behavior", "config", "context", "first_batch", "metrics"},
     "checkpoints": set(),
-    "resuming": {"checkpoints"},
+    "out_of_memory": {"config", "context"},
+    "resuming": {"checkpoints", "out_of_memory"},
     "trainer": {
         "adapters",
         "batches",

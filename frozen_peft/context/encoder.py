@@ -7,8 +7,11 @@
 3. What is missing is encoded between two cuts at a time, equal lengths together while they stay within one chunk.
 4. A prefix is kept while a context of this step is still to come that begins with it; the store keeps what it has
    room for beyond that.
+5. Where the GPU's memory does not suffice for a forward, what that pass has written is dropped, and it begins again in
+   chunks of half the size, which are kept to from there on.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,12 +26,15 @@ from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.keys import PrefixKey, prefix_keys
 from frozen_peft.context.models import get_pretrained_model, require_exact_continuation, require_separable_adapters
 from frozen_peft.context.modes import prefill_mode
+from frozen_peft.context.out_of_memory import free_unused_memory, halved_chunk, out_of_memory_in_prefill
 from frozen_peft.context.prefill import extend_contexts
 from frozen_peft.context.prefixes import PrefixPlan
 from frozen_peft.context.segments import is_segmented
 from frozen_peft.context.store import ContextStore
 
 __all__ = ["ContextEncoder", "EncoderCounts", "encode_context"]
+
+logger = logging.getLogger(__name__)
 
 EMPTY = EncodedContext(0, ())
 
@@ -94,6 +100,7 @@ class ContextEncoder:
             require_separable_adapters(self._pretrained)
         self.model, self.chunk_size, self.adapters, self.store = model, chunk_size, adapters, store
         self.counts = EncoderCounts()
+        self._has_said_smaller = False
         self._can_extend = can_extend(self._pretrained)
         self._plan = PrefixPlan([])
         self._step = 0
@@ -194,13 +201,46 @@ class ContextEncoder:
             ]
             for group in self._groups(ready, waiting):
                 members = [waiting.pop(key) for key in group]
-                prefixes = [found[member.prefix] for member in members if member.prefix is not None]
-                tokens = torch.from_numpy(np.stack([member.tokens for member in members]))
-                encoded = extend_contexts(self.model, prefixes, tokens, chunk_size=self.chunk_size)
+                encoded = self._encode_together(members, found)
                 for key, member, context in zip(group, members, encoded, strict=True):
                     found[key] = context
                     if self.store is not None:
                         self.store.put(key, context, prefix=member.prefix)
+
+    def _encode_together(
+        self, members: list[_Extension], found: dict[PrefixKey, EncodedContext]
+    ) -> list[EncodedContext]:
+        """Encodes extensions of one shape: in one batch, and in smaller forwards where memory runs out."""
+        prefixes = [found[member.prefix] for member in members if member.prefix is not None]
+        tokens = torch.from_numpy(np.stack([member.tokens for member in members]))
+        num_new = tokens.shape[1]
+        try:
+            return extend_contexts(self.model, prefixes, tokens, chunk_size=self.chunk_size)
+        except torch.OutOfMemoryError as error:
+            num_forward_tokens = len(members) * min(self.chunk_size or num_new, num_new)
+            smaller = halved_chunk(num_forward_tokens)
+            if smaller is None:
+                num_tokens = num_new + (prefixes[0].num_tokens if prefixes else 0)
+                raise out_of_memory_in_prefill(error, num_tokens, num_forward_tokens) from error
+        # Not inside `except`: the exception holds what the forward held. What the failed pass has written goes with
+        # it, since a cache belongs to one pass.
+        free_unused_memory()
+        self._use_chunks_of(smaller)
+        size = max(smaller // num_new, 1)
+        groups = [members[start : start + size] for start in range(0, len(members), size)]
+        return [context for group in groups for context in self._encode_together(group, found)]
+
+    def _use_chunks_of(self, num_tokens: int) -> None:
+        """Encodes in smaller chunks from here on; says so once."""
+        log = logger.info if self._has_said_smaller else logger.warning
+        log(
+            "The GPU ran out of memory while encoding contexts with `prefill_chunk_size=%d`: going on with %d, which "
+            "changes the time and, up to rounding, nothing else.",
+            self.chunk_size,
+            num_tokens,
+        )
+        self._has_said_smaller = True
+        self.chunk_size = num_tokens
 
     def _groups(self, keys: list[PrefixKey], extensions: dict[PrefixKey, _Extension]) -> list[list[PrefixKey]]:
         """Extensions to run together: of equal lengths, and within one chunk in all."""
