@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from frozen_peft.adapters import lora_config, merge_adapter, quantization_config
     from frozen_peft.config import FrozenContextConfig
     from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
+    from frozen_peft.gradient import gradient_flow
     from frozen_peft.trainer import FrozenContextTrainer
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FrozenContextConfig",
     "FrozenContextTrainer",
     "UnsupportedArchitectureError",
+    "gradient_flow",
     "lora_config",
     "merge_adapter",
     "quantization_config",
@@ -26,6 +28,7 @@ _MODULES = {
     "FrozenContextConfig": "config",
     "FrozenContextTrainer": "trainer",
     "UnsupportedArchitectureError": "errors",
+    "gradient_flow": "gradient",
     "lora_config": "adapters",
     "merge_adapter": "adapters",
     "quantization_config": "adapters",

@@ -18,7 +18,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LEAVES = {"errors", "data"}
 ARROWS = {
     "context": set(),
-    "gradient": {"context"},
+    # Of adapters, which rows of which projection are adapted, and what they do.
+    "gradient": {"adapters", "context"},
     "adapters": set(),
     "config": {"context", "gradient"},
     "samples": {"config", "context"},

@@ -25,13 +25,19 @@ from frozen_peft.adapters.quantization import (
     quantization_report,
 )
 from frozen_peft.adapters.roles import RoleMatch, find_roles
-from frozen_peft.adapters.rows import adapted_weights_summary, restrict_adapter_rows
+from frozen_peft.adapters.rows import (
+    AdaptedProjection,
+    adapted_projections,
+    adapted_weights_summary,
+    restrict_adapter_rows,
+)
 from frozen_peft.adapters.table import ROLES, Role
 
 __all__ = [
     "PRESETS",
     "REPORT",
     "ROLES",
+    "AdaptedProjection",
     "MergeMismatchError",
     "QuantizationReport",
     "Role",
@@ -40,6 +46,7 @@ __all__ = [
     "WeightGroup",
     "activate_at_invocation",
     "active_everywhere",
+    "adapted_projections",
     "adapted_weights_summary",
     "export_adapter",
     "find_invocation",

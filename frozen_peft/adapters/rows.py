@@ -24,7 +24,7 @@ from frozen_peft.adapters.roles import RoleMatch, find_roles, linear_modules, ro
 from frozen_peft.adapters.table import ROLES
 from frozen_peft.errors import UnsupportedArchitectureError
 
-__all__ = ["adapted_weights_summary", "restrict_adapter_rows"]
+__all__ = ["AdaptedProjection", "adapted_projections", "adapted_weights_summary", "restrict_adapter_rows"]
 
 # Installed restrictions by parameter: what makes a second call find its own hooks. Weak, so that it keeps no
 # weight alive; not on the parameter itself, where it would be saved with it.
@@ -32,12 +32,13 @@ _installed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True)
-class _Adapter:
+class AdaptedProjection:
     """One adapter on one linear module.
 
     Attributes:
         module: Full name of the module, without PEFT's wrapping.
         path: Its name within the layer.
+        index: Index of its layer in the model.
         name: Name of the adapter.
         layer: PEFT's layer.
         matches: Roles of the module, none if it has no role.
@@ -46,6 +47,7 @@ class _Adapter:
 
     module: str
     path: str
+    index: int
     name: str
     layer: LoraLayer
     matches: list[RoleMatch]
@@ -76,7 +78,7 @@ def restrict_adapter_rows(model: nn.Module) -> list[str]:
             its own (see `lora_config`).
     """
     restricted = []
-    for adapter in _adapters(model):
+    for adapter in adapted_projections(model):
         frozen = ~adapter.adapted
         previous = _installed.get(adapter.weight)
         if previous is not None:
@@ -116,7 +118,7 @@ def _zero_gradient_of(weight: nn.Parameter, frozen: torch.Tensor) -> RemovableHa
     return handle
 
 
-def _adapters(model: nn.Module) -> list[_Adapter]:
+def adapted_projections(model: nn.Module) -> list[AdaptedProjection]:
     """Every LoRA adapter on a linear module of the text model, with the rows it adapts."""
     if not isinstance(model, PeftModel):
         return []
@@ -138,7 +140,15 @@ def _adapters(model: nn.Module) -> list[_Adapter]:
             if name in layer.lora_B:
                 weight = layer.lora_B[name].weight
                 found.append(
-                    _Adapter(linear.name, linear.path, name, layer, matches, _adapted_rows(config, matches, weight))
+                    AdaptedProjection(
+                        linear.name,
+                        linear.path,
+                        linear.layer,
+                        name,
+                        layer,
+                        matches,
+                        _adapted_rows(config, matches, weight),
+                    )
                 )
     return found
 
@@ -179,7 +189,7 @@ def adapted_weights_summary(model: nn.Module) -> str:
     lines: dict[tuple[str, str, str], list[int]] = {}
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     accounted = 0
-    for adapter in _adapters(model):
+    for adapter in adapted_projections(model):
         rows = adapter.adapted
         held = [match.role for match in adapter.matches if (rows_of_roles([match], ROLES) & rows).any()]
         rank = adapter.weight.shape[1]

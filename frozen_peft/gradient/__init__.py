@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The live side: how activations are kept for the backward pass."""
+"""The live side: how activations are kept for the backward pass, and what the gradient knows."""
 
 from frozen_peft.gradient.checkpoint import group_checkpoints
+from frozen_peft.gradient.flow import GradientFlow, gradient_flow
 from frozen_peft.gradient.stretches import stretched_forward
 from frozen_peft.gradient.verify import MIN_TOKENS_TO_VERIFY, StretchCheck, verify_stretches
 
-__all__ = ["MIN_TOKENS_TO_VERIFY", "StretchCheck", "group_checkpoints", "stretched_forward", "verify_stretches"]
+__all__ = [
+    "MIN_TOKENS_TO_VERIFY",
+    "GradientFlow",
+    "StretchCheck",
+    "gradient_flow",
+    "group_checkpoints",
+    "stretched_forward",
+    "verify_stretches",
+]
