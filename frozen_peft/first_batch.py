@@ -8,6 +8,7 @@ import torch
 from transformers.utils import logging
 
 from frozen_peft.context import verify_context
+from frozen_peft.context.sharding import same_everywhere
 from frozen_peft.gradient import MIN_TOKENS_TO_VERIFY, verify_stretches
 
 __all__ = ["BatchChecks"]
@@ -47,9 +48,12 @@ class BatchChecks:
     ) -> None:
         """Compares the decision with the longest context with a plain forward.
 
+        Processes that share weights in shards compare the longest of all of theirs, and have to call this together.
+
         Args:
             model: See `verify_context`.
-            contexts: Token ids of each context, shape `(context tokens,)`; one at least is not empty.
+            contexts: Token ids of each context, shape `(context tokens,)`; without any that is not empty, there is
+                nothing to compare.
             decision: Gives the token ids of a decision, without padding, by its number.
             chunk_size: See `verify_context`.
             adapters: See `verify_context`.
@@ -60,14 +64,15 @@ class BatchChecks:
         """
         if not self.is_due(name):
             return
-        row = max(range(len(contexts)), key=lambda index: len(contexts[index]))
-        check = verify_context(
-            model,
-            torch.cat([contexts[row], decision(row)]),
-            len(contexts[row]),
-            chunk_size=chunk_size,
-            adapters=adapters,
-        )
+        row = max(range(len(contexts)), key=lambda index: len(contexts[index]), default=0)
+        own = None
+        if contexts and len(contexts[row]):
+            own = len(contexts[row]), torch.cat([contexts[row], decision(row)])
+        sample = same_everywhere(model, own)
+        if sample is None:
+            return
+        boundary, input_ids = sample
+        check = verify_context(model, input_ids, boundary, chunk_size=chunk_size, adapters=adapters)
         self.note(name, "The decision over a frozen context agrees with a plain forward", check)
 
     def check_stretches(self, model: torch.nn.Module, inputs: dict[str, Any], stretch_size: int) -> None:

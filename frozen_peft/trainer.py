@@ -30,7 +30,6 @@ from frozen_peft.batches import (
     BatchCutter,
     join_predictions,
     num_labels,
-    without_labels,
 )
 from frozen_peft.config import FrozenContextConfig, make_store
 from frozen_peft.context import TAIL, ContextEncoder, FrozenContext, decision_forward, use_segmented_attention
@@ -45,6 +44,7 @@ from frozen_peft.distillation import (
     prepare_with_teacher,
     require_distillable,
 )
+from frozen_peft.distributed import as_many_everywhere, check_engine, require_same_machines
 from frozen_peft.first_batch import BatchChecks
 from frozen_peft.gradient import group_checkpoints, stretched_forward
 from frozen_peft.metrics import ContextMetrics, Mode
@@ -133,6 +133,8 @@ class FrozenContextTrainer(ResumableTrainer):
             super().__init__(model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
 
         pretrained = get_pretrained_model(self.model)
+        require_same_machines(self.accelerator, self.args.device, pretrained.dtype)
+        check_engine(self.accelerator, self.model, self.args)
         self._freezes_context = self.args.gradient_horizon != -1
         self._max_positions = getattr(pretrained.config.get_text_config(), "max_position_embeddings", None)
         self._cut = make_cut(self.args, self._tokenizer, self._invocation)
@@ -224,7 +226,7 @@ class FrozenContextTrainer(ResumableTrainer):
                 super(FrozenContextTrainer, self).prediction_step(
                     model, self._freeze_contexts(part, unwrapped), prediction_loss_only, ignore_keys=ignore_keys
                 )
-                for part in self._as_many_on_every_process(own)
+                for part in as_many_everywhere(self.accelerator, own, self._cut)
             ]
         if len(own) == 1:
             return steps[0]
@@ -244,7 +246,8 @@ class FrozenContextTrainer(ResumableTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         with self._context_metrics.step("train"):
             self._read_ahead()
-            parts = self._as_many_on_every_process(self._parts(self._prepare_inputs(inputs)))
+            parts = self._parts(self._prepare_inputs(inputs))
+            parts = as_many_everywhere(self.accelerator, parts, self._cut)
             self._count_context_tokens(parts[0])
             if len(parts) == 1:
                 return super().training_step(model, parts[0], num_items_in_batch)
@@ -389,9 +392,10 @@ class FrozenContextTrainer(ResumableTrainer):
     def _freeze_contexts(self, inputs: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
         """A batch of decisions with a frozen context in place of their contexts."""
         kept = {name: value for name, value in inputs.items() if name not in (CONTEXTS, NUM_CONTEXT_TOKENS)}
-        if CONTEXTS not in inputs:
+        if not self._freezes_context:
             return kept
-        if get_pretrained_model(model) is not get_pretrained_model(self._encoder.model):
+        contexts = inputs.get(CONTEXTS, ())
+        if contexts and get_pretrained_model(model) is not get_pretrained_model(self._encoder.model):
             raise ValueError(
                 "The decisions' model is not the one that encodes their contexts, which is the one that this trainer "
                 "was made with. Make a trainer for the other model."
@@ -399,15 +403,17 @@ class FrozenContextTrainer(ResumableTrainer):
         with self.accelerator.autocast():
             self._checks.check_contexts(
                 self._encoder.model,
-                inputs[CONTEXTS],
+                contexts,
                 lambda row: inputs["input_ids"][row][inputs["attention_mask"][row].bool()],
                 chunk_size=self.args.prefill_chunk_size,
                 adapters=self.args.context_adapters,
             )
         with self._context_metrics.prefill(self._mode), self.accelerator.autocast():
-            kept["past_key_values"] = self._encoder.encode(
-                inputs[CONTEXTS], step=self.state.global_step, stale=self.model.training
-            )
+            now = {"step": self.state.global_step, "stale": self.model.training}
+            if contexts:
+                kept["past_key_values"] = self._encoder.encode(contexts, **now)
+            else:
+                self._encoder.encode_elsewhere(**now)
         return kept
 
     def _decoder_mode(self, model: torch.nn.Module, inputs: dict[str, Any]) -> AbstractContextManager[None]:
@@ -437,17 +443,6 @@ class FrozenContextTrainer(ResumableTrainer):
             finally:
                 self.current_gradient_accumulation_steps = steps
         return torch.stack(losses).sum()
-
-    def _as_many_on_every_process(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Parts of a batch, with some that add nothing where another process has more.
-
-        The forward and backward of each part have collective operations, which every process must enter.
-        """
-        if self._cut.mode == "tail" or self.accelerator.num_processes == 1:
-            return parts
-        num_parts = torch.tensor(len(parts), device=self.accelerator.device)
-        missing = int(self.accelerator.gather(num_parts).max()) - len(parts)
-        return parts + [without_labels(parts[-1])] * missing
 
     def _read_ahead(self) -> None:
         """Lets the store fetch what the next micro-batch needs, while the one that begins is computed."""

@@ -29,6 +29,7 @@ ARROWS = {
     "first_batch": {"context", "gradient"},
     "model_setup": {"config", "context", "adapters"},
     # Of behaviour, what puts stripped instructions back.
+    "distributed": {"batches", "config", "context"},
     "distillation": {"batches", "behavior", "config", "context", "first_batch", "metrics"},
     "checkpoints": set(),
     "out_of_memory": {"config", "context"},
@@ -39,6 +40,7 @@ ARROWS = {
         "config",
         "context",
         "distillation",
+        "distributed",
         "first_batch",
         "gradient",
         "metrics",
@@ -47,7 +49,6 @@ ARROWS = {
         "samples",
         "sampling",
     },
-    "inspection": {"adapters", "config", "context", "gradient", "model_setup", "trainer"},
     "behavior": {"context", "adapters", "config", "samples", "trainer"},
     "errors": set(),
     "data": set(),

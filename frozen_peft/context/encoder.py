@@ -9,11 +9,13 @@
    room for beyond that.
 5. Where the GPU's memory does not suffice for a forward, what that pass has written is dropped, and it begins again in
    chunks of half the size, which are kept to from there on.
+6. Processes that share a model's weights in shards encode at the same time, and run as many forwards as each other.
+   They do not go on in smaller chunks.
 """
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,9 +29,10 @@ from frozen_peft.context.keys import PrefixKey, prefix_keys
 from frozen_peft.context.models import get_pretrained_model, require_exact_continuation, require_separable_adapters
 from frozen_peft.context.modes import prefill_mode
 from frozen_peft.context.out_of_memory import free_unused_memory, halved_chunk, out_of_memory_in_prefill
-from frozen_peft.context.prefill import extend_contexts
+from frozen_peft.context.prefill import extend_contexts, num_forwards
 from frozen_peft.context.prefixes import PrefixPlan
 from frozen_peft.context.segments import is_segmented
+from frozen_peft.context.sharding import are_sharded, num_missing_forwards, run_idle_forwards
 from frozen_peft.context.store import ContextStore
 
 __all__ = ["ContextEncoder", "EncoderCounts", "encode_context"]
@@ -146,20 +149,16 @@ class ContextEncoder:
         """
         arrays = [_as_array(context) for context in contexts]
         keys = [_key(array) for array in arrays]
-        if step != self._step:
-            self.expect([], step=step)
+        self._open(step, stale)
         plan = self._plan
         if any(key is not None and key not in plan for key in keys):
             plan = self._planned(arrays)
-        if self.store is not None:
-            self.store.open(self.model, adapters=self.adapters, step=step, stale=stale)
         found = dict(self._kept)
         extensions: dict[PrefixKey, _Extension] = {}
         for key, array in zip(keys, arrays, strict=True):
             if key is not None:
                 extensions |= self._missing(plan.cuts(key), array, found)
-        with self._prefill_mode() if extensions else nullcontext():
-            self._extend(extensions, found)
+        self._extend(extensions, found)
         for key in keys:
             if key is not None:
                 plan.finish(key)
@@ -168,6 +167,23 @@ class ContextEncoder:
         self.counts.num_tokens_encoded += sum(len(extension.tokens) for extension in extensions.values())
         rows = [found[key] if key is not None else EMPTY for key in keys]
         return FrozenContext(rows, segmented=is_segmented(self._pretrained))
+
+    def encode_elsewhere(self, *, step: int = 0, stale: bool = True) -> None:
+        """Takes part in what other processes encode, where this one has no context and weights are in shards.
+
+        Args:
+            step: See `encode`.
+            stale: See `encode`.
+        """
+        if are_sharded(self.model):
+            self._open(step, stale)
+            self._extend({}, {})
+
+    def _open(self, step: int, stale: bool) -> None:
+        if step != self._step:
+            self.expect([], step=step)
+        if self.store is not None:
+            self.store.open(self.model, adapters=self.adapters, step=step, stale=stale)
 
     def _planned(self, contexts: Sequence[np.ndarray]) -> PrefixPlan:
         return PrefixPlan(contexts, can_extend=self._can_extend)
@@ -193,19 +209,21 @@ class ContextEncoder:
         return extensions
 
     def _extend(self, extensions: dict[PrefixKey, _Extension], found: dict[PrefixKey, EncodedContext]) -> None:
-        """Encodes what is missing, prefixes before what follows on them, and adds it to `found`."""
-        waiting = dict(extensions)
-        while waiting:
-            ready = [
-                key for key, extension in waiting.items() if extension.prefix is None or extension.prefix in found
-            ]
-            for group in self._groups(ready, waiting):
-                members = [waiting.pop(key) for key in group]
+        """Encodes what is missing, and adds it to `found`."""
+        groups = self._groups(extensions)
+        sizes = [len(extensions[group[0]].tokens) for group in groups]
+        num_idle = num_missing_forwards(self.model, sum(num_forwards(size, self.chunk_size) for size in sizes))
+        if not groups and not num_idle:
+            return
+        with self._prefill_mode():
+            for group in groups:
+                members = [extensions[key] for key in group]
                 encoded = self._encode_together(members, found)
                 for key, member, context in zip(group, members, encoded, strict=True):
                     found[key] = context
                     if self.store is not None:
                         self.store.put(key, context, prefix=member.prefix)
+            run_idle_forwards(self.model, num_idle)
 
     def _encode_together(
         self, members: list[_Extension], found: dict[PrefixKey, EncodedContext]
@@ -218,7 +236,8 @@ class ContextEncoder:
             return extend_contexts(self.model, prefixes, tokens, chunk_size=self.chunk_size)
         except torch.OutOfMemoryError as error:
             num_forward_tokens = len(members) * min(self.chunk_size or num_new, num_new)
-            smaller = halved_chunk(num_forward_tokens)
+            # In the middle of a forward, the other processes wait for their part of it.
+            smaller = None if are_sharded(self.model) else halved_chunk(num_forward_tokens)
             if smaller is None:
                 num_tokens = num_new + (prefixes[0].num_tokens if prefixes else 0)
                 raise out_of_memory_in_prefill(error, num_tokens, num_forward_tokens) from error
@@ -242,15 +261,20 @@ class ContextEncoder:
         self._has_said_smaller = True
         self.chunk_size = num_tokens
 
-    def _groups(self, keys: list[PrefixKey], extensions: dict[PrefixKey, _Extension]) -> list[list[PrefixKey]]:
-        """Extensions to run together: of equal lengths, and within one chunk in all."""
-        by_shape: dict[tuple[int, int], list[PrefixKey]] = {}
-        for key in keys:
-            by_shape.setdefault((key.num_tokens, len(extensions[key].tokens)), []).append(key)
-        groups = []
-        for (_, num_new), members in by_shape.items():
-            size = max(self.chunk_size // num_new, 1)
-            groups += [members[start : start + size] for start in range(0, len(members), size)]
+    def _groups(self, extensions: dict[PrefixKey, _Extension]) -> list[list[PrefixKey]]:
+        """Extensions to run together, prefixes before what follows on them: of equal lengths, within one chunk."""
+        groups: list[list[PrefixKey]] = []
+        waiting = list(extensions)
+        while waiting:
+            to_come = set(waiting)
+            ready = [key for key in waiting if extensions[key].prefix not in to_come]
+            by_shape: dict[tuple[int, int], list[PrefixKey]] = {}
+            for key in ready:
+                by_shape.setdefault((key.num_tokens, len(extensions[key].tokens)), []).append(key)
+            for (_, num_new), members in by_shape.items():
+                size = max(self.chunk_size // num_new, 1)
+                groups += [members[start : start + size] for start in range(0, len(members), size)]
+            waiting = [key for key in waiting if extensions[key].prefix in to_come]
         return groups
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from frozen_peft.context.kernels import KERNEL_PACKAGES
 from frozen_peft.context.models import get_decoder, get_pretrained_model
+from frozen_peft.context.sharding import digest_of_all, local_part
 
 __all__ = [
     "adapter_fingerprint",
@@ -50,8 +51,8 @@ def base_fingerprint(model: torch.nn.Module) -> str:
     for name, tensor in sorted(_tensors(pretrained), key=lambda pair: pair[0]):
         if id(tensor) not in trained:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(_bytes(_sampled(tensor)))
-    return digest.hexdigest()
+            digest.update(_bytes(_sampled(local_part(tensor))))
+    return digest_of_all(model, digest.hexdigest())
 
 
 def base_state(model: torch.nn.Module) -> tuple[object, ...]:
@@ -61,7 +62,7 @@ def base_state(model: torch.nn.Module) -> tuple[object, ...]:
     """
     trained = {id(tensor) for _, tensor in _trained_tensors(model)}
     tensors = (tensor for _, tensor in _tensors(get_pretrained_model(model)) if id(tensor) not in trained)
-    return tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
+    return tuple((local_part(tensor).data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
 
 
 def adapter_fingerprint(model: torch.nn.Module) -> str:
@@ -74,8 +75,8 @@ def adapter_fingerprint(model: torch.nn.Module) -> str:
                 digest.update(f"{name} {module.scaling} {module.disable_adapters}".encode())
     for name, tensor in sorted(_trained_tensors(model), key=lambda pair: pair[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
+        digest.update(_bytes(local_part(tensor)))
+    return digest_of_all(model, digest.hexdigest())
 
 
 def run_fingerprint(model: torch.nn.Module) -> str:

@@ -12,6 +12,8 @@ The model is left as it was: no mode is switched through `train()` or `eval()` (
 weights), only the flags that dropout and gradient checkpointing look at, and those are put back.
 """
 
+from functools import partial
+
 import torch
 
 from frozen_peft.context.buffers import frozen_row, prefill_cache
@@ -19,8 +21,14 @@ from frozen_peft.context.encoded import EncodedContext
 from frozen_peft.context.handover import counted_forward, require_all_read
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.context.segments import is_segmented
+from frozen_peft.context.sharding import run_within_forward
 
-__all__ = ["extend_contexts"]
+__all__ = ["extend_contexts", "num_forwards"]
+
+
+def num_forwards(num_tokens: int, chunk_size: int) -> int:
+    """Forwards that it takes to encode so many tokens at the end of a row."""
+    return -(-num_tokens // (chunk_size or num_tokens))
 
 
 def extend_contexts(
@@ -55,6 +63,7 @@ def extend_contexts(
             chunk = input_ids[:, start : start + step]
             positions = torch.arange(first + start, first + start + chunk.shape[1], device=device)
             positions = positions.expand(num_rows, -1)
-            decoder(input_ids=chunk, position_ids=positions, past_key_values=cache, use_cache=True)
+            forward = partial(decoder, input_ids=chunk, position_ids=positions, past_key_values=cache, use_cache=True)
+            run_within_forward(model, forward)
     require_all_read(use, pretrained.config.model_type)
     return [frozen_row(cache, row, first + num_tokens, prefixes[row] if prefixes else None) for row in range(num_rows)]

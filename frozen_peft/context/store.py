@@ -29,6 +29,7 @@ from frozen_peft.context.fingerprint import adapter_fingerprint, base_fingerprin
 from frozen_peft.context.keys import PrefixKey, prefix_keys
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.residence import DeviceCopy, device_room, to_device, to_host
+from frozen_peft.context.sharding import reshard
 
 __all__ = ["ContextStore"]
 
@@ -139,6 +140,7 @@ class ContextStore:
             step: Optimizer steps so far.
             stale: Whether entries up to `max_staleness` steps old may be read.
         """
+        reshard(model)
         state = base_state(model)
         if state != self._base_state:
             self._base, self._base_state = base_fingerprint(model), state

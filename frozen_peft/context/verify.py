@@ -17,6 +17,7 @@ from frozen_peft.context.encoder import encode_context
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
 from frozen_peft.context.modes import adapters_active, without_dropout
+from frozen_peft.context.sharding import run_within_forward
 from frozen_peft.errors import ContextMismatchError
 
 __all__ = ["ContextCheck", "context_tokens_needed", "has_dropout", "has_low_precision", "verify_context"]
@@ -166,13 +167,17 @@ def _changed_context(context: torch.Tensor, model: PreTrainedModel) -> torch.Ten
 def _plain_logprobs(model: torch.nn.Module, context: torch.Tensor, decision: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of the decision after its first token by one forward, shape `(decision tokens - 1,)`."""
     pretrained = get_pretrained_model(model)
-    with without_dropout(model):
+
+    def logprobs() -> torch.Tensor:
         hidden = get_decoder(pretrained)(
             input_ids=torch.cat([context, decision])[None],
             position_ids=torch.arange(len(context) + len(decision), device=context.device)[None],
             use_cache=False,
         ).last_hidden_state
-    return _logprobs(pretrained, hidden[0, len(context) :], decision)
+        return _logprobs(pretrained, hidden[0, len(context) :], decision)
+
+    with without_dropout(model):
+        return run_within_forward(model, logprobs)
 
 
 def _frozen_logprobs(
@@ -185,11 +190,15 @@ def _frozen_logprobs(
     positions = torch.arange(len(context), len(context) + len(decision), device=context.device)
     # Layers that drop out by themselves (OPT) are compared without checkpointing: both hang on their training flag.
     keep_checkpointing = not has_dropout(pretrained)
-    with without_dropout(model, keep_checkpointing=keep_checkpointing), decision_forward(model):
+
+    def logprobs() -> torch.Tensor:
         hidden = get_decoder(pretrained)(
             input_ids=decision[None], position_ids=positions[None], past_key_values=frozen, use_cache=False
         ).last_hidden_state
-    return _logprobs(pretrained, hidden[0], decision)
+        return _logprobs(pretrained, hidden[0], decision)
+
+    with without_dropout(model, keep_checkpointing=keep_checkpointing), decision_forward(model):
+        return run_within_forward(model, logprobs)
 
 
 def has_dropout(model: PreTrainedModel) -> bool:

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has to hold across processes before they train together.
+
+Another version of a kernel rounds otherwise, and another choice of kernels has other limits: processes that differ
+would each compute another gradient, and average them without a word.
+"""
+
+import functools
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
+from torch.distributed.fsdp import FSDPModule
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from frozen_peft.batches import without_labels
+from frozen_peft.config import FrozenContextConfig
+from frozen_peft.context import Cut
+from frozen_peft.context.kernel_table import KERNEL_PACKAGES, current_capabilities, kernel_choices
+
+__all__ = ["as_many_everywhere", "check_engine", "describe_machine", "require_same", "require_same_machines"]
+
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", *KERNEL_PACKAGES.values())
+MISSING = "not installed"
+
+
+def require_same_machines(accelerator: Accelerator, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses processes that would not compute the same; to be called by all of them, and raised by all of them.
+
+    Args:
+        accelerator: Of the training.
+        device: Where this process computes.
+        dtype: In which its model computes.
+
+    Raises:
+        ValueError: See `require_same`.
+    """
+    if accelerator.num_processes > 1:
+        require_same(gather_object([describe_machine(device, dtype)]))
+
+
+def check_engine(accelerator: Accelerator, model: torch.nn.Module, config: FrozenContextConfig) -> None:
+    """Refuses weights in shards that cannot be gathered where the configuration has layers run.
+
+    Args:
+        accelerator: Of the training.
+        model: Before it is prepared for training.
+        config: Of the training.
+
+    Raises:
+        ValueError: `checkpoint_every` with FSDP; contexts or stretches with DeepSpeed ZeRO-3, FSDP of version 1 or
+            a model that was in shards before.
+    """
+    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if is_fsdp and config.checkpoint_every > 1:
+        raise ValueError(
+            f"`checkpoint_every={config.checkpoint_every}` computes several layers again in one go, and FSDP has the "
+            "weights of one at a time. Leave it at 1."
+        )
+    if config.gradient_horizon == -1 and config.sequence_chunk_size is None:
+        return
+    way_out = "or train the whole sequence at once (`tier: 1` without `sequence_chunk_size`)"
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "DeepSpeed ZeRO-3 gathers weights in the order of the first step, and contexts of different lengths take "
+            "another number of forwards in each. Use ZeRO-2, or FSDP2, which shards weights as well "
+            f"(`recipes/accelerate/fsdp2.yaml`), {way_out}."
+        )
+    if is_fsdp and not accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP of version 1 gathers weights for a forward of the whole model alone, and contexts are encoded below "
+            f"its head. Set `fsdp_version: 2` (`recipes/accelerate/fsdp2.yaml`), {way_out}."
+        )
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError(
+            "This model's weights were put in shards when it was loaded. Load it without `distributed_config`, and "
+            f"let `accelerate launch` put them in shards (`recipes/accelerate/fsdp2.yaml`), {way_out}."
+        )
+
+
+def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What has to be the same on every process, by name: versions, and the kernel for each part of a step."""
+    rows = kernel_choices(current_capabilities(device), dtype)
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        **{f"kernel for {row.purpose}": row.kernel for row in rows},
+    }
+
+
+def require_same(machines: Sequence[Mapping[str, str]]) -> None:
+    """Refuses machines that differ.
+
+    Args:
+        machines: What `describe_machine` gave, by rank.
+
+    Raises:
+        ValueError: Names everything that differs, with the value and the ranks that have it.
+    """
+    names = dict.fromkeys(name for machine in machines for name in machine)
+    different = []
+    for name in names:
+        ranks: dict[str, list[int]] = {}
+        for rank, machine in enumerate(machines):
+            ranks.setdefault(machine.get(name, MISSING), []).append(rank)
+        if len(ranks) > 1:
+            values = ", ".join(f"{value} on rank {', '.join(map(str, found))}" for value, found in ranks.items())
+            different.append(f"{name}: {values}")
+    if different:
+        raise ValueError(
+            f"The processes of this training would not compute the same. {'; '.join(different)}. Install the same "
+            "versions everywhere (`pip install -c constraints.txt`), and use GPUs of one kind."
+        )
+
+
+def as_many_everywhere(accelerator: Accelerator, parts: list[dict[str, Any]], cut: Cut) -> list[dict[str, Any]]:
+    """Parts of a batch, with some that add nothing where another process has more.
+
+    The forward and backward of each part have collective operations, which every process must enter.
+
+    Args:
+        accelerator: Of the training.
+        parts: Batches of decisions, one at least.
+        cut: Where samples are cut; but for turns, every process has one part.
+    """
+    if cut.mode == "tail" or accelerator.num_processes == 1:
+        return parts
+    num_parts = torch.tensor(len(parts), device=accelerator.device)
+    missing = int(accelerator.gather(num_parts).max()) - len(parts)
+    return parts + [without_labels(parts[-1])] * missing
+
+
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return MISSING
