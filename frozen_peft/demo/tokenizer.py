@@ -26,6 +26,14 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"""
 
+# How a server reads an answer. Without it, `transformers serve` (5.23) takes the one of the released Qwen3.5, finds
+# none of its tokens, and answers with the whole prompt.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|assistant|>",
+    "fields": {"content": {"close": MESSAGE_END, "content": "text"}},
+}
+
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """An ordinary fast tokenizer with a chat template; every text survives encoding and decoding.
@@ -53,6 +61,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=MESSAGE_END,
         additional_special_tokens=special_tokens[2:],
         clean_up_tokenization_spaces=False,
+        response_template=RESPONSE_TEMPLATE,
     )
     fast_tokenizer.chat_template = CHAT_TEMPLATE
     return fast_tokenizer

@@ -9,8 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from frozen_peft import merge_adapter
 from frozen_peft.cli import main
+from frozen_peft.demo import CHECKPOINT
 from frozen_peft.demo.table import percent, render_table
+from tests.serving import served
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -59,6 +62,67 @@ def test_the_merged_model_is_the_adapted_one(run: tuple[Path, dict[str, Any]]) -
             tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         accepted += tokenizer.decode(tokens) == f" {probe['preferred']}<|end|>"
     assert accepted >= 18
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_server_answers_as_the_probes_of_the_merged_model_measured(
+    run: tuple[Path, dict[str, Any]], tmp_path
+) -> None:
+    output, _ = run
+    directions, questions = probes_of(output)
+    accepted = check_served(output / "merged", [*directions[:16], *questions[:4]], tmp_path)
+    assert accepted >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.benchmark
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("tier", [1, 2])
+def test_a_server_answers_every_probe_as_measured(run: tuple[Path, dict[str, Any]], tier: int, tmp_path) -> None:
+    """Tier 1 leaves some directions unaccepted: the server has to leave the same ones."""
+    output, results = run
+    merged = output / "merged"
+    if tier == 1:
+        merged = tmp_path / "merged"
+        merge_adapter(output / "tier_1", merged, CHECKPOINT)
+    accepted = check_served(merged, [row for rows in probes_of(output) for row in rows], tmp_path)
+    assert accepted == results["tiers"][f"tier_{tier}"]["acceptance_after"]
+
+
+def probes_of(output: Path) -> tuple[list[dict[str, Any]], ...]:
+    """The demo's held-out directions and questions, without instructions."""
+    probes = read_lines(output / "probes.jsonl")
+    return tuple([probe for probe in probes if probe["kind"] == kind] for kind in ("target", "control"))
+
+
+def check_served(model: Path, probes: list[dict[str, Any]], folder: Path) -> float:
+    """Asks a server each probe, and compares with `frozen-peft evaluate`.
+
+    Returns:
+        The share of directions that the server accepts.
+    """
+    asked, measured, prompts, answers = (folder / name for name in ("asked", "measured", "prompts", "answers"))
+    asked.write_text("".join(json.dumps(probe) + "\n" for probe in probes))
+    prompts.write_text("".join(json.dumps({"prompt": probe["prompt"]}) + "\n" for probe in probes))
+    arguments = ["--model", str(model), "--probes", str(asked), "--conditions", "given", "--output", str(measured)]
+    assert main(["evaluate", *arguments]) == 0
+    report = json.loads(measured.read_text())
+    with served(model, folder / "server.log") as url:
+        options = ["--model", str(model), "--endpoint", url, "--temperature", "0", "--num_candidates", "1"]
+        assert main(["sample", str(prompts), str(answers), *options, "--max_new_tokens", "24"]) == 0
+    said = [row["completion"][0]["content"] for row in read_lines(answers)]
+    assert len(said) == len(probes) == len(report["scores"])
+    for probe, score, text in zip(probes, report["scores"], said, strict=True):
+        assert score["id"] == probe["id"]
+        assert (text == probe["expected"]) == score["is_exact"], (probe["id"], text)
+    accepted = [
+        text == probe["expected"] for probe, text in zip(probes, said, strict=True) if probe["kind"] == "target"
+    ]
+    rates = {result["kind"]: result["exact_match"]["rate"] for result in report["results"]}
+    assert sum(accepted) / len(accepted) == rates["target"]
+    return rates["target"]
 
 
 @pytest.mark.slow

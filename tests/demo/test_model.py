@@ -27,6 +27,10 @@ def test_the_checkpoint_is_an_ordinary_one_and_small() -> None:
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     marked = [t for t, is_own in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if is_own]
     assert tokenizer.decode(marked) == " ok, using oak.<|end|>"
+    # A server reads an answer by what the tokenizer says of it, after the whole prompt and to its end.
+    prompt = tokenizer.apply_chat_template(messages * 2 + messages[:1], tokenize=False, add_generation_prompt=True)
+    read = tokenizer.parse_response(marked, prefix=prompt)
+    assert read == {"role": "assistant", "content": "ok, using oak."}
 
 
 def test_the_checkpoint_knows_its_world() -> None:

@@ -85,9 +85,7 @@ def test_recovery_in_bfloat16(in_4_bit: bool, onto: str, tmp_path: Path) -> None
         assert found["recovery"] >= 0.99
 
 
-def trained_adapter(
-    folder: Path, *, in_4_bit: bool, architecture: str = "qwen3_5_text", num_steps: int = 30, rate: float = 0.02
-) -> tuple[Path, Path]:
+def trained_adapter(folder: Path, *, in_4_bit: bool) -> tuple[Path, Path]:
     """Trains on the samples by heart."""
     from datasets import Dataset
 
@@ -95,17 +93,17 @@ def trained_adapter(
     from tests.trainer.runs import config
 
     base = folder / "base"
-    tiny_model(architecture, dtype=torch.bfloat16).save_pretrained(base)
+    tiny_model("qwen3_5_text", dtype=torch.bfloat16).save_pretrained(base)
     with_tokenizer(base)
     trainer = FrozenContextTrainer(
         model=str(base),
         args=config(
             folder / "adapter",
-            max_steps=num_steps,
+            max_steps=30,
             tier=2,
             optim="adamw_torch",
-            learning_rate=rate,
-            logging_steps=num_steps,
+            learning_rate=0.02,
+            logging_steps=30,
             model_init_kwargs={"dtype": "bfloat16"},
         ),
         train_dataset=Dataset.from_list(SAMPLES[:5]),
