@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> None:
     from frozen_peft.adapters import merge_adapter
 
     with reported():
-        probes = {path.name: _read_probes(path) for path in options.probes}
+        probes = _read_probes(options.probes)
         report = merge_adapter(
             options.adapter,
             options.output,
@@ -143,10 +143,12 @@ def _read_samples(path: Path | None) -> list[dict[str, Any]]:
     return samples
 
 
-def _read_probes(path: Path) -> Any:
+def _read_probes(paths: list[Path]) -> dict[str, Any]:
+    """Probe sets by the names of their files, or by their paths where two have one name."""
     from frozen_peft.behavior import read_probes
 
-    return read_probes(path)
+    names = [path.name for path in paths]
+    return {path.name if names.count(path.name) == 1 else str(path): read_probes(path) for path in paths}
 
 
 def _score_probes(options: argparse.Namespace, probes: dict[str, Any]) -> dict[str, Any]:

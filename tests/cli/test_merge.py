@@ -29,6 +29,10 @@ def test_merges_verifies_and_scores_probes(made, tmp_path: Path, capsys) -> None
     arguments = ["merge", str(adapter), str(tmp_path / "merged"), "--base", str(base), "--verify"]
     arguments += ["--samples", write(tmp_path / "samples.jsonl", samples)]
     arguments += ["--probes", write(tmp_path / "accept.jsonl", probes)]
+    # Two sets of one name, each in the folder of its adapter.
+    for number in (1, 2):
+        (tmp_path / f"a{number}").mkdir()
+        arguments.append(write(tmp_path / f"a{number}" / "probes.jsonl", probes[:number]))
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
@@ -36,6 +40,11 @@ def test_merges_verifies_and_scores_probes(made, tmp_path: Path, capsys) -> None
     figures = report["probes"]["accept.jsonl"]["target"]
     assert figures["preference"]["total"] == 3
     assert f"{figures['preference']['num']} of 3 preferred" in printed
+    totals = {name: kinds["target"]["preference"]["total"] for name, kinds in report["probes"].items()}
+    assert totals == {
+        "accept.jsonl": 3,
+        **{str(tmp_path / f"a{number}" / "probes.jsonl"): number for number in (1, 2)},
+    }
     for title in ("merged model", "verified", "decisions", "recovery", "accept.jsonl, target"):
         assert f"  {title} " in printed
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from frozen_peft.adapters.activated import CANNOT_MERGE
 from frozen_peft.adapters.merge.checkpoint import find_folder, load_tensors, read_json
-from frozen_peft.adapters.merge.layout import change_layout, layout_of_keys, layout_of_model
+from frozen_peft.adapters.merge.layout import adapted_modules, change_layout, layout_of_keys, layout_of_model
 from frozen_peft.adapters.merge.patterns import require_quick_patterns
 from frozen_peft.adapters.merge.updates import AddVector, LowRank, Replacement, RowReplacement, Update
 from frozen_peft.adapters.roles import bypassed_modules
@@ -145,6 +145,8 @@ def open_adapter(name: str | Path, *, allow_pickle: bool = False, activated: boo
     tensors = load_tensors(folder, "adapter_model", allow_pickle=allow_pickle)
     if not tensors:
         raise ValueError(f"{folder} holds an adapter without tensors.")
+    # Of the other class's names the patterns are written out from these.
+    require_quick_patterns(path, config, adapted_modules(tensors))
     return AdapterFolder(str(name), folder, config, tensors)
 
 
@@ -165,11 +167,11 @@ def updates_of(adapter: AdapterFolder, make_model: Callable[[], PreTrainedModel]
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     bypassed_names = bypassed_modules(model)
     config, tensors = adapter.config, adapter.tensors
+    modules = (name for name, _ in model.named_modules())
+    require_quick_patterns(adapter.folder / "adapter_config.json", config, [*modules, *names])
     needed = layout_of_model(model)
     if needed is not None and layout_of_keys(tensors) != needed:
         config, tensors = change_layout(config, tensors, needed)
-    modules = (name for name, _ in model.named_modules())
-    require_quick_patterns(adapter.folder / "adapter_config.json", adapter.config, [*modules, *names])
     wrapped = _load(adapter.folder, model, _lora_config(adapter.folder, config), tensors)
     found: dict[str, Update] = {}
     for name, module in wrapped.named_modules():
@@ -219,8 +221,10 @@ def _load(folder: Path, model: PreTrainedModel, config: LoraConfig, tensors: dic
         except KeyError as error:
             raise ValueError(f"{folder} lacks the tensor {error} that its configuration asks for.") from error
         except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, re.error) as error:
+            # torch appends its own frames.
+            problem = str(error).partition("\nException raised from")[0]
             raise ValueError(
-                f"{folder} does not fit the base model: {error}\nThe base has to be the model that the adapter was "
+                f"{folder} does not fit the base model: {problem}\nThe base has to be the model that the adapter was "
                 "trained on, with the same vocabulary."
             ) from error
     if result.unexpected_keys:

@@ -19,6 +19,7 @@ __all__ = [
     "Shard",
     "find_folder",
     "load_tensors",
+    "not_floating",
     "open_checkpoint",
     "read_json",
 ]
@@ -80,10 +81,7 @@ class SafetensorsShard:
         entry = self.tensors[name]
         dtype = TORCH_DTYPES.get(entry.dtype)
         if dtype is None:
-            raise ValueError(
-                f"`{name}` in {self.path} is stored as {entry.dtype}, to which no update can be added. Merge onto the "
-                f"checkpoint in {', '.join(TORCH_DTYPES)}."
-            )
+            raise ValueError(not_floating(name, self.path, entry.dtype))
         rows = entry.shape[0] if entry.shape else 1
         stop = rows if stop is None else stop
         row_bytes = entry.num_bytes // max(rows, 1)
@@ -213,7 +211,7 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
         ValueError: A file is missing, not whole, or a pickle that is not allowed; or the index says otherwise.
     """
     if (folder / INDEX).is_file():
-        return _open_indexed(folder, INDEX, SafetensorsShard)
+        return _open_indexed(folder, INDEX, SafetensorsShard, ".safetensors")
     if (folder / WEIGHTS).is_file():
         return Checkpoint(folder, [SafetensorsShard(folder / WEIGHTS)], False)
     pickles = [name for name in (PICKLE_INDEX, PICKLE_WEIGHTS) if (folder / name).is_file()]
@@ -222,8 +220,16 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     if not allow_pickle:
         raise ValueError(f"{folder} has its weights only as a pickle, {pickles[0]}. {ALLOW_PICKLE}.")
     if pickles[0] == PICKLE_INDEX:
-        return _open_indexed(folder, PICKLE_INDEX, PickleShard)
+        return _open_indexed(folder, PICKLE_INDEX, PickleShard, ".bin")
     return Checkpoint(folder, [PickleShard(folder / PICKLE_WEIGHTS)], False)
+
+
+def not_floating(name: str, path: Path, dtype: str) -> str:
+    """What is wrong with a tensor of another type than the floating-point ones."""
+    return (
+        f"`{name}` in {path} is stored as {dtype}, to which no update can be added. Use the checkpoint in "
+        f"{', '.join(TORCH_DTYPES)}."
+    )
 
 
 def load_tensors(folder: Path, stem: str, *, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
@@ -251,10 +257,11 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: There is none, or the file is something else.
     """
+    # What is no file, such as a pipe, may never end.
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no {path}.") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -262,14 +269,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _open_indexed(folder: Path, index: str, shard_type: Any) -> Checkpoint:
+def _open_indexed(folder: Path, index: str, shard_type: Any, suffix: str) -> Checkpoint:
     weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / index} has no `weight_map`.")
     for tensor, name in weight_map.items():
-        # Files of the same names are written to the output.
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise ValueError(f"{folder / index} places `{tensor}` in {name!r}, which is no name of a file beside it.")
+        # Files of the same names are written to the output, beside others that have theirs.
+        is_name = isinstance(name, str) and name.endswith(suffix) and not name.startswith(".") and len(name) <= 128
+        if not is_name or any(mark in name for mark in "/\\\0"):
+            raise ValueError(
+                f"{folder / index} places `{tensor}` in {name!r}, which is no name of a {suffix} file beside it."
+            )
     missing = [name for name in sorted(set(weight_map.values())) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names. Download it again.")

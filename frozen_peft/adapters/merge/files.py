@@ -96,7 +96,9 @@ def highest_token(adapter: Path) -> int | None:
     model, added = values.get("model"), values.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     # Unigram models list their tokens, the others number them.
-    ids: list[Any] = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary or ()) - 1]
-    ids += [item.get("id") for item in added or () if isinstance(item, dict)]
+    ids: list[Any] = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    if isinstance(vocabulary, list):
+        ids.append(len(vocabulary) - 1)
+    ids += [item.get("id") for item in added if isinstance(item, dict)] if isinstance(added, list) else []
     known = [number for number in ids if type(number) is int]
     return max(known, default=None)

@@ -7,8 +7,9 @@ which is as large as the parameter, they cut it into the pieces that belong to t
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,17 @@ from transformers.core_model_loading import (
 from frozen_peft.adapters.merge.checkpoint import Checkpoint
 from frozen_peft.adapters.merge.updates import Update
 
-__all__ = ["Piece", "cut_update", "find_homes", "load_config", "make_meta_model", "parameters_of_tensors", "tied_head"]
+__all__ = [
+    "Piece",
+    "cut_update",
+    "find_homes",
+    "load_config",
+    "make_meta_model",
+    "named_class",
+    "parameters_of_tensors",
+    "require_layers",
+    "tied_head",
+]
 
 
 @dataclass(frozen=True)
@@ -59,23 +70,60 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         raise ValueError(f"{folder} holds no config.json.")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever transformers makes of a configuration that anyone may have written
         raise ValueError(f"{folder / 'config.json'} cannot be read by transformers: {error}") from error
 
 
+def named_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that a configuration names; None where it names none."""
+    architectures = config.architectures
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    found = getattr(transformers, named, None) if isinstance(named, str) else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def require_layers(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
+    """Refuses a configuration of more layers than there are tensors, which would take for ever to build.
+
+    Raises:
+        ValueError: It is one.
+    """
+    num_layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    num_tensors = sum(len(shard.tensors) for shard in checkpoint.shards)
+    if not isinstance(num_layers, int) or num_layers <= num_tensors:
+        return
+    raise ValueError(
+        f"{checkpoint.folder / 'config.json'} has {num_layers} layers, and the files beside it {num_tensors} tensors. "
+        "Get them again from where they came from."
+    )
+
+
 def make_meta_model(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
-    """The class that the checkpoint names, without weights, in float32."""
+    """The class that the checkpoint names, without weights, in float32.
+
+    Raises:
+        ValueError: transformers has no such class, or cannot make it of this configuration.
+    """
     # Building a model writes to its configuration.
     config = copy.deepcopy(config)
-    named = (config.architectures or [""])[0]
-    options = {"dtype": torch.float32}
-    with torch.device("meta"):
-        if hasattr(transformers, named):
-            return getattr(transformers, named)._from_config(config, **options)
-        for automatic in (AutoModelForCausalLM, AutoModelForImageTextToText):
-            if type(config) in automatic._model_mapping or trust_remote_code:
-                return automatic.from_config(config, trust_remote_code=trust_remote_code, **options)
-    raise ValueError(f"transformers has no model class {named!r} for {type(config).__name__}.")
+    make = _maker(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return make(config, dtype=torch.float32)
+    except Exception as error:  # whatever sizes that anyone may have written lead to
+        kind = type(error).__name__
+        raise ValueError(f"transformers makes no model of this {type(config).__name__}: {kind}: {error}") from error
+
+
+def _maker(config: PretrainedConfig, *, trust_remote_code: bool) -> Callable[..., PreTrainedModel]:
+    """What makes a model of this configuration."""
+    named = named_class(config)
+    if named is not None:
+        return named._from_config
+    for automatic in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in automatic._model_mapping or trust_remote_code:
+            return partial(automatic.from_config, trust_remote_code=trust_remote_code)
+    raise ValueError(f"transformers has no model class {config.architectures!r} for {type(config).__name__}.")
 
 
 def parameters_of_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, bool]]:

@@ -13,7 +13,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 
-__all__ = ["Layout", "change_layout", "layout_of_keys", "layout_of_model", "text_name"]
+__all__ = ["Layout", "adapted_modules", "change_layout", "layout_of_keys", "layout_of_model", "text_name"]
 
 Layout = Literal["text", "wrapper"]
 
@@ -37,6 +37,11 @@ def layout_of_model(model: PreTrainedModel) -> Layout | None:
     name = next(name for name, module in model.named_modules() if module is decoder)
     layouts: dict[str, Layout] = {"model": "text", "model.language_model": "wrapper"}
     return layouts.get(name)
+
+
+def adapted_modules(names: Iterable[str]) -> list[str]:
+    """The modules that an adapter's tensors belong to."""
+    return sorted({match["module"] for name in names if (match := _MODULE.match(name))})
 
 
 def change_layout(
@@ -106,9 +111,8 @@ def _renamed_text(name: Any, layout: Layout) -> Any:
 
 def _adapted(config: dict[str, Any], names: Iterable[str]) -> list[tuple[str, str]]:
     """Modules with adapters; with the name of a parameter, after a dot, where that is adapted and not the module."""
-    modules = sorted({match["module"] for name in names if (match := _MODULE.match(name))})
     found = []
-    for module in modules:
+    for module in adapted_modules(names):
         targets = (str(target) for target in config.get("target_parameters") or ())
         own = {leaf for owner, _, leaf in (target.rpartition(".") for target in targets) if module.endswith(owner)}
         found += [(module, f".{leaf}") for leaf in sorted(own)] or [(module, "")]

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from frozen_peft.adapters.merge.adapter import AdapterFolder, open_adapter, updates_of
 from frozen_peft.adapters.merge.checkpoint import INDEX, Checkpoint, find_folder, open_checkpoint
 from frozen_peft.adapters.merge.files import copy_files, highest_token, write_config
-from frozen_peft.adapters.merge.homes import load_config, make_meta_model, parameters_of_tensors
+from frozen_peft.adapters.merge.homes import load_config, make_meta_model, parameters_of_tensors, require_layers
 from frozen_peft.adapters.merge.layout import layout_of_model
 from frozen_peft.adapters.merge.output import require_free, require_space, whole_folder
 from frozen_peft.adapters.merge.plan import DTYPES, plan_shards
@@ -265,6 +265,7 @@ def _open_base(
             f"{folder} holds quantized weights, to which no update can be added exactly. Give the 16-bit checkpoint "
             "that they were made from as `base`."
         )
+    require_layers(config, checkpoint)
     return _Base(str(base), checkpoint, config, trust_remote_code, allow_pickle)
 
 

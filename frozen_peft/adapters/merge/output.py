@@ -46,14 +46,14 @@ def whole_folder(output: Path) -> Iterator[Path]:
     found under `output` is ever a part of something.
 
     Raises:
-        FileExistsError: `output` holds something, or another process is writing it.
+        FileExistsError: `output` holds something, another process is writing it, or what has the hidden folder's name
+            is no folder.
     """
     output = output.absolute()
     require_free(output)
     part = output.parent / f".{output.name}.unfinished"
-    part.mkdir(exist_ok=True)
     # The lock of a process that is killed goes with it.
-    handle = os.open(part, os.O_RDONLY)
+    handle = _open(part)
     try:
         _lock(handle, part, output)
         try:
@@ -70,6 +70,17 @@ def whole_folder(output: Path) -> Iterator[Path]:
             raise
     finally:
         os.close(handle)
+
+
+def _open(part: Path) -> int:
+    """Opens the folder, made where it is missing; never what a link leads to, whose content would be cleared."""
+    try:
+        part.mkdir(exist_ok=True)
+        return os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        if part.is_symlink() or (part.exists() and not part.is_dir()):
+            raise FileExistsError(f"{part} is in the way: it is no folder. Remove it.") from error
+        raise
 
 
 def _lock(handle: int, part: Path, output: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 
-from frozen_peft.adapters.merge.checkpoint import Checkpoint
+from frozen_peft.adapters.merge.checkpoint import Checkpoint, not_floating
 from frozen_peft.adapters.merge.header import ITEM_BITS, TORCH_DTYPES
 from frozen_peft.adapters.merge.homes import Piece, find_homes, parameters_of_tensors, tied_head
 from frozen_peft.adapters.merge.quantized import Requantizer
@@ -76,6 +76,8 @@ def plan_shards(
             cast = dtype is not None and entry.dtype in TORCH_DTYPES and not (kept and kept.search(parameter))
             written = DTYPES[dtype] if cast and dtype else entry.dtype
             prepare = None if quantized is None else quantized.prepare(parameter)
+            if (name in homes or prepare is not None) and entry.dtype not in TORCH_DTYPES:
+                raise ValueError(not_floating(name, shard.path, entry.dtype))
             if prepare is not None and loaded[name][1]:
                 raise ValueError(
                     f"`{parameter}` was in 4 bit in training, and the checkpoint stores it in parts (`{name}`), which "

@@ -37,6 +37,8 @@ RECORD = "base_record.json"
 _FORMAT = 1
 # Tensors that are sampled, spread over the model, and values of each.
 _NUM_TENSORS, _NUM_VALUES = 32, 16
+# What bitsandbytes quantizes in.
+_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _LAYER = re.compile(r"\.(\d+)\.")
 # Values that went through a 16-bit type differ by its rounding: eight bits of mantissa in bfloat16.
 _ROUNDING = 2.0**-7
@@ -150,10 +152,10 @@ def read_record(folder: Path) -> BaseRecord | None:
             how = {
                 "quant_type": {"nf4": "nf4", "fp4": "fp4"}[how["quant_type"]],
                 "double_quant": bool(how["double_quant"]),
-                "blocksize": int(how["blocksize"]),
+                "blocksize": {size: size for size in _BLOCK_SIZES}[how["blocksize"]],
                 "dtype": {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}[how["dtype"]],
             }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{path} cannot be read ({error!r}). Remove it to merge without checking that the base is the one that "
             "the adapter was trained on."

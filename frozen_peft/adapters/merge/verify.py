@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import log_softmax
@@ -28,6 +27,7 @@ from frozen_peft.adapters.merge.adapter import AdapterFolder
 from frozen_peft.adapters.merge.checkpoint import open_checkpoint
 from frozen_peft.adapters.merge.exporting import as_layout, write_adapter
 from frozen_peft.adapters.merge.header import TORCH_DTYPES
+from frozen_peft.adapters.merge.homes import named_class
 from frozen_peft.adapters.merge.layout import Layout
 from frozen_peft.adapters.merge.verify_tokens import (
     PROMPTS,
@@ -341,7 +341,7 @@ def _weigh(model: PeftModel, weights: dict[str, float]) -> None:
 
 def _model_class(config: PretrainedConfig) -> Any:
     """The class that the checkpoint names."""
-    return getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    return named_class(config) or AutoModelForCausalLM
 
 
 def _device() -> str:

@@ -96,12 +96,28 @@ def test_a_file_of_the_base_that_is_missing_is_named(how: str, made) -> None:
     refused(made, {"shard": f"lacks {name}", "index": "holds no weights", "config": "holds no config.json"}[how])
 
 
-@pytest.mark.parametrize("name", ["../model-00001-of-00004.safetensors", "/etc/passwd", "a/b", "..", "", 3])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../model-00001-of-00004.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..",
+        "",
+        3,
+        # Names that the output has for something else.
+        "merge_report.json",
+        "config.json",
+        ".safetensors",
+        "a" * 300 + ".safetensors",
+        "model.bin",
+    ],
+)
 def test_an_index_cannot_point_elsewhere(name: Any, made) -> None:
     index = json.loads((made[0] / INDEX).read_text())
     index["weight_map"][next(iter(index["weight_map"]))] = name
     (made[0] / INDEX).write_text(json.dumps(index))
-    refused(made, "no name of a file beside it")
+    refused(made, r"no name of a \.safetensors file beside it")
 
 
 def test_an_index_that_disagrees_with_its_files_is_refused(made) -> None:
@@ -109,6 +125,65 @@ def test_an_index_that_disagrees_with_its_files_is_refused(made) -> None:
     index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = "model-00001-of-00004.safetensors"
     (made[0] / INDEX).write_text(json.dumps(index))
     refused(made, r"places `model.layers.9.mlp.up_proj.weight` in model-00001-of-00004.safetensors, and it is in None")
+
+
+def test_a_report_among_the_weights_is_not_written_over(made) -> None:
+    """A shard of that name would be replaced by the report, and half of the weights be gone."""
+    index = json.loads((made[0] / INDEX).read_text())
+    first = "model-00001-of-00004.safetensors"
+    (made[0] / first).rename(made[0] / "merge_report.json")
+    index["weight_map"] = {
+        tensor: "merge_report.json" if name == first else name for tensor, name in index["weight_map"].items()
+    }
+    (made[0] / INDEX).write_text(json.dumps(index))
+    refused(made, r"'merge_report.json', which is no name of a \.safetensors file")
+
+
+def test_a_weight_of_integers_is_not_updated(made) -> None:
+    path = made[0] / "model-00002-of-00004.safetensors"
+    name = "model.layers.0.self_attn.q_proj.weight"
+    (path,) = (path for path in made[0].glob("*.safetensors") if name in load_file(path))
+    rename(path, lambda tensors: tensors | {name: tensors[name].int()})
+    refused(made, f"`{name}` in .* is stored as I32, to which no update can be added")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, r"has 1000000000 layers, and the files beside it \d+ tensors"),
+        ({"hidden_size": "x"}, "cannot be read by transformers"),
+        ({"num_attention_heads": 0}, "cannot be read by transformers"),
+        ({"dtype": "load"}, "cannot be read by transformers"),
+        ({"architectures": ["BertForMaskedLM"]}, "transformers makes no model of this LlamaConfig"),
+        ({"architectures": ["LlamaModel"]}, "have no home in the base model"),
+    ],
+)
+def test_a_configuration_that_is_no_model_is_refused(fields: dict[str, Any], message: str, made) -> None:
+    edit(made[0] / "config.json", **fields)
+    refused(made, message)
+
+
+def test_a_configuration_that_is_nested_without_end_is_refused(made) -> None:
+    (made[0] / "config.json").write_text("[" * 100_000)
+    refused(made, "cannot be read by transformers")
+
+
+@pytest.mark.parametrize("named", [["Trainer"], ["pipeline"], ["AutoModelForCausalLM"], [3], "LlamaForCausalLM", None])
+def test_a_configuration_that_names_no_model_class_has_the_usual_one(named: Any, made, tmp_path: Path) -> None:
+    edit(made[0] / "config.json", architectures=named)
+    assert merge_adapter(made[1], tmp_path / "merged", made[0], verify=False)["merged_parameters"] == 8
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(made) -> None:
+    (made[1] / "adapter_config.json").unlink()
+    os.mkfifo(made[1] / "adapter_config.json")
+    refused(made, "There is no file .*adapter_config.json")
+
+
+@pytest.mark.parametrize("text", ['{"model": {"vocab": 7}}', '{"model": {"vocab": {"a": "b"}}, "added_tokens": 7}'])
+def test_a_vocabulary_that_says_nothing_is_not_compared(text: str, made, tmp_path: Path) -> None:
+    (made[1] / "tokenizer.json").write_text(text)
+    assert merge_adapter(made[1], tmp_path / "merged", made[0], verify=False)["merged_parameters"] == 8
 
 
 @pytest.mark.parametrize("cut", [1, 4, 9, 200, -1])
@@ -229,6 +304,22 @@ def test_an_output_that_holds_something_is_left_alone(made, tmp_path: Path) -> N
     (tmp_path / "merged" / "mine.txt").unlink()
     merge_adapter(made[1], tmp_path / "merged", made[0], verify=False)
     assert (tmp_path / "merged" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["link", "link to a file", "link to nothing", "file"])
+def test_what_stands_where_the_output_is_written_is_not_followed(kind: str, made, tmp_path: Path) -> None:
+    """The hidden folder is cleared first: a link there would have another folder cleared."""
+    hidden, victim = tmp_path / ".merged.unfinished", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("mine")
+    target = {"link": victim, "link to a file": victim / "precious", "link to nothing": tmp_path / "nothing"}
+    if kind == "file":
+        hidden.write_text("mine")
+    else:
+        hidden.symlink_to(target[kind])
+    refused(made, r"\.merged\.unfinished is in the way: it is no folder", FileExistsError)
+    assert (victim / "precious").read_text() == "mine"
+    assert sorted(path.name for path in victim.iterdir()) == ["precious"]
 
 
 def test_an_output_in_no_folder_is_refused(made, tmp_path: Path) -> None:

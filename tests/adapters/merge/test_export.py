@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 
 from frozen_peft.adapters import activate_at_invocation, export_adapter
+from frozen_peft.adapters.merge import patterns
 from tests.adapters.merge.cases import CASES, Case, everything, lora, make_random, preset, save_case
 from tests.tiny_models import tiny_model
 
@@ -80,6 +81,16 @@ def test_an_activated_adapter_keeps_its_invocation(tmp_path: Path) -> None:
         base = tiny_model("llama")(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(found[:, :20], base[:, :20], rtol=0, atol=1e-5)
     assert (found[:, 20:] - base[:, 20:]).abs().max() > 1e-2
+
+
+def test_patterns_that_backtrack_without_end_are_given_up_on(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(patterns, "LIMIT_SECONDS", 0.2)
+    _, adapter = save_case(Case("qwen3_5_text", preset()), tmp_path)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rank_pattern": {r"((\w|\.)+)+!": 2}}))
+    with pytest.raises(ValueError, match="take longer than"):
+        export_adapter(adapter, tmp_path / "exported", "wrapper")
+    assert not (tmp_path / "exported").exists()
 
 
 def test_a_vision_tower_has_no_place_in_the_text_class(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that anyone may have written: an error or the truth, never a crash, a hang or a file elsewhere."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
 from frozen_peft import merge_adapter
+from frozen_peft.adapters import export_adapter
 from frozen_peft.adapters.merge.header import pack_header, read_header
 from tests.adapters.merge.cases import Case, lora, save_case
 
@@ -140,19 +142,48 @@ def snapshot(folder: Path) -> dict[str, int]:
 def test_adapter_configurations_of_any_content(made, tmp_path: Path, changes: dict[str, Any]) -> None:
     base, original = made
     adapter, output = tmp_path / "adapter", tmp_path / "merged"
-    for folder in (adapter, output):
+    for folder in (adapter, output, tmp_path / "exported"):
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(original, adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, **changes}))
     before = snapshot(tmp_path)
-    try:
-        merge_adapter(adapter, output, base, verify=False)
-    except (ValueError, FileNotFoundError):
-        assert not output.exists()
+    for write in (
+        lambda: merge_adapter(adapter, output, base, verify=False),
+        lambda: export_adapter(adapter, tmp_path / "exported", "wrapper"),
+    ):
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            write()
+    after = snapshot(tmp_path)
+    written = ("merged/", "exported/")
+    assert {name: time for name, time in after.items() if not name.startswith(written)} == before
+    for folder, last in ((output, "merge_report.json"), (tmp_path / "exported", "adapter_config.json")):
+        assert not folder.exists() or (folder / last).is_file()
+    # Anything left beside the output would be in the way of the next run.
+    assert not list(tmp_path.glob(".*"))
+
+
+OTHER_FILES = ("adapter/base_record.json", "adapter/tokenizer.json", "base/config.json", "base/tokenizer_config.json")
+
+
+@settings(FIXTURE, max_examples=40)
+@given(name=st.sampled_from(OTHER_FILES), content=JSON, data=st.data())
+def test_other_files_of_any_content(made, tmp_path: Path, name: str, content: Any, data: st.DataObject) -> None:
+    for source in made:
+        shutil.rmtree(tmp_path / source.name, ignore_errors=True)
+        shutil.copytree(source, tmp_path / source.name)
+    shutil.rmtree(tmp_path / "merged", ignore_errors=True)
+    path = tmp_path / name
+    if path.is_file():
+        # One field of what is there, of any content.
+        values = json.loads(path.read_text())
+        content = {**values, data.draw(st.sampled_from(sorted(values))): content}
+    path.write_text(json.dumps(content))
+    before = snapshot(tmp_path)
+    with contextlib.suppress(ValueError, FileNotFoundError):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base", verify=False)
     after = snapshot(tmp_path)
     assert {name: time for name, time in after.items() if not name.startswith("merged/")} == before
-    # Anything left beside the output would be in the way of the next run.
     assert not list(tmp_path.glob(".*"))
 
 

@@ -102,7 +102,21 @@ def test_what_is_trained_besides_lora_is_no_part_of_the_record(tmp_path: Path) -
     assert {"lm_head.weight", "model.embed_tokens.weight"} < changed
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": 2}', '{"format": 1, "tensors": 3}', '{"format": 1}'])
+EMPTY = '{"format": 1, "tensors": [], "samples": [], "quantization": null}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"format": 2}',
+        '{"format": 1, "tensors": 3}',
+        '{"format": 1}',
+        EMPTY.replace("[]", '[{"name": "a", "shape": [1e999], "quantized": false, "layers": [0]}]', 1),
+        EMPTY.replace("null", '{"quant_type": "nf4", "double_quant": true, "blocksize": 7, "dtype": "bfloat16"}'),
+    ],
+)
 def test_a_record_that_cannot_be_read_is_an_error(text: str, tmp_path: Path) -> None:
     base, adapter = save_case(Case("llama", lora()), tmp_path)
     (adapter / RECORD).write_text(text)
