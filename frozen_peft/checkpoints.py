@@ -30,6 +30,7 @@ __all__ = [
     "clear_unfinished",
     "last_whole_checkpoint",
     "publish_checkpoint",
+    "require_no_way_out",
     "settle_best",
     "whole_files",
     "why_not_whole",
@@ -92,6 +93,21 @@ def whole_files(folder: Path) -> Iterator[Path]:
 def clear_unfinished(folder: Path) -> None:
     """Removes what this run, or one that was killed, has begun to write in a folder."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def require_no_way_out(folder: str | Path) -> None:
+    """Refuses a run folder with a link that leads out of it: a run folder may have come from anywhere.
+
+    Raises:
+        ValueError: There is one, through which the run would write elsewhere.
+    """
+    inside = Path(folder).resolve()
+    for path in Path(folder).rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise ValueError(
+                f"`output_dir`: {path} leads to {path.readlink()}, outside of {folder}, and a run that writes there "
+                "would change that. Remove it or name another folder."
+            )
 
 
 def checkpoint_to_resume(wanted: str | bool | None, output_dir: str | Path) -> str | None:

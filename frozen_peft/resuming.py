@@ -12,6 +12,7 @@ from frozen_peft.checkpoints import (
     checkpoint_to_resume,
     clear_unfinished,
     publish_checkpoint,
+    require_no_way_out,
     settle_best,
     whole_files,
 )
@@ -25,7 +26,7 @@ class ResumableTrainer(AdvisedTrainer):
 
     Everything is inherited but these hooks, which add to the parent's:
 
-    - `train` chooses the checkpoint (`checkpoint_to_resume`).
+    - `train` chooses the checkpoint (`checkpoint_to_resume`) and refuses a folder with a way out.
     - `_save_checkpoint`, with `_get_output_dir`, has the checkpoint written in a hidden folder, and
       `_push_from_checkpoint` uploads it when it has its name.
     - `_save` writes a model so that each of its files appears whole.
@@ -40,6 +41,7 @@ class ResumableTrainer(AdvisedTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """TRL's, from the checkpoint that `checkpoint_to_resume` chooses."""
+        require_no_way_out(self.args.output_dir)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         return super().train(checkpoint, *args, **kwargs)
 

@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from frozen_peft import FrozenContextTrainer
-from frozen_peft.checkpoints import MANIFEST, UNFINISHED, checkpoint_to_resume, last_whole_checkpoint, why_not_whole
+from frozen_peft.checkpoints import (
+    MANIFEST,
+    UNFINISHED,
+    checkpoint_to_resume,
+    last_whole_checkpoint,
+    require_no_way_out,
+    why_not_whole,
+)
 from tests.trainer.runs import adapted, as_dataset, config, samples, train
 
 ROWS = samples()[:4]
@@ -177,6 +184,22 @@ def test_a_saved_model_appears_file_by_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space left"):
         trainer.save_model(str(target))
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", [UNFINISHED, "trainer_state.json", "checkpoint-1/adapter_model.safetensors"])
+def test_a_link_out_of_the_run_is_not_written_through(name: str, run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("mine")
+    link = run_dir / name
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "elsewhere" / ("" if name == UNFINISHED else "precious"))
+    with pytest.raises(ValueError, match=f"{link.name} leads to .*elsewhere.*, outside of"):
+        train(FrozenContextTrainer, adapted("llama"), config(run_dir, **SAVING), as_dataset(ROWS), resume="auto")
+    assert (tmp_path / "elsewhere" / "precious").read_text() == "mine"
+    # Within the run a link may lead where it likes.
+    link.unlink()
+    (run_dir / "latest").symlink_to("checkpoint-2")
+    require_no_way_out(run_dir)
 
 
 def test_a_run_that_had_ended_is_not_trained_further(run_dir: Path) -> None:
