@@ -7,12 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from frozen_peft.adapters import lora_config, restrict_adapter_rows
-from tests.tiny_models import ARCHITECTURES, REFUSABLE, add_lora, tiny_model
+from frozen_peft.adapters import (
+    keep_linear4bit_trainable,
+    lora_config,
+    quantization_config,
+    restrict_adapter_rows,
+    save_base_record,
+)
+from tests.tiny_models import (
+    ARCHITECTURES,
+    REFUSABLE,
+    VOCAB_SIZE,
+    add_lora,
+    make_every_state_matter,
+    tiny_model,
+)
 
 # Small enough that every base comes in several shards.
 SHARD_SIZE = "60KB"
@@ -77,9 +91,62 @@ def everything(architecture: str) -> Callable[[PreTrainedModel], PeftModel]:
     return lambda model: add_lora(model, keep=lambda name: name.rpartition(".")[2] not in bypassed)
 
 
+_SPARSE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+_SPARSE_TEXT = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "shared_expert_intermediate_size": 24,
+    "tie_word_embeddings": False,
+}
+_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+
+
+def _lfm2_moe() -> PreTrainedModel:
+    fields = {"intermediate_size": 48, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}
+    return transformers.Lfm2MoeForCausalLM(transformers.Lfm2MoeConfig(**_SPARSE, **fields))
+
+
+def _qwen3_5_moe() -> PreTrainedModel:
+    config = transformers.Qwen3_5MoeConfig(
+        text_config={**_SPARSE, **_SPARSE_TEXT},
+        vision_config={**_VISION, "num_position_embeddings": 16},
+        tie_word_embeddings=False,
+    )
+    return transformers.Qwen3_5MoeForConditionalGeneration(config)
+
+
+# Of the role table, and not among the models of the other tests.
+RELATIVES = {"lfm2_moe": _lfm2_moe, "qwen3_5_moe": _qwen3_5_moe}
+
+
+def base_model(architecture: str, **fields: Any) -> PreTrainedModel:
+    """A tiny model, without adapters."""
+    if architecture not in RELATIVES:
+        return tiny_model(architecture, **fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = RELATIVES[architecture]()
+        make_every_state_matter(model)
+    return model.eval()
+
+
 EXPERTS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 CASES: dict[str, Case] = {
     **{name: Case(name, everything(name)) for name in (*ARCHITECTURES, *REFUSABLE)},
+    **{name: Case(name, preset()) for name in RELATIVES},
     "response": Case("qwen3_5_text", preset()),
     "response of a wrapper": Case("qwen3_5", preset()),
     "response, fused": Case("qwen3_next", preset()),
@@ -117,7 +184,7 @@ CASES: dict[str, Case] = {
     "biases of adapted modules trained": Case("gpt_oss", lora(bias="lora_only")),
     **{
         f"experts of {name}": Case(name, lora(**EXPERTS))
-        for name in ("qwen3_5_moe_text", "qwen3_next", "kimi_linear", "glm4_moe", "gpt_oss")
+        for name in ("qwen3_5_moe_text", "qwen3_next", "kimi_linear", "glm4_moe", "gpt_oss", *RELATIVES)
     },
     "experts of nemotron_h": Case(
         "nemotron_h", lora(target_modules=["q_proj"], target_parameters=["experts.up_proj", "experts.down_proj"])
@@ -133,7 +200,30 @@ def save_case(case: Case, folder: Path, **save: Any) -> tuple[Path, Path]:
         Their folders.
     """
     base, adapter = folder / "base", folder / "adapter"
-    model = tiny_model(case.architecture, **case.base_fields)
+    model = base_model(case.architecture, **case.base_fields)
     model.save_pretrained(base, **{"max_shard_size": SHARD_SIZE, **save})
     case.adapt(model).save_pretrained(adapter)
     return base, adapter
+
+
+def trained_in_4_bit(
+    folder: Path, architecture: str = "qwen3_5_text", adapt: Callable[[PreTrainedModel], PeftModel] | None = None
+) -> tuple[Path, Path, PeftModel]:
+    """Writes a base and a random adapter on its 4-bit form.
+
+    Returns:
+        Their folders, and the adapted 4-bit model.
+    """
+    base, adapter = folder / "base", folder / "adapter"
+    model = base_model(architecture)
+    model.save_pretrained(base)
+    in_4_bit = type(model).from_pretrained(
+        base,
+        quantization_config=quantization_config(str(base), bnb_4bit_compute_dtype=torch.float32),
+        dtype=torch.float32,
+    )
+    keep_linear4bit_trainable(in_4_bit)
+    adapted = (adapt or preset())(in_4_bit)
+    adapted.save_pretrained(adapter)
+    save_base_record(adapted, adapter)
+    return base, adapter, adapted.eval()
