@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark from beginning to end, within its time."""
+
+import importlib.util
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from tqdm import tqdm
+from transformers import PretrainedConfig
+
+from frozen_peft import lora_config
+from frozen_peft.context import format_size
+from frozen_peft.context.kernel_table import kernel_rows
+from tests.benchmarks.gpu import page
+from tests.benchmarks.gpu.build import build_model, needed_bytes
+from tests.benchmarks.gpu.device import Budget, Device, host_copy_rate, matmul_rate
+from tests.benchmarks.gpu.flops import prefill_flops
+from tests.benchmarks.gpu.methods import FORWARDS, Measurement, measure
+from tests.benchmarks.gpu.parity import check_parity
+from tests.benchmarks.gpu.profiles import prefill_by_chunk, profile_step
+from tests.benchmarks.gpu.schedule import Plan, Task, tasks
+from tests.benchmarks.gpu.shapes import ModelShape
+
+# Share of the matmul rate that a step is taken to reach before one was measured.
+ASSUMED_UTILISATION = 0.25
+# Of a large model: making it, and what comes with every measurement.
+BUILD_SECONDS, FIXED_SECONDS = 40.0, 2.0
+# Bytes beyond the weights without which no step is possible: CUDA itself, kernels, the smallest activations.
+LEAST_ROOM = 2 << 30
+
+
+class Session:
+    """One run of the benchmark; its results are written after every measurement.
+
+    Args:
+        device: Where it runs.
+        plan: What to measure.
+        models: Of which models, in this order.
+        budget: Until when.
+        folder: Where the results go.
+        name: Of their files, without ending.
+        command: What made them.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        plan: Plan,
+        models: tuple[ModelShape, ...],
+        budget: Budget,
+        folder: Path,
+        name: str,
+        command: str,
+    ):
+        self.device, self.plan, self.models, self.budget = device, plan, models, budget
+        self.folder, self.name = folder, name
+        self.utilisation = ASSUMED_UTILISATION
+        self.results: dict[str, Any] = {
+            "command": command,
+            "smoke": not device.on_gpu,
+            "on_gpu": device.on_gpu,
+            "facts": device.facts(),
+            "goal_context": plan.goal_context,
+            "caps": [list(cap) for cap in plan.caps],
+            "kernels": [asdict(row) for row in kernel_rows(None, device.dtype)],
+            "parity": [],
+            "rates": {},
+            "models": [],
+            "measurements": [],
+            "profiles": {},
+            "chunks": {},
+            "skipped": [],
+        }
+
+    def run(self) -> bool:
+        """Measures what there is time for; False where the device's kernels are wrong, and nothing is worth timing."""
+        self._name_what_is_missing()
+        self.results["parity"] = [parity.as_figures() for parity in check_parity(self.device)]
+        self._write()
+        if not all(parity["holds"] for parity in self.results["parity"]):
+            self._skip("everything else: the kernels of this device do not agree with the reference")
+            return False
+        size, seconds = (8192, 1.0) if self.device.on_gpu else (256, 0.02)
+        self.results["rates"] = {
+            "flops_per_second": matmul_rate(self.device, size, seconds),
+            "host_bytes_per_second": host_copy_rate(self.device),
+        }
+        for index, shape in enumerate(self.models):
+            self._measure_model(shape, is_first=index == 0)
+            self._write()
+        return True
+
+    def _name_what_is_missing(self) -> None:
+        for module, consequence in (
+            ("fla", "Gated DeltaNet runs PyTorch's reference (flash-linear-attention is not installed)"),
+            ("causal_conv1d", "the short convolution runs PyTorch's reference (causal-conv1d is not installed)"),
+        ):
+            if importlib.util.find_spec(module) is None:
+                self._skip(consequence)
+
+    def _skip(self, line: str) -> None:
+        self.results["skipped"].append(line)
+        self._write()
+
+    def _write(self) -> None:
+        page.write(self.results, self.folder, self.name)
+
+    def _measure_model(self, shape: ModelShape, *, is_first: bool) -> None:
+        if shape.quantized and importlib.util.find_spec("bitsandbytes") is None:
+            return self._skip(f"{shape.name}: bitsandbytes is not installed, so nothing can be quantized")
+        config = shape.config()
+        num_bytes = needed_bytes(config, self.device.dtype, quantized=shape.quantized)
+        memory = self.device.memory_bytes
+        if memory is not None and num_bytes + LEAST_ROOM > memory:
+            return self._skip(
+                f"{shape.name}: its weights take {format_size(num_bytes)}, and the card has {format_size(memory)}"
+            )
+        if not self.budget.allows(BUILD_SECONDS if self.device.on_gpu else 0.0):
+            return self._skip(f"{shape.name}: no time left")
+        self.device.clear()
+        try:
+            seconds, model = self._built(shape, config)
+        except torch.OutOfMemoryError:
+            return self._skip(f"{shape.name}: ran out of memory while it was built")
+        weights = self.device.allocated_bytes()
+        self.results["models"].append(
+            {"name": shape.name, "computed_bytes": num_bytes, "allocated_bytes": weights, "build_seconds": seconds}
+        )
+        self._measure_tasks(shape, config, model, tasks(self.plan, is_first=is_first), profiled=is_first)
+        return None
+
+    def _built(self, shape: ModelShape, config: PretrainedConfig) -> tuple[float, PeftModel]:
+        made: list[PeftModel] = []
+
+        def build() -> None:
+            base = build_model(config, self.device.torch, self.device.dtype, quantized=shape.quantized)
+            made.append(get_peft_model(base, lora_config(base)))
+
+        return self.device.seconds(build), made[0]
+
+    def _measure_tasks(
+        self, shape: ModelShape, config: PretrainedConfig, model: PeftModel, waiting: list[Task], *, profiled: bool
+    ) -> None:
+        failed: dict[str, int] = {}
+        progress = tqdm(total=len(waiting), desc=shape.name, unit="measurement", leave=False)
+        while waiting:
+            task = waiting.pop(0)
+            found = self._measured(shape, config, model, task, failed)
+            if found.outcome == "out of memory":
+                if task.cap_gib is not None:
+                    # Without the cap it may fit, and was not going to be measured.
+                    waiting.append(Task(task.method, task.context))
+                else:
+                    failed[task.method] = min(task.context, failed.get(task.method, task.context))
+            self._add(found, config)
+            progress.update()
+            # After the comparison that matters most, and before the long tail.
+            if profiled and task.method == "SFTTrainer" and task.context == self.plan.goal_context:
+                self._profile(shape, config, model)
+        progress.close()
+
+    def _measured(
+        self, shape: ModelShape, config: PretrainedConfig, model: PeftModel, task: Task, failed: dict[str, int]
+    ) -> Measurement:
+        nothing = Measurement(shape.name, task.method, task.context, self.plan.decision, task.cap_gib)
+        if task.cap_gib is None and task.context >= failed.get(task.method, task.context + 1):
+            return replace(nothing, outcome="does not fit", note="a shorter context did not fit")
+        expected = self._expected_seconds(config, task)
+        if not self.budget.allows(expected):
+            note = f"{expected:.0f} s were expected, and {max(self.budget.left(), 0):.0f} were left"
+            return replace(nothing, outcome="no time left", note=note)
+        return measure(
+            task.method,
+            shape.name,
+            model,
+            self.device,
+            task.context,
+            self.plan.decision,
+            cap_gib=task.cap_gib,
+            one_step=task.context >= self.plan.one_step_from,
+        )
+
+    def _expected_seconds(self, config: PretrainedConfig, task: Task) -> float:
+        """By the operations of the passes over the context, twice where a first step warms up."""
+        flops = prefill_flops(config, task.context).total * FORWARDS[task.method]
+        if task.method == "tier 2, reused":
+            flops += prefill_flops(config, task.context).total
+        elif task.context < self.plan.one_step_from:
+            flops *= 2
+        return FIXED_SECONDS * self.device.on_gpu + flops / (
+            self.utilisation * self.results["rates"]["flops_per_second"]
+        )
+
+    def _add(self, found: Measurement, config: PretrainedConfig) -> None:
+        figures = found.as_figures() | {"utilisation": None}
+        if found.method == "tier 2" and found.prefill_seconds:
+            rate = prefill_flops(config, found.context).total / found.prefill_seconds
+            figures["utilisation"] = rate / self.results["rates"]["flops_per_second"]
+            # Smoke runs are all overhead, and would expect hours of anything.
+            self.utilisation = max(figures["utilisation"], 0.02)
+        self.results["measurements"].append(figures)
+        self._write()
+
+    def _profile(self, shape: ModelShape, config: PretrainedConfig, model: PeftModel) -> None:
+        plan = self.plan
+        once = self._expected_seconds(config, Task("tier 2", plan.profile_context))
+        if not self.budget.allows(2 * once):
+            return self._skip(f"{shape.name}: the profile, for want of time")
+        self.results["profiles"][shape.name] = profile_step(
+            model, self.device, plan.profile_context, plan.decision, chunk_size=2048
+        )
+        once = self._expected_seconds(config, Task("tier 2", plan.goal_context)) / 2
+        if not self.budget.allows(once * len(plan.chunk_sizes)):
+            return self._skip(f"{shape.name}: prefill by chunk size, for want of time")
+        self.results["chunks"][shape.name] = prefill_by_chunk(model, self.device, plan.goal_context, plan.chunk_sizes)
+        return None
