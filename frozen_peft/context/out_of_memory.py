@@ -38,6 +38,8 @@ def out_of_memory_in_prefill(error: torch.OutOfMemoryError, num_tokens: int, num
         num_tokens: Tokens of the context.
         num_forward_tokens: Tokens of the forward that failed.
     """
+    # Not halved already, since other processes run the same forwards.
+    chunk = "`prefill_chunk_size`, " if num_forward_tokens > MIN_FORWARD_TOKENS else ""
     return AdvisedOutOfMemoryError(
         f"{error}\nA context of {num_tokens} tokens could not be encoded, {num_forward_tokens} tokens at a time. "
         "Lower `prefill_chunk_size`, `max_context_length`, `context_cache_size` or `per_device_train_batch_size` (all "
