@@ -42,7 +42,6 @@ def out_of_memory_in_prefill(error: torch.OutOfMemoryError, num_tokens: int, num
     chunk = "`prefill_chunk_size`, " if num_forward_tokens > MIN_FORWARD_TOKENS else ""
     return AdvisedOutOfMemoryError(
         f"{error}\nA context of {num_tokens} tokens could not be encoded, {num_forward_tokens} tokens at a time. "
-        "Lower `prefill_chunk_size`, `max_context_length`, `context_cache_size` or `per_device_train_batch_size` (all "
-        "contexts of a batch are kept until its decisions have run), load the base in 4 bit, or take a card with more "
-        "memory."
+        f"Lower {chunk}`max_context_length`, `context_cache_size` or `per_device_train_batch_size` (all contexts of "
+        "a batch are kept until its decisions have run), load the base in 4 bit, or take a card with more memory."
     )

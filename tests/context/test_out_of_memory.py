@@ -161,6 +161,21 @@ def test_no_chunk_is_small_enough() -> None:
     assert all(torch.equal(left, right) for left, right in pairs)
 
 
+def test_weights_in_shards_are_not_run_in_other_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes wait for their part of the same forwards: an error, at once, that names the chunk's field."""
+    model = tiny_model("llama")
+    encoder = ContextEncoder(model, chunk_size=256)
+    monkeypatch.setattr("frozen_peft.context.encoder.are_sharded", lambda model: True)
+    with (
+        out_of_memory(model, lambda index, tokens: True) as begun,
+        pytest.raises(
+            AdvisedOutOfMemoryError, match=r"256 tokens at a time. Lower `prefill_chunk_size`, `max_context"
+        ),
+    ):
+        encoder.encode([random_sample(300, 2).context])
+    assert begun == [-256]
+
+
 def test_what_was_encoded_before_is_kept() -> None:
     """The second context fails for good; the first is in the store, whole."""
     model = tiny_model("qwen3_5_text")
