@@ -21,8 +21,18 @@ from frozen_peft.batches import without_labels
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut
 from frozen_peft.context.kernel_table import KERNEL_PACKAGES, current_capabilities, kernel_choices
+from frozen_peft.context.sharding import are_sharded, reshard
+from frozen_peft.gradient import StretchedDecoder, finish_stretches
+from frozen_peft.resuming import ResumableTrainer
 
-__all__ = ["as_many_everywhere", "check_engine", "describe_machine", "require_same", "require_same_machines"]
+__all__ = [
+    "DistributedTrainer",
+    "as_many_everywhere",
+    "check_engine",
+    "describe_machine",
+    "require_same",
+    "require_same_machines",
+]
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", *KERNEL_PACKAGES.values())
 MISSING = "not installed"
@@ -132,6 +142,43 @@ def as_many_everywhere(accelerator: Accelerator, parts: list[dict[str, Any]], cu
     num_parts = torch.tensor(len(parts), device=accelerator.device)
     missing = int(accelerator.gather(num_parts).max()) - len(parts)
     return parts + [without_labels(parts[-1])] * missing
+
+
+class DistributedTrainer(ResumableTrainer):
+    """`SFTTrainer` whose weights may be in shards (FSDP2).
+
+    Everything is inherited but these hooks and those of `ResumableTrainer`, which add to the parent's:
+
+    - `training_step` finishes the stretches of a sequence, which there run backward by themselves.
+    - `evaluation_loop` can there be called before training, and leaves shards behind.
+    """
+
+    model: torch.nn.Module
+    optimizer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._pending_stretches: list[StretchedDecoder] = []
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's, and what its backward pass has left."""
+        loss = super().training_step(*args, **kwargs)
+        finish_stretches(self._pending_stretches)
+        return loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, of a model that is put in shards first."""
+        if self.accelerator.is_fsdp2 and not are_sharded(self.model):
+            # transformers 5.23 prepares the model alone for an evaluation before training, which accelerate 1.15
+            # refuses: with its weights it replaces those of the optimizer.
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            # What comes next, a checkpoint or training, reads the weights by name.
+            reshard(self.model)
 
 
 @functools.cache

@@ -78,6 +78,8 @@ class BatchChecks:
     def check_stretches(self, model: torch.nn.Module, inputs: dict[str, Any], stretch_size: int) -> None:
         """Compares the longest sample of a batch, where one is long enough, with a plain forward and backward.
 
+        Processes that share weights in shards compare the longest of all of theirs, and have to call this together.
+
         Raises:
             ContextMismatchError: See `verify_stretches`.
         """
@@ -86,7 +88,8 @@ class BatchChecks:
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         row = int(mask.sum(-1).argmax())
         input_ids = inputs["input_ids"][row][mask[row]]
-        if len(input_ids) < MIN_TOKENS_TO_VERIFY:
+        sample = same_everywhere(model, (len(input_ids), input_ids))
+        if sample is None or sample[0] < MIN_TOKENS_TO_VERIFY:
             return
-        check = verify_stretches(model, input_ids, stretch_size)
+        check = verify_stretches(model, sample[1], stretch_size)
         self.note("stretches", "The gradient in stretches agrees with that of a plain forward and backward", check)

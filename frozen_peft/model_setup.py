@@ -4,10 +4,8 @@
 from typing import Any, TypeAlias
 
 import torch
-from accelerate import Accelerator, DistributedType
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from frozen_peft.adapters import activate_at_invocation, find_invocation, require_always_active
 from frozen_peft.config import FrozenContextConfig
@@ -21,7 +19,6 @@ __all__ = [
     "make_config",
     "make_cut",
     "named_datasets",
-    "require_whole_weights",
     "settle_context_adapters",
 ]
 
@@ -95,15 +92,6 @@ def _require_adapters(present: bool) -> None:
         raise ValueError(
             "`context_adapters=False` encodes contexts with the adapters switched off, and this model has none. "
             "Pass `peft_config`, or leave `context_adapters=True`."
-        )
-
-
-def require_whole_weights(accelerator: Accelerator) -> None:
-    """Refuses weights in shards where a decoder runs again in its backward pass."""
-    if accelerator.distributed_type == DistributedType.FSDP or is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "`sequence_chunk_size` runs a decoder again in its backward pass, which needs its weights in one piece: "
-            "not FSDP and not DeepSpeed ZeRO-3. Use DDP, or leave `sequence_chunk_size` out."
         )
 
 

@@ -44,7 +44,7 @@ from frozen_peft.distillation import (
     prepare_with_teacher,
     require_distillable,
 )
-from frozen_peft.distributed import as_many_everywhere, check_engine, require_same_machines
+from frozen_peft.distributed import DistributedTrainer, as_many_everywhere, check_engine, require_same_machines
 from frozen_peft.first_batch import BatchChecks
 from frozen_peft.gradient import group_checkpoints, stretched_forward
 from frozen_peft.metrics import ContextMetrics, Mode
@@ -55,21 +55,19 @@ from frozen_peft.model_setup import (
     make_config,
     make_cut,
     named_datasets,
-    require_whole_weights,
     settle_context_adapters,
 )
-from frozen_peft.resuming import ResumableTrainer
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
 from frozen_peft.sampling import GroupByContextSampler, make_sampler, require_groupable
 
 __all__ = ["FrozenContextTrainer"]
 
 
-class FrozenContextTrainer(ResumableTrainer):
+class FrozenContextTrainer(DistributedTrainer):
     """`SFTTrainer` that encodes each sample's context without gradient and trains the decision behind it.
 
     Takes what `SFTTrainer` takes, in the same order; `args` may be a `FrozenContextConfig`, or a plain `SFTConfig` or
-    `TrainingArguments`, which is converted. Everything is inherited but these hooks and those of `ResumableTrainer`,
+    `TrainingArguments`, which is converted. Everything is inherited but these hooks and those of `DistributedTrainer`,
     which add to the parent's:
 
     - `compute_loss` and `prediction_step` turn a batch into a batch of decisions that carries its frozen context as
@@ -154,8 +152,6 @@ class FrozenContextTrainer(ResumableTrainer):
         if self._freezes_context:
             require_exact_continuation(pretrained)
             settle_context_adapters(self.model, active=self.args.context_adapters, invocation=self._cut.invocation)
-        if self.args.sequence_chunk_size is not None:
-            require_whole_weights(self.accelerator)
         if self._freezes_context or self.args.sequence_chunk_size is not None:
             use_segmented_attention(self.model)
         if self._freezes_context:
@@ -421,7 +417,12 @@ class FrozenContextTrainer(ResumableTrainer):
         if self.args.sequence_chunk_size is not None:
             with self.accelerator.autocast():
                 self._checks.check_stretches(model, inputs, self.args.sequence_chunk_size)
-            return stretched_forward(model, self.args.sequence_chunk_size, offload=self.args.offload_stretches)
+            return stretched_forward(
+                model,
+                self.args.sequence_chunk_size,
+                offload=self.args.offload_stretches,
+                pending=self._pending_stretches,
+            )
         return decision_forward(model) if isinstance(inputs.get("past_key_values"), FrozenContext) else nullcontext()
 
     def _train_parts(

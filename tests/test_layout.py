@@ -29,7 +29,7 @@ ARROWS = {
     "first_batch": {"context", "gradient"},
     "model_setup": {"config", "context", "adapters"},
     # Of behaviour, what puts stripped instructions back.
-    "distributed": {"batches", "config", "context"},
+    "distributed": {"batches", "config", "context", "gradient", "resuming"},
     "distillation": {"batches", "behavior", "config", "context", "first_batch", "metrics"},
     "checkpoints": set(),
     "out_of_memory": {"config", "context"},

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder over the stretches of one batch, as one function of its weights (see `stretches` for the mechanism).
 
+With weights in shards (`context.sharding`) the stretches cannot run backward inside the caller's backward: the hooks
+that gather and reduce weights belong to one forward and one backward of the whole model at a time. There, that pass
+only leaves its gradient of the hidden states, and `finish` runs each stretch afterwards as a forward and backward of
+its own, on every process equally many.
+
 Shapes: B samples, S tokens of a sample, E hidden size.
 """
 
@@ -19,10 +24,11 @@ from frozen_peft.context.decision import cache_under_checkpointing
 from frozen_peft.context.handover import counted_forward, require_all_read
 from frozen_peft.context.models import get_decoder
 from frozen_peft.context.segments import is_segmented
+from frozen_peft.context.sharding import num_missing_forwards, run_within_forward
 from frozen_peft.gradient.layers import LayerEnd, LayerPast, Piece, layer_kinds
 from frozen_peft.gradient.past import Past
 from frozen_peft.gradient.stretch_cache import StretchCache
-from frozen_peft.gradient.totals import Root, Totals
+from frozen_peft.gradient.totals import Root, ShardedTotals, Totals
 
 __all__ = ["MIN_STRETCH_TOKENS", "StretchedDecoder", "stretch_bounds"]
 
@@ -50,6 +56,8 @@ class StretchedDecoder:
         arguments: What the decoder was called with, by name.
         stretch_size: Tokens per stretch.
         offload: Keep what the stretches hand on in host memory.
+        root: The outermost module, where weights are in shards; None: they are whole.
+        pending: Where weights are in shards, gets what is to be finished once the caller's backward is over.
     """
 
     def __init__(
@@ -60,6 +68,8 @@ class StretchedDecoder:
         stretch_size: int,
         *,
         offload: bool = False,
+        root: torch.nn.Module | None = None,
+        pending: "list[StretchedDecoder] | None" = None,
     ):
         self.decoder, self.forward, self.model_type = get_decoder(model), forward, model.config.model_type
         self.segmented = is_segmented(model)
@@ -76,7 +86,12 @@ class StretchedDecoder:
             positions = torch.arange(self.num_frozen, self.num_frozen + self.num_tokens, device=self.device)
             self.position_ids = positions.expand(self.num_rows, -1)
         self.options = arguments | {"attention_mask": None, "use_cache": False}
-        self.parameters = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
+        self.root, self.pending = root, pending
+        trained = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
+        # Shards are no leaves of what a forward computes; there, an empty leaf stands for them.
+        self.leaves = trained if root is None else [torch.zeros(0, requires_grad=bool(trained))]
+        self.num_missing = 0 if root is None else num_missing_forwards(root, len(self.bounds))
+        self.gradients: list[torch.Tensor | None] = []
         device_type = self.device.type
         self.autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
         self.past = Past(layer_kinds(model), self.frozen, torch.device("cpu") if offload else None)
@@ -86,7 +101,7 @@ class StretchedDecoder:
 
     def outputs(self) -> Any:
         """What the decoder returns: the hidden states of all tokens, and router logits where asked for."""
-        inputs = [self.embeddings, *self.parameters]
+        inputs = [self.embeddings, *self.leaves]
         needs_gradient = any(tensor is not None and tensor.requires_grad for tensor in inputs)
         self.needs_backward = torch.is_grad_enabled() and needs_gradient
         hidden_states, *router_logits = _AllStretches.apply(self, *inputs)
@@ -101,7 +116,7 @@ class StretchedDecoder:
         collected: list[torch.Tensor] = []
         for index, (start, stop) in enumerate(self.bounds):
             if self.needs_backward:
-                self.random_states.append(_RandomState.now(self.device.type, self.parameters))
+                self.random_states.append(_RandomState.now(self.device.type, [*self.leaves, self.position_ids]))
             else:
                 self.past.forget_states_before(index)
             embeddings = None if self.embeddings is None else self.embeddings[:, start:stop]
@@ -114,6 +129,8 @@ class StretchedDecoder:
                 collected = [part.new_empty(self.num_rows, self.num_tokens, part.shape[-1]) for part in parts]
             for whole, part in zip(collected, parts, strict=True):
                 whole[:, start:stop] = part
+        for _ in range(self.num_missing):
+            self._run_idle()
         return collected[0], *(logits.flatten(0, 1) for logits in collected[1:])
 
     def run_backward(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -130,19 +147,47 @@ class StretchedDecoder:
                 "Going backward through the stretches of a sequence a second time: what they handed on to each other "
                 "is freed by the first. Call `backward` once per forward."
             )
-        by_row = self._by_row(gradients)
-        totals = Totals(self.embeddings, self.parameters)
+        if self.root is not None:
+            assert self.pending is not None, "whoever trains weights in shards finishes the stretches"
+            self.gradients = self._by_row(gradients)
+            self.pending.append(self)
+            return [None, *(None for _ in self.leaves)]
+        totals = Totals(self.embeddings, self.leaves)
+        self._differentiate_all(self._by_row(gradients), totals)
+        return totals.results()
+
+    def finish(self) -> None:
+        """Runs the stretches backward, after a backward that left the gradient of the hidden states."""
+        assert self.root is not None
+        self._differentiate_all(self.gradients, ShardedTotals(self.embeddings))
+        for _ in range(self.num_missing):
+            with torch.enable_grad():
+                hidden = run_within_forward(self.root, self._run_idle)
+            # Nothing, but every process has to take part where gradients are reduced.
+            torch.autograd.backward(hidden, torch.zeros_like(hidden))
+
+    def _differentiate_all(self, by_row: list[torch.Tensor | None], totals: "Totals | ShardedTotals") -> None:
         of_states: list[torch.Tensor | None] = []
         for index in reversed(range(len(self.bounds))):
             of_states = handed_back(self._differentiate(index, by_row, of_states, totals))
-        return totals.results()
+
+    def _run_idle(self) -> torch.Tensor:
+        """Takes part in a stretch that other processes have and this one has not."""
+        tokens: dict[str, torch.Tensor] = {}
+        if self.embeddings is None:
+            tokens["input_ids"] = torch.zeros(1, MIN_STRETCH_TOKENS, dtype=torch.long, device=self.device)
+        else:
+            # A decoder that is given embeddings does not gather those of its own.
+            tokens["inputs_embeds"] = self.embeddings.new_zeros(1, MIN_STRETCH_TOKENS, self.embeddings.shape[-1])
+        hidden: torch.Tensor = self.forward(**tokens, use_cache=False).last_hidden_state
+        return hidden
 
     def _differentiate(
         self,
         index: int,
         by_row: list[torch.Tensor | None],
         of_states: list[torch.Tensor | None],
-        totals: Totals,
+        totals: "Totals | ShardedTotals",
     ) -> list[torch.Tensor | None]:
         """Computes a stretch again, with gradient, and differentiates it.
 
@@ -161,14 +206,27 @@ class StretchedDecoder:
         states = [state for past in pasts for state in past.linear.tensors() if state.requires_grad]
         embeddings = totals.leaf_of_embeddings(start, stop)
         with torch.enable_grad(), self.random_states.pop().again():
-            outputs, ends = self._run_stretch(index, pasts, embeddings)
-            results = self._by_row(_results(outputs))
+            given, ends = self._run_gathered(index, pasts, embeddings)
+            results = self._by_row(given)
             roots = list(zip(results, [_part(g, start, stop) for g in by_row], strict=True))
             for end, piece in zip(ends, pieces, strict=True):
                 roots += _key_value_roots(end, piece)
         if of_states:
             roots += zip([state for end in ends for state in end.linear.tensors()], of_states, strict=True)
         return totals.add(roots, embeddings, states, start)
+
+    def _run_gathered(
+        self, index: int, pasts: list[LayerPast], embeddings: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], list[LayerEnd]]:
+        """What a loss can be computed from, and what the stretch leaves behind; weights in shards are gathered."""
+        ends: list[LayerEnd] = []
+
+        def run() -> list[torch.Tensor]:
+            outputs, found = self._run_stretch(index, pasts, embeddings)
+            ends.extend(found)
+            return _results(outputs)
+
+        return run() if self.root is None else run_within_forward(self.root, run), ends
 
     def _run_stretch(
         self, index: int, pasts: list[LayerPast], embeddings: torch.Tensor | None

@@ -32,9 +32,10 @@ from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.decision import freeze_latent_expansions
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
+from frozen_peft.context.sharding import are_sharded
 from frozen_peft.gradient.stretched_decoder import MIN_STRETCH_TOKENS, StretchedDecoder
 
-__all__ = ["stretched_forward"]
+__all__ = ["finish_stretches", "stretched_forward"]
 
 # What a decoder may be called with; any other tensor would have to be cut into stretches in a way that only the model
 # knows.
@@ -42,7 +43,13 @@ KNOWN_TENSORS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
 
 
 @contextmanager
-def stretched_forward(model: torch.nn.Module, stretch_size: int, *, offload: bool = False) -> Iterator[None]:
+def stretched_forward(
+    model: torch.nn.Module,
+    stretch_size: int,
+    *,
+    offload: bool = False,
+    pending: list[StretchedDecoder] | None = None,
+) -> Iterator[None]:
     """Lets `model(...)` run its decoder in stretches of the sequence, forward and backward.
 
     Inside, the model is called as ever, without a cache or with a `FrozenContext` as `past_key_values`; the backward
@@ -53,6 +60,7 @@ def stretched_forward(model: torch.nn.Module, stretch_size: int, *, offload: boo
         stretch_size: Tokens per stretch; no stretch is shorter than two, so that 1 means 2.
         offload: Keep keys, values, their gradients and starting states in host memory, and copy them to the model's
             device as they are needed.
+        pending: Where weights are in shards, gets the stretches that a backward pass leaves for `finish_stretches`.
 
     Raises:
         ContextMismatchError: The architecture does not continue exactly from a cache, or lost it on the way.
@@ -70,16 +78,28 @@ def stretched_forward(model: torch.nn.Module, stretch_size: int, *, offload: boo
     freeze_latent_expansions(decoder)
     forward = decoder.forward
     had_own = "forward" in vars(decoder)
+    # With shards, a short sequence runs in step with the longer ones of other processes.
+    sharded = are_sharded(model)
 
     @functools.wraps(forward)
     def in_stretches(*args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
         frozen = isinstance(arguments.get("past_key_values"), FrozenContext)
-        if not frozen and _tokens(arguments).shape[1] <= max(stretch_size, MIN_STRETCH_TOKENS):
+        if not sharded and not frozen and _tokens(arguments).shape[1] <= max(stretch_size, MIN_STRETCH_TOKENS):
             return forward(*args, **kwargs)
         _require_adapters_everywhere(model)
         _require_stretchable(arguments)
-        return StretchedDecoder(pretrained, forward, arguments, stretch_size, offload=offload).outputs()
+        if sharded:
+            _require_no_trained_embeddings(pretrained, arguments)
+        return StretchedDecoder(
+            pretrained,
+            forward,
+            arguments,
+            stretch_size,
+            offload=offload,
+            root=model if sharded else None,
+            pending=pending,
+        ).outputs()
 
     decoder.forward = in_stretches
     try:
@@ -89,6 +109,12 @@ def stretched_forward(model: torch.nn.Module, stretch_size: int, *, offload: boo
             decoder.forward = forward
         else:
             del decoder.forward
+
+
+def finish_stretches(pending: list[StretchedDecoder]) -> None:
+    """Runs backward what a backward pass over weights in shards left, on every process in the same order."""
+    while pending:
+        pending.pop(0).finish()
 
 
 def _tokens(arguments: dict[str, Any]) -> torch.Tensor:
@@ -105,6 +131,14 @@ def _require_plain_checkpoints(model: PreTrainedModel) -> None:
                 "`sequence_chunk_size` needs non-reentrant checkpoints: a reentrant one hides keys, values and states "
                 "from autograd. Remove `use_reentrant` from `gradient_checkpointing_kwargs`, or set it to False."
             )
+
+
+def _require_no_trained_embeddings(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    if arguments.get("inputs_embeds") is not None and model.get_input_embeddings().weight.requires_grad:
+        raise ValueError(
+            "`sequence_chunk_size` with weights in shards (FSDP) cannot train embeddings that are computed outside of "
+            "the text decoder, as vision-language models do. Freeze them, or use DDP."
+        )
 
 
 def _require_adapters_everywhere(model: torch.nn.Module) -> None:

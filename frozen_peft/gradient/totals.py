@@ -6,7 +6,7 @@ Shapes: B samples, S tokens of a sample, E hidden size.
 
 import torch
 
-__all__ = ["Root", "Totals"]
+__all__ = ["Root", "ShardedTotals", "Totals"]
 
 # An output of a stretch and the gradient it gets; None where nothing behind it gives one.
 Root = tuple[torch.Tensor, torch.Tensor | None]
@@ -44,17 +44,14 @@ class Totals:
             states: The leaves that it started from.
             start: Its first token.
         """
-        live = [(output, gradient) for output, gradient in roots if gradient is not None and output.requires_grad]
+        live = _live(roots)
         if not live:
             return [None] * len(states)
         leaves = [*self.parameters, *states]
         if embeddings is not None and embeddings.requires_grad:
             leaves.append(embeddings)
         gradients = torch.autograd.grad(
-            [output for output, _ in live],
-            leaves,
-            [gradient.to(output.device, output.dtype) for output, gradient in live],
-            allow_unused=True,
+            [output for output, _ in live], leaves, [gradient for _, gradient in live], allow_unused=True
         )
         num_weights, num_states = len(self.parameters), len(states)
         for index, gradient in enumerate(gradients[:num_weights]):
@@ -69,6 +66,39 @@ class Totals:
         """Gradient of the embeddings or None, then of each weight in its type."""
         of_parameters = zip(self.of_parameters, self.parameters, strict=True)
         return [self.of_embeddings, *(total if total is None else total.to(p.dtype) for total, p in of_parameters)]
+
+
+class ShardedTotals:
+    """The same for weights in shards, which the hooks of their modules reduce over processes and add up.
+
+    Args:
+        embeddings: Of all tokens, which get no gradient, or None where the decoder embeds them itself.
+    """
+
+    def __init__(self, embeddings: torch.Tensor | None):
+        self.embeddings = embeddings
+
+    def leaf_of_embeddings(self, start: int, stop: int) -> torch.Tensor | None:
+        """Embeddings of a stretch."""
+        return None if self.embeddings is None else self.embeddings[:, start:stop].detach()
+
+    def add(
+        self, roots: list[Root], embeddings: torch.Tensor | None, states: list[torch.Tensor], start: int
+    ) -> list[torch.Tensor | None]:
+        """Runs a stretch backward, and returns what is for its states; see `Totals.add`."""
+        live = _live(roots)
+        assert live, "every process runs every backward"
+        torch.autograd.backward([output for output, _ in live], [gradient for _, gradient in live])
+        return [state.grad for state in states]
+
+
+def _live(roots: list[Root]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Outputs that gradient goes through, with their gradient."""
+    return [
+        (output, gradient.to(output.device, output.dtype))
+        for output, gradient in roots
+        if gradient is not None and output.requires_grad
+    ]
 
 
 def _sum(total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:
