@@ -49,6 +49,7 @@ ARROWS = {
         "samples",
         "sampling",
     },
+    "inspection": {"adapters", "config", "context", "gradient", "model_setup", "trainer"},
     "behavior": {"context", "adapters", "config", "samples", "trainer"},
     "errors": set(),
     "data": set(),

@@ -20,7 +20,7 @@ from frozen_peft.behavior.variants import DEFAULT_INDEPENDENT, VariantSettings, 
 
 if TYPE_CHECKING:
     from frozen_peft.behavior.generation import LocalSampler
-    from frozen_peft.behavior.loading import load_model
+    from frozen_peft.behavior.loading import load_model, put_adapter_weights
     from frozen_peft.behavior.margins import DecisionMargin
     from frozen_peft.behavior.probe_scores import (
         ProbeScore,
@@ -69,6 +69,7 @@ __all__ = [
     "message_texts",
     "probe_report",
     "probe_table",
+    "put_adapter_weights",
     "read_paraphrases",
     "read_probes",
     "read_prompts",
@@ -99,6 +100,7 @@ _MODULES = {
     "ProbeTokens": "probe_tokens",
     "compare_probes": "probe_scores",
     "load_model": "loading",
+    "put_adapter_weights": "loading",
     "probe_report": "probe_tables",
     "probe_table": "probe_tables",
     "score_probes": "probe_scores",

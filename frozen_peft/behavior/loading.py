@@ -11,7 +11,7 @@ from trl.trainer.utils import create_model_from_path
 
 from frozen_peft.adapters import keep_linear4bit_trainable, quantization_config
 
-__all__ = ["load_model"]
+__all__ = ["load_model", "put_adapter_weights"]
 
 
 def load_model(
@@ -58,6 +58,21 @@ def _with_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
         # Of keys that are missing, which are an error below.
         warnings.filterwarnings("ignore", "Found missing adapter keys")
         adapted = PeftModel.from_pretrained(model, adapter)
+    put_adapter_weights(adapted, adapter)
+    return adapted
+
+
+def put_adapter_weights(adapted: PeftModel, adapter: str) -> None:
+    """Puts the weights of a saved adapter where a model has adapters of the same configuration.
+
+    Args:
+        adapted: The model.
+        adapter: Hub id or folder of the adapter.
+
+    Raises:
+        ValueError: The weights are not those that the model has a place for, all of them.
+        OSError: There is no such adapter.
+    """
     tensors = load_peft_weights(adapter, device="cpu")
     missing = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - set(tensors)
     unexpected = set(set_peft_model_state_dict(adapted, tensors).unexpected_keys)
@@ -66,7 +81,6 @@ def _with_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
             example = sorted(names)[0]
             rest = "asks for" if problem.startswith("has") else "has a place for"
             raise ValueError(
-                f"adapter {adapter} {problem} {type(model).__name__} {rest}: {len(names)} of {len(tensors)}, such as "
-                f"{example}. Was it trained on this model?"
+                f"adapter {adapter} {problem} {type(adapted.get_base_model()).__name__} {rest}: {len(names)} of "
+                f"{len(tensors)}, such as {example}. Was it trained on this model?"
             )
-    return adapted

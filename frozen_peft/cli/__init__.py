@@ -25,6 +25,7 @@ COMMANDS = {
     "strip": "remove marked instructions from contexts, and make variants of these",
     "sample": "sample decisions from a model that has its instructions in place",
     "train": "train adapters from a recipe",
+    "inspect": "compare the gradient of a frozen context with the full one, before a run",
     "evaluate": "measure with probes what a model prefers, before training and after",
     "merge": "write the model that a base and its adapters are together",
 }

@@ -19,6 +19,7 @@ the whole sample in stretches of the sequence (`stretches`). What is kept are su
 copy of `lora_B` per gradient that is compared. The logits of a decision's supervised tokens exist at a time.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -38,6 +39,7 @@ __all__ = [
     "ProjectionFlow",
     "StateFlow",
     "gradient_flow",
+    "pooled",
 ]
 
 FORMAT = 1
@@ -65,7 +67,7 @@ class ProjectionFlow:
     """The gradients of one role of one projection.
 
     Attributes:
-        layer: Index of its layer; -1 outside of all layers.
+        layer: Index of its layer; outside of all layers, one past the last.
         role: What it does (`adapters.ROLES`), or `other`.
         module: Name of the linear module in the model, without PEFT's wrapping.
         gradient: The comparison.
@@ -236,6 +238,21 @@ def gradient_flow(
         horizons=[_horizon_flow(meter, horizon) for horizon in horizons],
         attention=[AttentionFlow(layer, mass, after[layer] - mass) for layer, mass in sorted(before.items())],
         states=[StateFlow(layer, *figures) for layer, figures in sorted(meter.states().items())],
+    )
+
+
+def pooled(parts: Sequence[GradientShare]) -> GradientShare:
+    """The comparison of several gradients as one, of weights that none of them have in common."""
+    frozen_square = math.fsum(part.frozen_norm**2 for part in parts)
+    full_square = math.fsum(part.full_norm**2 for part in parts)
+    product = math.fsum((part.cosine or 0.0) * part.frozen_norm * part.full_norm for part in parts)
+    difference = math.fsum(((part.context_share or 0.0) * part.full_norm) ** 2 for part in parts)
+    both = math.sqrt(frozen_square * full_square)
+    return GradientShare(
+        math.sqrt(frozen_square),
+        math.sqrt(full_square),
+        product / both if both > 0.0 else None,
+        math.sqrt(difference / full_square) if full_square > 0.0 else None,
     )
 
 

@@ -50,7 +50,7 @@ class Part:
     """One role of one adapted projection.
 
     Attributes:
-        layer: Index of its layer; -1 outside of all layers.
+        layer: Index of its layer; outside of all layers, one past the last.
         role: Its role, or `other`.
         module: Name of the linear module, without PEFT's wrapping.
         weight: Index of its `lora_B`.
@@ -338,7 +338,8 @@ def _adapted_parts(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], li
             parts.append(Part(projection.index, "other", projection.module, len(weights), rows))
         weights.append(projection.weight)
     # Routed experts, a head: what is no linear module of a layer.
-    for name, module in get_pretrained_model(model).named_modules():
+    pretrained = get_pretrained_model(model)
+    for name, module in pretrained.named_modules():
         if not isinstance(module, LoraLayer) or id(module) in layers:
             continue
         for adapter in module.active_adapters:
@@ -346,7 +347,8 @@ def _adapted_parts(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], li
                 found = _LAYER.search(f".{name}.")
                 weight = module.lora_B[adapter].weight
                 rows = torch.ones(weight.shape[0], dtype=torch.bool)
-                parts.append(Part(int(found[1]) if found else -1, "other", name, len(weights), rows))
+                layer = int(found[1]) if found else pretrained.config.get_text_config().num_hidden_layers
+                parts.append(Part(layer, "other", name, len(weights), rows))
                 weights.append(weight)
     if not weights:
         raise ValueError(

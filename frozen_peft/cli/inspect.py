@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`frozen-peft inspect`: what the gradient knows about the context, before a long run."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import PeftConfig
+from peft.tuners.lora import LoraConfig
+
+from frozen_peft.adapters import RoleLoraConfig, restrict_adapter_rows
+from frozen_peft.behavior import put_adapter_weights, whole_file
+from frozen_peft.cli.errors import reported
+from frozen_peft.cli.training import build_trainer, make_parser, require_no_pickle, require_sources, resolve_demo
+from frozen_peft.inspection import as_inspected, flow_table, inspect_samples
+from frozen_peft.report.heatmap import draw_heatmap
+
+__all__ = ["InspectArguments", "run"]
+
+_DESCRIPTION = (
+    "Compares, on samples of a recipe's data, the gradient of tier 2 (frozen context) with the full one: norm, cosine "
+    "and the share that passes through the context, by layer and role; the attention that decisions give to the "
+    "context, and what recurrent layers read from the frozen state. Trains nothing. Prints a table, and writes "
+    "gradient_flow.json and a heat map, gradient_flow.png. docs/inspection.md explains the figures."
+)
+FILE_NAME = "gradient_flow.json"
+
+
+@dataclass
+class InspectArguments:
+    """What is measured and where it goes."""
+
+    samples: int = field(
+        default=16,
+        metadata={"help": "Samples to measure, drawn by the recipe's seed; all of them where there are fewer."},
+    )
+    adapter: str | None = field(
+        default=None,
+        metadata={"help": "Trained adapter to measure (folder or hub id); else those of the recipe, untrained."},
+    )
+    output: str | None = field(
+        default=None,
+        metadata={"help": f"File of the figures, the heat map beside it (default: {FILE_NAME} in `output_dir`)."},
+    )
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Measures, prints a table, and writes the figures and the heat map.
+
+    Args:
+        arguments: Command-line arguments after `inspect`.
+
+    Raises:
+        CommandError: A field, file, model or dataset cannot be used.
+    """
+    parser = make_parser("frozen-peft inspect", _DESCRIPTION, {"inspection": InspectArguments})
+    if not arguments or set(arguments) & {"-h", "--help", "--help-all"}:
+        print(parser.help(every_field="--help-all" in arguments))
+        return
+    with reported():
+        options, model, data, adapter, config, *_ = parser.parse(arguments)
+        require_sources(model, data)
+        _require(options, uses_adapters=adapter.use_peft)
+        notes = as_inspected(config)
+        output = _output(options.output, config.output_dir)
+    with reported(raised_in="frozen_peft"):
+        resolve_demo(model, data)
+    with reported():
+        for folder in (model.model_name_or_path, options.adapter):
+            if folder is not None and not model.allow_pickle:
+                require_no_pickle(Path(folder))
+        peft_config = None if options.adapter is None else _read_adapter(options.adapter)
+        trainer = build_trainer(model, data, adapter, config, peft_config=peft_config)
+        if options.adapter is not None:
+            put_adapter_weights(trainer.model, options.adapter)
+            restrict_adapter_rows(trainer.model)
+    with reported(raised_in="frozen_peft"):
+        flow = inspect_samples(trainer, options.samples)
+        if flow.num_samples < options.samples:
+            notes.append(f"The data has {flow.num_samples} samples, fewer than the {options.samples} asked for.")
+        values = flow.as_dict()
+        with whole_file(output) as file:
+            json.dump(values, file, indent=1, allow_nan=False)
+            file.write("\n")
+        heatmap = output.with_suffix(".png")
+        _write_figure(values, heatmap)
+    print(f"\n{flow_table(flow)}\n")
+    for note in notes:
+        print(note)
+    print(f"Written to {output} and {heatmap}.")
+
+
+def _require(options: InspectArguments, *, uses_adapters: bool) -> None:
+    if options.samples < 1:
+        raise ValueError(f"`samples` must be 1 or more, found {options.samples}")
+    if not uses_adapters:
+        raise ValueError("what is measured is the gradient of adapters, and `use_peft: false` has none; remove it")
+
+
+def _output(given: str | None, output_dir: str) -> Path:
+    """Where the figures go, in a folder that is there."""
+    if given is None:
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / FILE_NAME
+    output = Path(given)
+    if output.is_dir():
+        raise ValueError(f"`output` names a file, and {output} is a folder; try {output / FILE_NAME}")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {output.absolute().parent} to write {output.name} to")
+    return output
+
+
+def _read_adapter(name: str) -> LoraConfig:
+    """The configuration of a trained adapter, with the roles that PEFT's own reading drops."""
+    config = PeftConfig.from_pretrained(name)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"adapter {name} is of the kind {config.peft_type}, and only LoRA's gradient is measured")
+    config = RoleLoraConfig.from_pretrained(name)
+    config.inference_mode = False
+    return config
+
+
+def _write_figure(values: dict, path: Path) -> None:
+    """Writes the heat map whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        draw_heatmap(values).savefig(part, dpi=150, format=path.suffix.removeprefix("."))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

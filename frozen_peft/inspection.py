@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradient flow on a recipe's own samples: which are taken, how they are cut, and the table of what was found."""
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+
+from frozen_peft.adapters import ROLES
+from frozen_peft.config import FrozenContextConfig
+from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.gradient import GradientFlow, gradient_flow
+from frozen_peft.gradient.flow import GradientShare, pooled
+from frozen_peft.model_setup import make_cut
+from frozen_peft.trainer import FrozenContextTrainer
+
+__all__ = ["as_inspected", "flow_table", "inspect_samples"]
+
+DEFAULT_STRETCH = 2048
+
+
+def as_inspected(config: FrozenContextConfig) -> list[str]:
+    """Changes a configuration to one whose trainer freezes contexts with the adapters on, as inspection compares it.
+
+    Returns:
+        What was changed that a user would want to know, one sentence each.
+
+    Raises:
+        ValueError: Samples are put into one row, where contexts cannot be told apart.
+    """
+    for name in ("packing", "padding_free"):
+        if getattr(config, name):
+            raise ValueError(
+                f"`{name}` puts several samples into one row, and gradient flow is measured one sample at a time. Set "
+                f"`{name}: false`."
+            )
+    notes = []
+    if config.gradient_horizon:
+        found = "tier 1 or 3" if config.gradient_horizon == -1 else f"`gradient_horizon: {config.gradient_horizon}`"
+        notes.append(f"The recipe is of {found}; compared are tier 2 and the full gradient all the same.")
+    if not config.context_adapters:
+        notes.append(
+            "The recipe has `context_adapters: false`; measured is what adapters would do in the context too."
+        )
+    if config.loss_type != "nll":
+        notes.append(f"The recipe has `loss_type: {config.loss_type}`; measured is the likelihood of the decisions.")
+    config.tier, config.gradient_horizon = 2, 0
+    config.context_adapters, config.invocation = True, None
+    # Nothing is kept beyond a sample.
+    config.context_cache_size, config.context_cache_dir, config.max_context_staleness = "0", None, 0
+    return notes
+
+
+def inspect_samples(
+    trainer: FrozenContextTrainer, num_samples: int, *, horizons: Sequence[int] = (0,), progress: bool = True
+) -> GradientFlow:
+    """Measures the gradient flow on samples of the training data.
+
+    Args:
+        trainer: A trainer whose configuration is as `as_inspected` leaves it.
+        num_samples: How many, drawn at random by the configuration's seed; all where there are fewer. Of a stream the
+            first ones.
+        horizons: Context tokens that each gradient reaches.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: Less than one sample is asked for, or the model has no adapters.
+    """
+    if num_samples < 1:
+        raise ValueError(f"`samples` must be 1 or more, found {num_samples}.")
+    args, model = trainer.args, trainer.model
+    if args.gradient_checkpointing:
+        get_pretrained_model(model).activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+    # As in training, where layers recompute what they do not keep; dropout is off all the same.
+    model.train()
+    with trainer.accelerator.autocast():
+        return gradient_flow(
+            model,
+            list(_batches(trainer, num_samples)),
+            horizons=horizons,
+            cut=make_cut(args, trainer.processing_class, ()),
+            prefill_chunk_size=args.prefill_chunk_size,
+            sequence_chunk_size=args.sequence_chunk_size or DEFAULT_STRETCH,
+            learning_rate=args.learning_rate,
+            progress=progress,
+        )
+
+
+def _batches(trainer: FrozenContextTrainer, num_samples: int) -> Iterator[Mapping[str, torch.Tensor]]:
+    """One batch for each sample."""
+    dataset: Any = trainer.train_dataset
+    rows: Any
+    if isinstance(dataset, IterableDataset):
+        rows = itertools.islice(dataset, num_samples)
+    else:
+        assert isinstance(dataset, Dataset)
+        drawn = random.Random(trainer.args.seed).sample(range(len(dataset)), min(num_samples, len(dataset)))
+        rows = dataset.select(sorted(drawn))
+    for row in rows:
+        yield trainer.data_collator([row])
+
+
+def flow_table(flow: GradientFlow) -> str:
+    """The figures as text: layers against roles, then attention and recurrent layers, then all together."""
+    first = flow.horizons[0]
+    parts = [_gradient_table(flow)]
+    if flow.attention:
+        rows = [[str(layer.layer), f"{layer.context_mass:.1%}", f"{layer.moved:+.2e}"] for layer in flow.attention]
+        parts.append(
+            "attention of decision tokens\n" + _aligned([["layer", "on the context", "moved by a step"], *rows])
+        )
+    if flow.states:
+        rows = [
+            [str(layer.layer), f"{layer.state_share:.1%}", f"{layer.state_gradient_norm:.2e}"] for layer in flow.states
+        ]
+        parts.append("recurrent layers\n" + _aligned([["layer", "read from the state", "state's gradient"], *rows]))
+    rows = [
+        [
+            _reach(horizon.horizon),
+            f"{horizon.total.frozen_norm:.3e}",
+            _number(horizon.total.cosine),
+            _percent(horizon.total.context_share),
+        ]
+        for horizon in flow.horizons
+    ]
+    rows.append(["full", f"{first.total.full_norm:.3e}", "1.00", "0%"])
+    parts.append("all adapters\n" + _aligned([["gradient", "norm", "cosine", "share left out"], *rows]))
+    tokens = f"{flow.num_context_tokens:,} tokens of context and {flow.num_decision_tokens:,} of decisions"
+    parts.append(f"{flow.num_samples} samples, {tokens}; loss {flow.loss:.4f}")
+    return "\n\n".join(parts)
+
+
+def _gradient_table(flow: GradientFlow) -> str:
+    """Cosine and share of every layer and role, and of all of a layer and all of a role."""
+    cells: dict[tuple[int, str], list[GradientShare]] = {}
+    for part in flow.horizons[0].projections:
+        cells.setdefault((part.layer, part.role), []).append(part.gradient)
+    layers = sorted({layer for layer, _ in cells})
+    roles = [role for role in (*ROLES, "other") if any(role == own for _, own in cells)]
+
+    def cell(chosen_layers: Sequence[int], chosen_roles: Sequence[str]) -> str:
+        found = [part for layer in chosen_layers for role in chosen_roles for part in cells.get((layer, role), [])]
+        if not found:
+            return ""
+        share = pooled(found)
+        return f"{_number(share.cosine)} {_percent(share.context_share):>4}"
+
+    table = [["layer", *roles, "all"]]
+    table += [[str(layer), *(cell([layer], [role]) for role in roles), cell([layer], roles)] for layer in layers]
+    table.append(["all", *(cell(layers, [role]) for role in roles), cell(layers, roles)])
+    title = (
+        "gradient of lora_B: cosine of tier 2 with the full gradient, and the share that passes through the context"
+    )
+    return f"{title}\n{_aligned(table)}"
+
+
+def _reach(horizon: int) -> str:
+    return "tier 2" if horizon == 0 else f"last {horizon} tokens"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "none" if value is None else f"{value:.0%}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
