@@ -12,10 +12,12 @@ from frozen_peft.adapters.merge import (
     REPORT,
     MergeMismatchError,
     export_adapter,
+    find_folder,
     load_merged,
     merge_adapter,
     save_base_record,
 )
+from frozen_peft.adapters.pickles import require_no_pickle
 from frozen_peft.adapters.quantization import (
     QuantizationReport,
     WeightGroup,
@@ -49,6 +51,7 @@ __all__ = [
     "adapted_projections",
     "adapted_weights_summary",
     "export_adapter",
+    "find_folder",
     "find_invocation",
     "find_roles",
     "keep_linear4bit_trainable",
@@ -59,6 +62,7 @@ __all__ = [
     "quantization_config",
     "quantization_report",
     "require_always_active",
+    "require_no_pickle",
     "restrict_adapter_rows",
     "save_base_record",
 ]

@@ -2,6 +2,7 @@
 """Loads a model to measure: a checkpoint as training loads it, with an adapter of which nothing is left behind."""
 
 import warnings
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -9,7 +10,7 @@ from peft.utils import load_peft_weights
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
-from frozen_peft.adapters import keep_linear4bit_trainable, quantization_config
+from frozen_peft.adapters import find_folder, keep_linear4bit_trainable, quantization_config, require_no_pickle
 
 __all__ = ["load_model", "put_adapter_weights"]
 
@@ -22,6 +23,7 @@ def load_model(
     dtype: str = "auto",
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """Loads a model and its tokenizer.
 
@@ -32,20 +34,27 @@ def load_model(
         dtype: Type of the loaded weights; `auto`: the checkpoint's own.
         load_in_4bit: Quantize the base to 4 bit.
         trust_remote_code: Run code that comes with the checkpoint.
+        allow_pickle: Read weights that are pickles; tensors alone are read from them.
 
     Returns:
         The model in evaluation mode, on the machine's accelerator where it has one, and the tokenizer.
 
     Raises:
-        ValueError: The adapter does not fit the model.
+        ValueError: The adapter does not fit the model, or weights are pickles.
         OSError: There is no such model or adapter.
     """
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
-    quantized = {}
+    if adapter is not None:
+        # Of the hub's files, a pickle is downloaded where it is allowed.
+        adapter = str(find_folder(adapter, what="the adapter", allow_pickle=allow_pickle))
+    for folder in (name, adapter):
+        if folder is not None and not allow_pickle:
+            require_no_pickle(folder)
+    options: dict[str, Any] = {} if allow_pickle else {"use_safetensors": True}
     if load_in_4bit:
-        quantized = {"quantization_config": quantization_config(AutoConfig.from_pretrained(name, **origin))}
+        options["quantization_config"] = quantization_config(AutoConfig.from_pretrained(name, **origin))
     # The class that the configuration names, as the trainer has it: an adapter's weights are named after it.
-    model: torch.nn.Module = create_model_from_path(name, dtype=dtype, **origin, **quantized)
+    model: torch.nn.Module = create_model_from_path(name, dtype=dtype, **origin, **options)
     if load_in_4bit:
         keep_linear4bit_trainable(model)
     if adapter is not None:

@@ -59,6 +59,7 @@ def run(arguments: Sequence[str]) -> None:
             dtype=options.dtype,
             load_in_4bit=options.load_in_4bit,
             trust_remote_code=options.trust_remote_code,
+            allow_pickle=options.allow_pickle,
         )
     with reported(raised_in="frozen_peft"):
         results = compare_probes(
@@ -124,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--load_in_4bit", "--load-in-4bit", action="store_true", help="quantize the base to 4 bit")
     model.add_argument(
         "--trust_remote_code", "--trust-remote-code", action="store_true", help="run code that comes with the model"
+    )
+    model.add_argument(
+        "--allow_pickle",
+        "--allow-pickle",
+        action="store_true",
+        help="read weights that are pickles (tensors only, no code is run)",
     )
     cost = parser.add_argument_group("cost", "These change nothing but time and memory.")
     cost.add_argument(

@@ -83,7 +83,7 @@ def run(arguments: Sequence[str]) -> None:
 def _require_usable(options: argparse.Namespace) -> None:
     """Refuses options that go against each other or would have no effect."""
     marks = ("tag", "field", "role", "regex", "predicate")
-    local = ("adapter", "load_in_4bit", "trust_remote_code")
+    local = ("adapter", "load_in_4bit", "trust_remote_code", "allow_pickle")
     margin = options.min_margin is not None
     for names, useless, reason in (
         (("api_key_env", "margin_model"), not options.endpoint, "without --endpoint"),
@@ -151,6 +151,7 @@ def _loaded(
         dtype=options.dtype,
         load_in_4bit=options.load_in_4bit,
         trust_remote_code=options.trust_remote_code,
+        allow_pickle=options.allow_pickle,
     )
     sizes = {"batch_size": options.batch_size, "chunk_size": options.prefill_chunk_size}
     if options.min_margin is not None:

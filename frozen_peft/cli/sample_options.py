@@ -79,6 +79,9 @@ def _add_model(group: Any) -> None:
     group.add_argument("--load_in_4bit", action="store_true", help="quantize the base to 4 bit")
     group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the checkpoint")
     group.add_argument(
+        "--allow_pickle", action="store_true", help="read weights that are pickles (tensors only, no code is run)"
+    )
+    group.add_argument(
         "--batch_size", type=int, default=16, help="candidates decoded together; lower it where memory is short"
     )
     group.add_argument(

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from frozen_peft.checkpoints import checkpoint_to_resume
+from frozen_peft.adapters import require_no_pickle
+from frozen_peft.checkpoints import checkpoint_to_resume, require_no_way_out
 from frozen_peft.cli.errors import reported
-from frozen_peft.cli.training import build_trainer, make_parser, require_no_pickle, require_sources, resolve_demo
+from frozen_peft.cli.training import build_trainer, make_parser, require_sources, resolve_demo
 from frozen_peft.trainer import FrozenContextTrainer
 
 __all__ = ["run"]
@@ -34,10 +35,11 @@ def run(arguments: Sequence[str]) -> None:
     with reported(raised_in="frozen_peft"):
         resolve_demo(model, data)
     with reported():
+        require_no_way_out(config.output_dir)
         checkpoint = checkpoint_to_resume(_as_wanted(config.resume_from_checkpoint), config.output_dir)
         for folder in (model.model_name_or_path, checkpoint):
             if folder is not None and not model.allow_pickle:
-                require_no_pickle(Path(folder))
+                require_no_pickle(folder)
         trainer = build_trainer(model, data, adapter, config)
     with reported(raised_in="frozen_peft"):
         # A run that goes on from a checkpoint has no loss before training to show.

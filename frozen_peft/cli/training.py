@@ -4,7 +4,6 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ __all__ = [
     "ModelArguments",
     "build_trainer",
     "make_parser",
-    "require_no_pickle",
     "require_sources",
     "resolve_demo",
 ]
@@ -39,8 +37,6 @@ TRAIN_DESCRIPTION = (
     "Trains a model's response to its context from a recipe, a flat YAML file of the fields below. A field on the "
     "command line wins over the recipe."
 )
-
-_PICKLES = frozenset({"pytorch_model.bin", "adapter_model.bin"})
 
 
 # The inherited fields that most runs set. `--help` shows these, `--help-all` the other hundred too.
@@ -210,22 +206,6 @@ def require_sources(model: ModelArguments, data: DataArguments) -> None:
     if data.dataset_name in (DEMO_NAME, DEMO_SHORT_NAME) and data.dataset_streaming:
         raise ValueError(
             f"`dataset_streaming` has no use with `dataset_name: {data.dataset_name}`, a small local file"
-        )
-
-
-def require_no_pickle(folder: Path) -> None:
-    """Refuses a folder whose weights are pickles alone.
-
-    Raises:
-        ValueError: They are.
-    """
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = [path for path in sorted(folder.glob("*.bin")) if path.name in _PICKLES or "-of-" in path.name]
-    if pickles:
-        raise ValueError(
-            f"{pickles[0]} is a pickle, which can hold code, without safetensors beside it. Convert it, or set "
-            "`allow_pickle: true`: tensors alone are read from it then."
         )
 
 

@@ -2,6 +2,7 @@
 """`frozen-peft evaluate` on files: the table, the report, and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from frozen_peft.behavior import Probe, compare_probes, load_model, probe_table, strip_instructions, summarize
 from frozen_peft.behavior.intervals import wilson_proportion
@@ -133,7 +135,7 @@ def test_nothing_is_written_where_scoring_fails(
     [
         (["--output", "no/such/folder/report.json"], "there is no folder"),
         (["--output", "."], "is a folder"),
-        (["--adapter", "no/such/adapter"], "adapter_config.json"),
+        (["--adapter", "no/such/adapter"], "there is no folder no/such/adapter"),
         (["--batch_size", "0"], "`batch_size` must be 1"),
     ],
 )
@@ -160,6 +162,30 @@ def test_an_adapter_that_does_not_fit(folder: Path, tmp_path: Path) -> None:
         load_model(str(tmp_path / "base"), str(tmp_path / "shallow"))
     with pytest.raises(ValueError, match=r"deep has weights that nothing of LlamaForCausalLM asks for: 14 of 84"):
         load_model(str(tmp_path / "base"), str(tmp_path / "deep"))
+
+
+@pytest.mark.parametrize("which", ["base", "adapter"])
+def test_weights_that_are_pickles_need_the_flag(
+    which: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    safe, pickled = {
+        "base": ("model.safetensors", "pytorch_model.bin"),
+        "adapter": ("adapter_model.safetensors", "adapter_model.bin"),
+    }[which]
+    shutil.copytree(folder, tmp_path / "made")
+    torch.save(load_file(tmp_path / "made" / which / safe), tmp_path / "made" / which / pickled)
+    (tmp_path / "made" / which / safe).unlink()
+    # Other tensors beside it do not make it a safe one.
+    save_file({"x": torch.ones(1)}, tmp_path / "made" / which / "other.safetensors")
+    options = ["--adapter", str(tmp_path / "made" / "adapter"), "--conditions", "given"]
+    assert evaluate(tmp_path / "made", *options) == 2
+    message = capsys.readouterr().err
+    assert f"{tmp_path / 'made' / which / pickled} is a pickle" in message
+    assert "(--allow_pickle)" in message
+    assert evaluate(tmp_path / "made", *options, "--allow-pickle") == 0
+    allowed = capsys.readouterr().out
+    assert evaluate(folder, "--adapter", str(folder / "adapter"), "--conditions", "given") == 0
+    assert capsys.readouterr().out == allowed
 
 
 def test_a_loaded_model_is_the_saved_one(folder: Path) -> None:

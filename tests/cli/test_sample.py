@@ -214,6 +214,7 @@ def test_bad_rows_stop_the_run_or_are_left_out(
         (["--keep", "missing.py:f"], "no file missing.py"),
         (["--adapter", "a"], "--adapter has no effect with --endpoint"),
         (["--load_in_4bit"], "--load_in_4bit has no effect with --endpoint"),
+        (["--allow_pickle"], "--allow_pickle has no effect with --endpoint"),
         (["--tag", "t"], "--tag has no effect without --min_margin"),
         (["--margin_model", "m"], "--margin_model has no effect without --min_margin"),
         (["--min_margin", "0"], "--min_margin needs --margin_model beside --endpoint"),
