@@ -31,6 +31,7 @@ ARROWS = {
     # Of behaviour, what puts stripped instructions back.
     "distributed": {"batches", "config", "context", "gradient", "resuming"},
     "distillation": {"batches", "behavior", "config", "context", "first_batch", "metrics"},
+    "planning": {"adapters", "config", "context", "gradient"},
     "checkpoints": set(),
     "out_of_memory": {"config", "context"},
     "resuming": {"checkpoints", "out_of_memory"},

@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": "move a disposition into the weights of a tiny model; three minutes on two cores",
     "strip": "remove marked instructions from contexts, and make variants of these",
     "sample": "sample decisions from a model that has its instructions in place",
+    "plan": "say what a training takes, from the model's configuration alone",
     "train": "train adapters from a recipe",
     "inspect": "compare the gradient of a frozen context with the full one, before a run",
     "evaluate": "measure with probes what a model prefers, before training and after",

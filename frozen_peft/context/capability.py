@@ -12,7 +12,7 @@ from frozen_peft.context.modes import without_dropout
 from frozen_peft.context.segments import IMPLEMENTATION, is_segmented
 from frozen_peft.errors import ContextMismatchError
 
-__all__ = ["use_segmented_attention"]
+__all__ = ["reason_against_segments", "use_segmented_attention"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def use_segmented_attention(model: torch.nn.Module) -> bool:
     if is_segmented(pretrained):
         return True
     decoder = get_decoder(pretrained)
-    reason = _reason_against(pretrained)
+    reason = reason_against_segments(pretrained)
     if reason is None:
         decoder.set_attn_implementation(IMPLEMENTATION)
         try:
@@ -56,7 +56,8 @@ def use_segmented_attention(model: torch.nn.Module) -> bool:
     return reason is None
 
 
-def _reason_against(model: torch.nn.Module) -> str | None:
+def reason_against_segments(model: torch.nn.Module) -> str | None:
+    """Why a model keeps its own attention, as far as its configuration tells; None: nothing speaks against it."""
     config = get_decoder(model).config
     if config._attn_implementation != "sdpa":
         return f"it was loaded with attn_implementation={config._attn_implementation!r} and not 'sdpa'"

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training takes, from the model's configuration alone: memory, time, and the cheapest setting that fits."""
+
+from frozen_peft.planning.advice import advise, cheapest_fitting
+from frozen_peft.planning.cards import CARDS, Card, Rates, find_card, read_rates
+from frozen_peft.planning.estimating import TERMS
+from frozen_peft.planning.models import KNOWN_MODELS, load_config
+from frozen_peft.planning.plan import Plan, make_plan
+from frozen_peft.planning.setting import Setting
+from frozen_peft.planning.time import StepTime, estimate_time
+
+__all__ = [
+    "CARDS",
+    "KNOWN_MODELS",
+    "TERMS",
+    "Card",
+    "Plan",
+    "Rates",
+    "Setting",
+    "StepTime",
+    "advise",
+    "cheapest_fitting",
+    "estimate_time",
+    "find_card",
+    "load_config",
+    "make_plan",
+    "read_rates",
+]
