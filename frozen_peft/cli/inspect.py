@@ -9,10 +9,10 @@ from pathlib import Path
 from peft import PeftConfig
 from peft.tuners.lora import LoraConfig
 
-from frozen_peft.adapters import RoleLoraConfig, restrict_adapter_rows
+from frozen_peft.adapters import RoleLoraConfig, require_no_pickle, restrict_adapter_rows
 from frozen_peft.behavior import put_adapter_weights, whole_file
 from frozen_peft.cli.errors import reported
-from frozen_peft.cli.training import build_trainer, make_parser, require_no_pickle, require_sources, resolve_demo
+from frozen_peft.cli.training import build_trainer, make_parser, require_sources, resolve_demo
 from frozen_peft.inspection import as_inspected, flow_table, inspect_samples
 from frozen_peft.report.heatmap import draw_heatmap
 
