@@ -5,15 +5,19 @@ Encoding contexts in smaller chunks changes nothing but the time, so the encoder
 takes is set by fields that change the training or its speed, which are the user's to choose.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from trl import SFTTrainer
 
+from frozen_peft.batches import CONTEXTS
 from frozen_peft.config import FrozenContextConfig
+from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.out_of_memory import AdvisedOutOfMemoryError
 
-__all__ = ["AdvisedTrainer", "memory_advice"]
+__all__ = ["AdvisedTrainer", "memory_advice", "planned_advice"]
 
 # Loss, logits and labels, as `prediction_step` returns them.
 Prediction = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -29,7 +33,8 @@ class AdvisedTrainer(SFTTrainer):
         try:
             return super().training_step(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            raise _advised(error, self.args, "training") from error
+            inputs = args[1] if len(args) > 1 else kwargs["inputs"]
+            raise _advised(error, self.args, "training", planned_advice(self.model, self.args, inputs)) from error
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Prediction:
         """TRL's, in which running out of memory names the fields to change."""
@@ -39,12 +44,53 @@ class AdvisedTrainer(SFTTrainer):
             raise _advised(error, self.args, "evaluation") from error
 
 
-def _advised(error: torch.OutOfMemoryError, args: FrozenContextConfig, where: str) -> torch.OutOfMemoryError:
+def _advised(
+    error: torch.OutOfMemoryError, args: FrozenContextConfig, where: str, planned: Sequence[str] = ()
+) -> torch.OutOfMemoryError:
     if isinstance(error, AdvisedOutOfMemoryError):
         return error
-    lines = "\n".join(f"- {line}" for line in memory_advice(args, evaluation=where == "evaluation"))
+    lines = "\n".join(f"- {line}" for line in (*planned, *memory_advice(args, evaluation=where == "evaluation")))
     # PyTorch's text comes first: `auto_find_batch_size` looks for it.
     return AdvisedOutOfMemoryError(f"{error}\nA step of {where} does not fit. What takes less memory:\n{lines}")
+
+
+def planned_advice(model: torch.nn.Module, args: FrozenContextConfig, inputs: dict[str, Any]) -> list[str]:
+    """What the planner says of a batch that did not fit; nothing where it thinks that it fits, or cannot know.
+
+    Args:
+        model: The model.
+        args: The settings.
+        inputs: The batch, of whole samples or of decisions with their contexts.
+    """
+    limit = _device_memory()
+    if limit is None:
+        return []
+    # Here and not above: it takes a while to import, and most trainings never need it.
+    from frozen_peft.planning import Setting, advise, make_plan
+
+    pretrained = get_pretrained_model(model)
+    num_tokens = inputs["input_ids"].shape[1]
+    contexts = [len(context) for context in inputs.get(CONTEXTS, ())]
+    dtype = str(pretrained.dtype).removeprefix("torch.")
+    try:
+        setting = Setting.from_config(
+            args,
+            context_length=max(contexts, default=0),
+            decision_length=num_tokens,
+            load_in_4bit=getattr(pretrained, "is_loaded_in_4bit", False),
+            use_peft=isinstance(model, PeftModel),
+            **({"dtype": dtype} if dtype in ("float32", "float16", "bfloat16") else {}),
+        )
+        plan = make_plan(pretrained.config, setting, limit)
+    except ValueError:
+        # It has no plan for this model: the advice below it holds all the same.
+        return []
+    return [] if plan.fits is not False else [f"planned: {sentence}" for sentence in advise(plan)]
+
+
+def _device_memory() -> int | None:
+    """Bytes that the GPU has; None without one."""
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
 
 
 def memory_advice(args: FrozenContextConfig, *, evaluation: bool = False) -> list[str]:

@@ -33,7 +33,7 @@ ARROWS = {
     "distillation": {"batches", "behavior", "config", "context", "first_batch", "metrics"},
     "planning": {"adapters", "config", "context", "gradient"},
     "checkpoints": set(),
-    "out_of_memory": {"config", "context"},
+    "out_of_memory": {"batches", "config", "context", "planning"},
     "resuming": {"checkpoints", "out_of_memory"},
     "trainer": {
         "adapters",

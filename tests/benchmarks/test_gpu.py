@@ -25,7 +25,6 @@ from tests.benchmarks.gpu.methods import METHODS, Measurement, measure
 from tests.benchmarks.gpu.schedule import FULL, SMOKE, tasks
 from tests.benchmarks.gpu.session import Session
 from tests.benchmarks.gpu.shapes import MODELS, SMOKE_MODELS, ModelShape, qwen3_5_27b, tiny
-from tests.benchmarks.memory_table import SHAPE
 
 CPU = Device("cpu")
 
@@ -85,10 +84,15 @@ def test_attention_is_causal() -> None:
 
 
 def test_the_large_model_has_its_published_sizes() -> None:
-    assert linear_weights_per_token(qwen3_5_27b()) == SHAPE.linear_weights
-    weights = needed_bytes(qwen3_5_27b(), torch.bfloat16, quantized=True)
-    # The table keeps beta and decay in 4 bit as well, and leaves out what is no linear layer.
-    assert weights == pytest.approx(SHAPE.weight_bytes, rel=0.01)
+    mlp, attention = 3 * 5120 * 17408, 5120 * (2 * 6144 + 2 * 1024 + 6144)
+    beta_and_decay, rest = 5120 * 2 * 48, 5120 * (10240 + 6144 + 6144)
+    linear = 64 * mlp + 16 * attention + 48 * (beta_and_decay + rest)
+    assert linear_weights_per_token(qwen3_5_27b()) == linear
+    in_16_bit = 48 * beta_and_decay + 2 * 248320 * 5120
+    in_4_bit = linear - 48 * beta_and_decay
+    # 4.127 bits with the scales; norms and convolutions are the rest.
+    expected = in_4_bit * 4.127 / 8 + in_16_bit * 2
+    assert needed_bytes(qwen3_5_27b(), torch.bfloat16, quantized=True) == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_model_is_built_as_it_would_be_loaded() -> None:
@@ -224,6 +228,26 @@ def test_what_the_card_cannot_hold_is_not_built(tmp_path: Path, monkeypatch: pyt
     assert "Qwen3-Next-80B-A3B: its weights take 146" in line
 
 
+def test_peaks_are_compared_with_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peak and a plan that are given: their ratio, for tier 2 alone, one plan for each length."""
+    asked: list[int] = []
+    monkeypatch.setattr(session, "planned_bytes", lambda config, context, *_: asked.append(context) or 1000 * context)
+    made = _session(tmp_path, 1e9)
+    for method, context, cap in (
+        ("tier 2", 64, None),
+        ("tier 2", 64, 24),
+        ("tier 2", 128, None),
+        ("SFTTrainer", 64, None),
+    ):
+        found = Measurement(
+            "tiny-nf4", method, context, 8, cap, peak_bytes=64_000, chunk_size=2048, prefill_seconds=1.0
+        )
+        made._add(found, tiny())
+    made._compare_with_plans()
+    assert asked == [64, 128]
+    assert [row["peak_over_plan"] for row in made.results["measurements"]] == [1.0, 1.0, 0.5, None]
+
+
 def test_wrong_kernels_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong:
         def as_figures(self) -> dict[str, Any]:
@@ -312,6 +336,7 @@ def test_the_whole_of_it_runs(tmp_path: Path) -> None:
         assert sum(profile[part].values()) == pytest.approx(1.0)
         assert profile[part]["matrix products"] > 0
     assert [row["chunk_size"] for row in results["chunks"]["tiny-nf4"]] == list(SMOKE.chunk_sizes)
+    assert all((row["planned_bytes"] or 0) > 0 for row in rows if row["method"] == "tier 2")
     text = (tmp_path / "gpu_smoke.md").read_text()
     assert "no figure here means anything" in text
     assert "flash-linear-attention is not installed" in text or torch.cuda.is_available()

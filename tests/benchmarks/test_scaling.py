@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from tests.benchmarks.gpu.flops import linear_weights_per_token, prefill_flops
 from tests.benchmarks.gpu.shapes import qwen3_5_27b, tiny
-from tests.benchmarks.memory_table import SHAPE
 from tests.benchmarks.scaling import (
     ARRANGEMENTS,
     Machine,
@@ -29,8 +28,9 @@ from tests.benchmarks.training import build_model
 WORK, MACHINE = Workload(qwen3_5_27b()), Machine()
 
 
-def test_bytes_of_a_context_are_those_of_the_memory_table() -> None:
-    assert WORK.context_bytes == SHAPE.key_value_bytes * WORK.context + SHAPE.state_bytes
+def test_bytes_of_a_context() -> None:
+    """64 KiB a token in 16 attention layers, and the states of 48 layers of Gated DeltaNet."""
+    assert WORK.context_bytes == 16 * 2 * 4 * 256 * 2 * WORK.context + 48 * (48 * 128**2 * 4 + 10240 * 4 * 2)
 
 
 def test_times_by_hand() -> None:

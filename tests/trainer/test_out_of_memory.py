@@ -11,7 +11,7 @@ from torch import nn
 
 from frozen_peft import FrozenContextTrainer
 from frozen_peft.context.out_of_memory import AdvisedOutOfMemoryError
-from frozen_peft.out_of_memory import memory_advice
+from frozen_peft.out_of_memory import memory_advice, planned_advice
 from tests.trainer.runs import adapted, as_dataset, config, samples, train
 
 ROWS = samples([(140, 7), (90, 5)])
@@ -54,6 +54,20 @@ def test_a_decision_ends_with_what_to_change(tier: int, tmp_path: Path) -> None:
     assert ("`max_context_length`" in text) is (tier == 2)
     # `auto_find_batch_size` still sees what it is.
     assert should_reduce_batch_size(caught.value)
+
+
+def test_the_planner_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device of 1 GiB, all of which the plan sets aside for the driver, and on one that has room."""
+    batch = {"input_ids": torch.zeros(2, 8, dtype=torch.long), "contexts": [torch.zeros(40), torch.zeros(9)]}
+    args = config(tmp_path)
+    for limit, count in ((None, 0), (1 << 30, 1), (1 << 34, 0)):
+        monkeypatch.setattr("frozen_peft.out_of_memory._device_memory", lambda limit=limit: limit)
+        lines = planned_advice(adapted(), args, batch)
+        assert len(lines) >= count
+        assert bool(lines) is bool(count)
+        assert all(line.startswith("planned: ") for line in lines)
+    monkeypatch.setattr("frozen_peft.out_of_memory._device_memory", lambda: 1 << 30)
+    assert "It does not fit: " in planned_advice(adapted(), args, batch)[0]
 
 
 def test_advice_names_what_is_set(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.benchmarks.gpu.device import Budget, Device, host_copy_rate, matmul_r
 from tests.benchmarks.gpu.flops import prefill_flops
 from tests.benchmarks.gpu.methods import FORWARDS, Measurement, measure
 from tests.benchmarks.gpu.parity import check_parity
+from tests.benchmarks.gpu.planned import planned_bytes
 from tests.benchmarks.gpu.profiles import prefill_by_chunk, profile_step
 from tests.benchmarks.gpu.schedule import Plan, Task, tasks
 from tests.benchmarks.gpu.shapes import ModelShape
@@ -28,6 +29,8 @@ from tests.benchmarks.gpu.shapes import ModelShape
 ASSUMED_UTILISATION = 0.25
 # Of a large model: making it, and what comes with every measurement.
 BUILD_SECONDS, FIXED_SECONDS = 40.0, 2.0
+# Of one plan, which is arithmetic on a CPU.
+PLAN_SECONDS = 5.0
 # Bytes beyond the weights without which no step is possible: CUDA itself, kernels, the smallest activations.
 LEAST_ROOM = 2 << 30
 
@@ -91,7 +94,32 @@ class Session:
         for index, shape in enumerate(self.models):
             self._measure_model(shape, is_first=index == 0)
             self._write()
+        # Last, since planning takes time and no GPU.
+        self._compare_with_plans()
         return True
+
+    def _compare_with_plans(self) -> None:
+        """Sets the peaks of tier 2 against the planner's, while there is time."""
+        shapes = {shape.name: shape for shape in self.models}
+        has_fla = importlib.util.find_spec("fla") is not None
+        rows = [
+            row for row in self.results["measurements"] if row["outcome"] == "measured" and row["method"] == "tier 2"
+        ]
+        planned: dict[tuple[str, int, int], int | None] = {}
+        for row in tqdm(rows, desc="planning", leave=False):
+            key = (row["model"], row["context"], row["chunk_size"])
+            if key not in planned and not self.budget.allows(PLAN_SECONDS * self.device.on_gpu):
+                return self._skip("the planner's figures for what is left of the steps, for want of time")
+            if key not in planned:
+                shape = shapes[row["model"]]
+                planned[key] = planned_bytes(
+                    shape.config(), row["context"], row["decision"], row["chunk_size"], shape.quantized, has_fla
+                )
+            row["planned_bytes"] = planned[key]
+            if planned[key] and row["peak_bytes"] is not None:
+                row["peak_over_plan"] = row["peak_bytes"] / planned[key]
+            self._write()
+        return None
 
     def _name_what_is_missing(self) -> None:
         for module, consequence in (
@@ -195,7 +223,7 @@ class Session:
         )
 
     def _add(self, found: Measurement, config: PretrainedConfig) -> None:
-        figures = found.as_figures() | {"utilisation": None}
+        figures = found.as_figures() | {"utilisation": None, "planned_bytes": None, "peak_over_plan": None}
         if found.method == "tier 2" and found.prefill_seconds:
             rate = prefill_flops(config, found.context).total / found.prefill_seconds
             figures["utilisation"] = rate / self.results["rates"]["flops_per_second"]
