@@ -44,7 +44,7 @@ from frozen_peft.distillation import (
     prepare_with_teacher,
     require_distillable,
 )
-from frozen_peft.distributed import DistributedTrainer, as_many_everywhere, check_engine, require_same_machines
+from frozen_peft.distributed import as_many_everywhere, check_engine, require_same_machines
 from frozen_peft.first_batch import BatchChecks
 from frozen_peft.gradient import group_checkpoints, stretched_forward
 from frozen_peft.metrics import ContextMetrics, Mode
@@ -59,16 +59,17 @@ from frozen_peft.model_setup import (
 )
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
 from frozen_peft.sampling import GroupByContextSampler, make_sampler, require_groupable
+from frozen_peft.timing import TimedTrainer
 
 __all__ = ["FrozenContextTrainer"]
 
 
-class FrozenContextTrainer(DistributedTrainer):
+class FrozenContextTrainer(TimedTrainer):
     """`SFTTrainer` that encodes each sample's context without gradient and trains the decision behind it.
 
     Takes what `SFTTrainer` takes, in the same order; `args` may be a `FrozenContextConfig`, or a plain `SFTConfig` or
-    `TrainingArguments`, which is converted. Everything is inherited but these hooks and those of `DistributedTrainer`,
-    which add to the parent's:
+    `TrainingArguments`, which is converted. Everything is inherited but these hooks and those of `TimedTrainer` and
+    `DistributedTrainer`, which add to the parent's:
 
     - `compute_loss` and `prediction_step` turn a batch into a batch of decisions that carries its frozen context as
       `past_key_values`, and let TRL compute the loss, the metrics and the logits from that.

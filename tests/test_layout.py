@@ -35,6 +35,7 @@ ARROWS = {
     "checkpoints": set(),
     "out_of_memory": {"batches", "config", "context", "planning"},
     "resuming": {"checkpoints", "out_of_memory"},
+    "timing": {"distributed", "metrics"},
     "trainer": {
         "adapters",
         "batches",
@@ -46,11 +47,13 @@ ARROWS = {
         "gradient",
         "metrics",
         "model_setup",
-        "resuming",
         "samples",
         "sampling",
+        "timing",
     },
     "inspection": {"adapters", "config", "context", "gradient", "model_setup", "trainer"},
+    # Of what a run leaves behind: rows and whole files, what decisions are generated with, and no trainer.
+    "report": {"adapters", "behavior", "context"},
     "behavior": {"context", "adapters", "config", "samples", "trainer"},
     "errors": set(),
     "data": set(),
