@@ -87,7 +87,7 @@ class FrozenContextConfig(SFTConfig):
     )
     max_context_length: int | None = field(
         default=None,
-        metadata={"help": "Keep only this many context tokens, dropping the oldest. The decision is never cut."},
+        metadata={"help": "Keep this many context tokens, the latest. The decision is never cut."},
     )
     context_cache_size: str = field(
         default="0",
@@ -131,7 +131,7 @@ class FrozenContextConfig(SFTConfig):
     )
     checkpoint_every: int = field(
         default=1,
-        metadata={"help": "Layers per activation checkpoint when gradient checkpointing is on."},
+        metadata={"help": "Layers per activation checkpoint, with `gradient_checkpointing`."},
     )
     verify_context: str = field(
         default="first_batch",

@@ -31,8 +31,7 @@ def test_there_is_a_recipe_for_every_tier() -> None:
 @every_recipe
 def test_recipe_parses(path: Path) -> None:
     values, _ = read_recipe(path)
-    model, data, adapter, config = make_parser().parse([str(path)])
-    parsed = {**vars(model), **vars(data), **vars(adapter), **vars(config)}
+    parsed = {name: value for group in make_parser().parse([str(path)]) for name, value in vars(group).items()}
     assert {name: parsed[name] for name in ("model_name_or_path", "dataset_name", "lora_r", "max_steps")} == {
         name: values[name] for name in ("model_name_or_path", "dataset_name", "lora_r", "max_steps")
     }

@@ -28,6 +28,7 @@ COMMANDS = {
     "train": "train adapters from a recipe",
     "inspect": "compare the gradient of a frozen context with the full one, before a run",
     "evaluate": "measure with probes what a model prefers, before training and after",
+    "report": "show what happened in a run, in one HTML file",
     "merge": "write the model that a base and its adapters are together",
 }
 

@@ -16,14 +16,16 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from frozen_peft.report import is_secret
+
 __all__ = ["RecipeParser", "read_recipe"]
 
 # TrlParser's own field, which is refused here: environment variables for the run.
 _ENVIRONMENT_FIELD = "env"
 _MAX_DEPTH = 20
 _TEXT_TAG = "tag:yaml.org,2002:str"
-# Fields whose values no message shows.
-_SECRET = frozenset({"hub_token"})
+# Of a field that neither recipe nor command line gives.
+_NOT_GIVEN = object()
 
 
 class RecipeParser(TrlParser):
@@ -93,6 +95,18 @@ class RecipeParser(TrlParser):
             )
         return tuple(instances)
 
+    def given(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """Returns the fields that a recipe and the command line give, where the command line wins.
+
+        Args:
+            arguments: What `parse` has accepted.
+        """
+        rest = list(arguments)
+        values = read_recipe(rest.pop(0))[0] if rest and not rest[0].startswith("-") else {}
+        every = {action.dest: _NOT_GIVEN for action in self._actions if action.dest is not argparse.SUPPRESS}
+        parsed, _ = self.parse_known_args(rest, argparse.Namespace(**every))
+        return values | {name: value for name, value in vars(parsed).items() if value is not _NOT_GIVEN}
+
     def help(self, *, every_field: bool = False) -> str:
         """Returns the help text.
 
@@ -139,7 +153,7 @@ class RecipeParser(TrlParser):
                 raise ValueError(self._unknown(name, place))
             problem = _misfit(self._fields[name], value)
             if problem:
-                problem = "does not fit; its value is secret and not shown" if name in _SECRET else problem
+                problem = "does not fit; its value is secret and not shown" if is_secret(name) else problem
                 raise ValueError(f"{place}: `{name}` {problem}")
 
     def _unknown(self, name: str, place: str) -> str:

@@ -10,7 +10,14 @@ import torch
 from frozen_peft.adapters import require_no_pickle
 from frozen_peft.checkpoints import checkpoint_to_resume, require_no_way_out
 from frozen_peft.cli.errors import reported
-from frozen_peft.cli.training import build_trainer, make_parser, require_sources, resolve_demo
+from frozen_peft.cli.run_record import RunRecord
+from frozen_peft.cli.training import (
+    build_trainer,
+    load_held_out,
+    make_parser,
+    require_sources,
+    resolve_demo,
+)
 from frozen_peft.trainer import FrozenContextTrainer
 
 __all__ = ["run"]
@@ -30,7 +37,7 @@ def run(arguments: Sequence[str]) -> None:
         print(parser.help(every_field="--help-all" in arguments))
         return
     with reported():
-        model, data, adapter, config = parser.parse(arguments)
+        model, data, adapter, config, report = parser.parse(arguments)
         require_sources(model, data)
     with reported(raised_in="frozen_peft"):
         resolve_demo(model, data)
@@ -41,17 +48,22 @@ def run(arguments: Sequence[str]) -> None:
             if folder is not None and not model.allow_pickle:
                 require_no_pickle(folder)
         trainer = build_trainer(model, data, adapter, config)
+        record = RunRecord(trainer, report, parser.given(arguments))
+        record.begin()
     with reported(raised_in="frozen_peft"):
         # A run that goes on from a checkpoint has no loss before training to show.
         before = None if checkpoint else _evaluate(trainer, "eval_before")
         start = time.monotonic()
         trainer.train(resume_from_checkpoint=checkpoint)
         train_seconds = time.monotonic() - start
+        record.trained()
         after = _evaluate(trainer, "eval")
     trainer.save_model()
     trainer.save_state()
+    with reported(raised_in="frozen_peft"):
+        page = record.end(lambda: load_held_out(data, config))
     if trainer.is_world_process_zero():
-        print(_summary(trainer, train_seconds, before, after))
+        print(_summary(trainer, train_seconds, before, after, page))
 
 
 def _evaluate(trainer: FrozenContextTrainer, name: str) -> float | None:
@@ -68,7 +80,13 @@ def _as_wanted(value: str | None) -> str | bool | None:
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def _summary(trainer: FrozenContextTrainer, train_seconds: float, before: float | None, after: float | None) -> str:
+def _summary(
+    trainer: FrozenContextTrainer,
+    train_seconds: float,
+    before: float | None,
+    after: float | None,
+    page: Path | None,
+) -> str:
     """Says where the results are and what changed, in aligned lines."""
     rows = [("results", str(Path(trainer.args.output_dir).resolve()))]
     trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
@@ -82,5 +100,7 @@ def _summary(trainer: FrozenContextTrainer, train_seconds: float, before: float 
         )
     if torch.cuda.is_available():
         rows.append(("peak memory", f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"))
+    if page is not None:
+        rows.append(("report", str(page.resolve())))
     width = max(len(title) for title, _ in rows)
     return "\n" + "\n".join(f"  {title:<{width}}  {text}" for title, text in rows)

@@ -14,6 +14,7 @@ from trl import SFTConfig
 from frozen_peft.adapters import PRESETS, ROLES, lora_config, quantization_config
 from frozen_peft.cli.demo import DEMO_DIR
 from frozen_peft.cli.recipe import RecipeParser
+from frozen_peft.cli.run_record import ReportArguments
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.data import has_split, load_samples
 from frozen_peft.trainer import FrozenContextTrainer
@@ -65,6 +66,8 @@ _COMMON_TRAINING_FIELDS = (
     "seed",
 )
 
+_REPORT_FIELDS = ("write_report", "num_examples")
+
 
 @dataclass
 class ModelArguments:
@@ -72,7 +75,7 @@ class ModelArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Hub id or folder of the base model; `demo`: the tiny hybrid that the package ships."},
+        metadata={"help": "Hub id or folder of the base model; `demo`: the tiny one that we ship."},
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the hub."})
     dtype: str | None = field(
@@ -165,7 +168,7 @@ def make_parser(
     own += [item.name for item in ours if item.name in inherited and item.default != inherited[item.name].default]
     names = [[item.name for item in dataclasses.fields(group)] for group in groups]
     parser = RecipeParser(
-        (*own_fields.values(), *groups, FrozenContextConfig),
+        (*own_fields.values(), *groups, FrozenContextConfig, ReportArguments),
         prog=prog,
         description=description,
         sections={
@@ -174,7 +177,8 @@ def make_parser(
             "model": [name for name in names[0] if name != "allow_pickle"],  # its error names it
             "data": names[1],
             "adapters": names[2],
-            "training": [name for name in _COMMON_TRAINING_FIELDS if name not in own],
+            # `max_example_tokens` is named in the text of another.
+            "training": [*(name for name in _COMMON_TRAINING_FIELDS if name not in own), *_REPORT_FIELDS],
         },
         inherited=("training",),
     )
@@ -291,17 +295,25 @@ def _peft_config(base_config: Any, adapter: AdapterArguments) -> Any:
     )
 
 
+def load_held_out(data: DataArguments, config: FrozenContextConfig) -> Any:
+    """Returns the held-out samples as they were written; None where there are none."""
+    assert data.dataset_name is not None  # require_sources
+    name = data.eval_dataset_name
+    if name is None and has_split(data.dataset_name, data.dataset_test_split, data.dataset_config):
+        name = data.dataset_name
+    return None if name is None else load_samples(name, data.dataset_test_split, **_load_options(data, config))
+
+
 def _load_data(data: DataArguments, config: FrozenContextConfig) -> tuple[Any, Any]:
     """Returns the training samples and, where there are any, the held-out samples."""
     assert data.dataset_name is not None  # require_sources
-    options = {
+    train = load_samples(data.dataset_name, data.dataset_train_split, **_load_options(data, config))
+    return train, load_held_out(data, config)
+
+
+def _load_options(data: DataArguments, config: FrozenContextConfig) -> dict[str, Any]:
+    return {
         "config": data.dataset_config,
         "streaming": data.dataset_streaming,
         "text_field": config.dataset_text_field,
     }
-    train = load_samples(data.dataset_name, data.dataset_train_split, **options)
-    if data.eval_dataset_name is not None:
-        return train, load_samples(data.eval_dataset_name, data.dataset_test_split, **options)
-    if has_split(data.dataset_name, data.dataset_test_split, data.dataset_config):
-        return train, load_samples(data.dataset_name, data.dataset_test_split, **options)
-    return train, None

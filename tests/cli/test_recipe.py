@@ -32,7 +32,7 @@ def test_recipe_wins_over_default_and_command_line_over_recipe(parser: RecipePar
         "model_name_or_path: base\nlora_r: 4\nlora_alpha: 9\nlearning_rate: 1e-3\nuse_peft: false\n"
         "gradient_horizon: 5\nlora_roles: [query, output]\noutput_dir: out\n",
     )
-    model, _, adapter, config = parser.parse([path, "--lora_r", "8", "--gradient_horizon", "-1"])
+    model, _, adapter, config, _ = parser.parse([path, "--lora_r", "8", "--gradient_horizon", "-1"])
     assert model.model_name_or_path == "base"
     assert adapter.lora_r == 8
     assert adapter.lora_alpha == 9
@@ -44,7 +44,7 @@ def test_recipe_wins_over_default_and_command_line_over_recipe(parser: RecipePar
 
 
 def test_defaults_are_those_of_the_design(parser: RecipeParser) -> None:
-    _, _, adapter, config = parser.parse(["--output_dir", "out"])
+    _, _, adapter, config, _ = parser.parse(["--output_dir", "out"])
     assert adapter.use_peft is True
     assert adapter.lora_preset == "response"
     assert config.max_length is None

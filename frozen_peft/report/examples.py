@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decisions side by side: of the base, of the base with its instructions, and of the trained model.
+
+They are generated greedily, for a few samples, and kept in `examples.json`:
+
+| key | what it holds |
+| --- | --- |
+| `format` | 1 |
+| `decoding`, `max_new_tokens` | `greedy`, and the tokens after which a decision is cut off |
+| `notes` | what is not there, and why |
+| `examples` | one object per sample, as below |
+
+| key of an example | what it holds |
+| --- | --- |
+| `sample` | number of the row in the held-out samples, from 0 |
+| `context_tokens` | tokens of its prompt |
+| `context_end` | the end of its prompt, at most `CONTEXT_CHARACTERS` characters |
+| `instructions` | what was stripped from its context, one text after the other; null where nothing was |
+| `expected` | the decision that the row has; null where it has none |
+| `decisions` | under `base`, `base_instructed` and `trained` each a decision; null where it could not be had |
+
+A decision has its `text`, and whether it `finished`: came to its end within the tokens.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from frozen_peft.behavior import LocalSampler, PromptRow, SamplingSettings, message_texts, restore_instructions
+from frozen_peft.behavior.conversation import Context, split_sample
+from frozen_peft.behavior.decision_tokens import prompt_tokens, stop_tokens
+from frozen_peft.behavior.pieces import STRIPPED, piece_texts
+from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.context.modes import without_dropout
+from frozen_peft.errors import ContextMismatchError
+
+__all__ = ["CONTEXT_CHARACTERS", "FORMAT", "VARIANTS", "ExampleSettings", "make_examples"]
+
+FORMAT = 1
+CONTEXT_CHARACTERS = 600
+VARIANTS = ("base", "base_instructed", "trained")
+# Rows that are looked at for each example that is wanted, before there are to be fewer.
+_TRIES = 20
+# Decisions that are decoded together.
+_BATCH_SIZE = 4
+
+
+@dataclass(frozen=True)
+class ExampleSettings:
+    """How many examples are made, and how long they are.
+
+    Attributes:
+        num_examples: Held-out samples to decide on.
+        max_new_tokens: Tokens after which a decision is cut off.
+        max_context_tokens: Samples with longer prompts are passed over; None: no bound but the model's own.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    num_examples: int = 3
+    max_new_tokens: int = 64
+    max_context_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_examples < 0:
+            raise ValueError(f"`num_examples` must be 0 (none) or more, found {self.num_examples}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_example_tokens` must be 1 token or more, found {self.max_new_tokens}")
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A sample to decide on.
+
+    Attributes:
+        row: Its prompt as it is in the row, under the sample's number.
+        instructed: The same with its instructions; None where it has none.
+        num_tokens: Tokens of its prompt.
+        example: What is known of it before anything is generated.
+    """
+
+    row: PromptRow
+    instructed: PromptRow | None
+    num_tokens: int
+    example: dict[str, Any]
+
+
+def make_examples(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Any,
+    settings: ExampleSettings = ExampleSettings(),
+) -> dict[str, Any]:
+    """Generates the decisions.
+
+    Args:
+        model: The trained model; of a `PeftModel`, the base is the same without its adapters.
+        tokenizer: The model's.
+        samples: Held-out rows of the forms that `behavior.conversation` lists: a dataset, or what can be iterated.
+            Those with a column `stripped` are decided on with their instructions too.
+        settings: How many and how long.
+
+    Returns:
+        The content of `examples.json`. What could not be generated is in its `notes`, and no error.
+    """
+    notes: list[str] = []
+    chosen = _choose(tokenizer, samples, settings, get_pretrained_model(model), notes)
+    variants: dict[str, list[PromptRow]] = {"base": [item.row for item in chosen]}
+    variants["base_instructed"] = [item.instructed for item in chosen if item.instructed is not None]
+    variants["trained"] = variants["base"]
+    if chosen and not isinstance(model, PeftModel):
+        notes.append("base: the weights themselves were trained, so the base is no longer there")
+        variants |= {"base": [], "base_instructed": []}
+    elif chosen and not variants["base_instructed"]:
+        notes.append("base with instructions: no sample has the column `stripped`, which says what they were")
+    found: dict[str, dict[int, Any]] = {}
+    for variant in tqdm(VARIANTS, desc="Generating examples", unit=" variants", delay=2, disable=not chosen):
+        rows = variants[variant]
+        base = variant != "trained" and isinstance(model, PeftModel)
+        with _without_adapters(model) if base and rows else nullcontext():
+            found[variant] = _decide(model, tokenizer, rows, settings, variant, notes)
+    examples = [
+        item.example | {"decisions": {variant: found[variant].get(item.row.index) for variant in VARIANTS}}
+        for item in chosen
+    ]
+    return {
+        "format": FORMAT,
+        "decoding": "greedy",
+        "max_new_tokens": settings.max_new_tokens,
+        "notes": notes,
+        "examples": examples,
+    }
+
+
+def _choose(
+    tokenizer: PreTrainedTokenizerBase, samples: Any, settings: ExampleSettings, pretrained: Any, notes: list[str]
+) -> list[_Chosen]:
+    """Samples spread over all there are, that can be decided on."""
+    limits = [settings.max_context_tokens]
+    positions = getattr(pretrained.config.get_text_config(), "max_position_embeddings", None)
+    limits.append(positions - settings.max_new_tokens if positions is not None else None)
+    limit = min((number for number in limits if number is not None), default=None)
+    chosen: list[_Chosen] = []
+    problems: dict[str, int] = {}
+    for index, values in _spread(samples, settings.num_examples):
+        if len(chosen) == settings.num_examples:
+            break
+        try:
+            item = _prepared(tokenizer, index, values)
+        except ValueError as error:
+            problem = str(error).removeprefix(f"sample {index}: ")
+        else:
+            if limit is None or item.num_tokens <= limit:
+                chosen.append(item)
+                continue
+            problem = f"their prompts have more than {limit:,} tokens"
+        problems[problem] = problems.get(problem, 0) + 1
+    notes += [f"{count} samples passed over: {problem}" for problem, count in problems.items()]
+    if settings.num_examples and not chosen and not problems:
+        notes.append("there are no held-out samples")
+    return sorted(chosen, key=lambda item: item.row.index)
+
+
+def _spread(samples: Any, count: int) -> Iterable[tuple[int, dict[str, Any]]]:
+    """Rows to try, in turn: evenly over a dataset, then between those; of a stream, the first."""
+    if not count or samples is None:
+        return
+    if not hasattr(samples, "__len__"):
+        yield from enumerate(islice(samples, count * _TRIES))
+        return
+    tried: set[int] = set()
+    for offset in range(_TRIES):
+        for number in range(count):
+            index = (number * len(samples) // count + offset) % len(samples) if len(samples) else None
+            if index is not None and index not in tried:
+                tried.add(index)
+                yield index, samples[index]
+
+
+def _prepared(tokenizer: PreTrainedTokenizerBase, index: int, values: dict[str, Any]) -> _Chosen:
+    """What is needed to decide on a sample; `ValueError` where it cannot be decided on."""
+    # A dataset gives every row the columns and keys that any row has.
+    values = {name: _without_nulls(value) for name, value in values.items() if value is not None}
+    split = split_sample(values)
+    place = f"sample {index}"
+    row = PromptRow(index, place, values, split.context, None, (0,))
+    num_tokens = len(prompt_tokens(tokenizer, row, split.context))
+    instructed, instructions = None, None
+    if values.get(STRIPPED):
+        restored = split_sample(restore_instructions(values)).context
+        instructed = PromptRow(index, place, values, restored, None, (0,))
+        instructions = "\n".join(text for piece in values[STRIPPED] for text in piece_texts(piece))
+    example = {
+        "sample": index,
+        "context_tokens": num_tokens,
+        "context_end": _end(split.context),
+        "instructions": instructions,
+        "expected": None if split.decision is None else _text(split.decision),
+    }
+    return _Chosen(row, instructed, num_tokens, example)
+
+
+def _decide(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[PromptRow],
+    settings: ExampleSettings,
+    variant: str,
+    notes: list[str],
+) -> dict[int, dict[str, Any]]:
+    """The decision on each row, by its number."""
+    if not rows:
+        return {}
+    try:
+        if _is_activated(model) and variant == "trained":
+            return _decide_activated(model, tokenizer, rows, settings)
+        sampling = SamplingSettings(num_candidates=1, temperature=0.0, max_new_tokens=settings.max_new_tokens)
+        sampler = LocalSampler(_unactivated(model), tokenizer, sampling, batch_size=_BATCH_SIZE)
+        candidates = [candidate for batch in sampler.sample(rows) for candidate in batch]
+    # The run is over and saved: an architecture that cannot be decoded from a cache is no reason to fail it.
+    except (ValueError, NotImplementedError, ContextMismatchError, torch.OutOfMemoryError) as error:
+        notes.append(f"{variant.replace('_', ' ')}: not generated: {str(error).splitlines()[0]}")
+        return {}
+    return {item.prompt: {"text": item.text, "finished": item.finish == "stop"} for item in candidates}
+
+
+def _is_activated(model: torch.nn.Module) -> bool:
+    if not isinstance(model, PeftModel):
+        return False
+    return any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values())
+
+
+def _without_adapters(model: torch.nn.Module) -> AbstractContextManager[None]:
+    assert isinstance(model, PeftModel)
+    return model.disable_adapter()
+
+
+def _unactivated(model: torch.nn.Module) -> torch.nn.Module:
+    """The base inside a model whose adapter is switched on by tokens, and is off here."""
+    return get_pretrained_model(model) if _is_activated(model) else model
+
+
+def _decide_activated(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow], settings: ExampleSettings
+) -> dict[int, dict[str, Any]]:
+    """The same by PEFT's own generation, which switches the adapter on at its invocation; one row at a time."""
+    assert isinstance(model, PeftModel)
+    pretrained = get_pretrained_model(model)
+    stops = stop_tokens(tokenizer, pretrained.generation_config)
+    device = pretrained.get_input_embeddings().weight.device
+    found = {}
+    with torch.no_grad(), without_dropout(model):
+        for row in rows:
+            prompt = torch.tensor([prompt_tokens(tokenizer, row, row.prompt)], device=device)
+            output = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=settings.max_new_tokens,
+                do_sample=False,
+                eos_token_id=stops,
+                pad_token_id=stops[0],
+            )
+            new = output[0, prompt.shape[1] :].tolist()
+            finished = new[-1] in stops
+            text = tokenizer.decode(new[:-1] if finished else new, skip_special_tokens=True)
+            found[row.index] = {"text": text, "finished": finished}
+    return found
+
+
+def _end(context: Context) -> str:
+    text = _text(context)
+    return text if len(text) <= CONTEXT_CHARACTERS else f"… {text[-CONTEXT_CHARACTERS:]}"
+
+
+def _text(context: Context) -> str:
+    """Messages as text, each behind its role; a decision of one message is that message's text."""
+    if isinstance(context, str):
+        return context
+    texts = [" ".join(text for _, text in message_texts(message)) for message in context]
+    if len(context) == 1 and context[0]["role"] == "assistant":
+        return texts[0]
+    return "\n".join(f"{message['role']}: {text}" for message, text in zip(context, texts, strict=True))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
