@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from frozen_peft.context.entry import Entry, EntryKey
 from frozen_peft.context.files import ContextFiles
 from frozen_peft.context.keys import PrefixKey
-from frozen_peft.context.residence import to_host
+from frozen_peft.context.residence import pinned, to_host
 
 __all__ = ["DiskLevel"]
 
@@ -39,6 +39,9 @@ class DiskLevel:
 
     def __init__(self, files: ContextFiles):
         self.files = files
+        # Whether what is read goes to a GPU: then the reader puts it into pinned memory, from which the copy to the
+        # GPU does not hold up the thread that computes.
+        self.pins = False
         self._reader, self._writer = (ThreadPoolExecutor(1, f"contexts-{kind}") for kind in ("read", "write"))
         self._reading: dict[EntryKey, Future[dict[EntryKey, Entry]]] = {}
         self._arrived: dict[EntryKey, Entry] = {}
@@ -131,6 +134,8 @@ class DiskLevel:
         if found is None:
             return None
         tensors, metadata = found
+        if self.pins:
+            tensors = pinned(tensors)
         prefix = json.loads(metadata["prefix"])
         return Entry(PrefixKey(*prefix) if prefix else None, tuple(json.loads(metadata["windows"])), tensors)
 

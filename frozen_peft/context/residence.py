@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-__all__ = ["DeviceCopy", "device_room", "to_device", "to_host"]
+__all__ = ["DeviceCopy", "device_room", "pinned", "to_device", "to_host"]
 
 # What stays free on a GPU for activations of prefill and decision: a tenth of it, and no less than this.
 MIN_RESERVE = 2 << 30
@@ -32,6 +32,11 @@ def to_host(tensors: Tensors) -> Tensors:
     for name, tensor in tensors.items():
         copies[name].copy_(tensor)
     return copies
+
+
+def pinned(tensors: Tensors) -> Tensors:
+    """Copies of tensors of host memory in pinned memory; needs CUDA."""
+    return {name: tensor.pin_memory() for name, tensor in tensors.items()}
 
 
 def to_device(tensors: Tensors, device: torch.device) -> Tensors:

@@ -145,6 +145,8 @@ class ContextStore:
         if state != self._base_state:
             self._base, self._base_state = base_fingerprint(model), state
         self._device = get_pretrained_model(model).get_input_embeddings().weight.device
+        if self._disk is not None:
+            self._disk.pins = self._device.type == "cuda"
         self._adapters = adapters
         base = f"{self._base} {run_fingerprint(model)}"
         trained = adapter_fingerprint(model) if adapters else "adapters off"

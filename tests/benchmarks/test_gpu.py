@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU benchmark, as far as a machine without a GPU can prove it: its arithmetic, its logic, a run of all of it."""
 
+import importlib.util
 import itertools
 import json
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Qwen3NextConfig
+from transformers import AutoModelForCausalLM, Qwen3_5TextConfig, Qwen3NextConfig
 
 from frozen_peft import lora_config
 from tests.benchmarks.gpu import methods, page, session
@@ -22,6 +23,8 @@ from tests.benchmarks.gpu.device import Budget, Device
 from tests.benchmarks.gpu.flops import attention_flops, delta_rule_flops, linear_weights_per_token, prefill_flops
 from tests.benchmarks.gpu.kernel_classes import Kernel, breakdown, class_of
 from tests.benchmarks.gpu.methods import METHODS, Measurement, measure
+from tests.benchmarks.gpu.parity import check_parity
+from tests.benchmarks.gpu.planned import planned_bytes
 from tests.benchmarks.gpu.schedule import FULL, SMOKE, tasks
 from tests.benchmarks.gpu.session import Session
 from tests.benchmarks.gpu.shapes import MODELS, SMOKE_MODELS, ModelShape, qwen3_5_27b, tiny
@@ -340,3 +343,26 @@ def test_the_whole_of_it_runs(tmp_path: Path) -> None:
     text = (tmp_path / "gpu_smoke.md").read_text()
     assert "no figure here means anything" in text
     assert "flash-linear-attention is not installed" in text or torch.cuda.is_available()
+
+
+@pytest.mark.gpu
+def test_kernels_of_this_card_agree_with_the_reference() -> None:
+    for parity in check_parity(Device("cuda")):
+        assert parity.holds, parity
+
+
+@pytest.mark.gpu
+def test_memory_is_within_the_plan(tmp_path: Path) -> None:
+    """A hybrid of half a billion weights over 8,192 tokens, in NF4: the peak within a tenth of what was planned."""
+    config = Qwen3_5TextConfig(
+        hidden_size=1536, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=6, num_key_value_heads=2,
+        vocab_size=32768,
+    )  # fmt: skip
+    device = Device("cuda")
+    base = build_model(config, device.torch, device.dtype, quantized=True)
+    model = get_peft_model(base, lora_config(base))
+    found = measure("tier 2", "half a billion", model, device, 8192, 256)
+    has_fla = importlib.util.find_spec("fla") is not None
+    planned = planned_bytes(config, 8192, 256, 2048, True, has_fla)
+    assert planned is not None
+    assert found.peak_bytes == pytest.approx(planned, rel=0.1)
