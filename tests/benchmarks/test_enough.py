@@ -12,10 +12,10 @@ from peft import PeftModel, get_peft_model
 from frozen_peft import lora_config
 from tests.benchmarks.enough.model import build_model, evaluate, pad
 from tests.benchmarks.enough.page import write_page
-from tests.benchmarks.enough.study import TASKS, Size, adapter_gradients, compare_gradients, train
+from tests.benchmarks.enough.study import TASKS, Size, compare_gradients, gradient_rows, train
 from tests.benchmarks.enough.world import IGNORED_LABEL, NUM_FACTS, VOCABULARY, Sample, draw, habit, lesson, new_form
+from tests.gradient.test_stretches import reference
 from tests.reference import Sample as ReferenceSample
-from tests.reference import reference_gradients
 
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 WORDS = {token: word for word, token in VOCABULARY.items()}
@@ -24,12 +24,6 @@ TINY = Size(steps=10, batch_size=2, evaluations=2, held_out=4, gradient_samples=
 
 def words(sample: Sample) -> list[str]:
     return [WORDS[token] for token in sample.input_ids]
-
-
-def adapted() -> PeftModel:
-    torch.manual_seed(0)
-    model = build_model(0)
-    return get_peft_model(model, lora_config(model, "all-linear", r=2))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -81,34 +75,39 @@ def test_evaluation_counts_samples_without_a_mistake() -> None:
     assert figures["loss"] == pytest.approx(torch.tensor(float(len(VOCABULARY))).log().item() / num_labels)
 
 
-@pytest.mark.parametrize("horizon", [0, -1])
+@pytest.mark.parametrize("horizon", [0, 8])
 def test_gradients_are_those_of_plain_forwards(horizon: int) -> None:
-    model, samples = adapted(), draw(new_form, 0, 3, 30, 40)
-    actual = adapter_gradients(model, samples, horizon)
-    kind = WholeSample if horizon else ReferenceSample
-    expected = reference_gradients(
-        model,
-        [kind(torch.tensor(sample.input_ids), torch.tensor(sample.labels)) for sample in samples],
-    )
-    assert actual.keys() == {name for name in expected if "lora_B" in name}
-    for name, gradient in actual.items():
-        error = (gradient - expected[name].double()).norm()
-        assert error <= 1e-3 * expected[name].norm() + 1e-7, name
+    model, samples = build_model(0), draw(new_form, 0, 3, 30, 40)
+    rows = gradient_rows(model, samples, {"compared": horizon, "full": -1}, "new form", 0, TINY)
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, lora_config(model, "all-linear", r=TINY.rank, lora_alpha=2 * TINY.rank))
+    plain = [ReferenceSample(torch.tensor(sample.input_ids), torch.tensor(sample.labels)) for sample in samples]
+    found = {row["part"]: row for row in rows if row["horizon"] == "compared"}
+    own, full = (_gradients_of_b(adapted, plain, reach) for reach in (horizon, -1))
+    parts = {"all": "", "layer 0 gdn_output": "layers.0.linear_attn.out_proj", "layer 1 key": "k_proj"}
+    for part, module in parts.items():
+        one, other = (torch.cat([g.flatten() for name, g in every.items() if module in name]) for every in (own, full))
+        assert found[part]["cosine"] == pytest.approx(float(torch.cosine_similarity(one, other, dim=0)), abs=1e-4)
+        assert found[part]["norm"] == pytest.approx(float(one.norm() / other.norm()), rel=1e-3)
 
 
-class WholeSample(ReferenceSample):
-    """A sample without a frozen context."""
-
-    @property
-    def boundary(self) -> int:
-        return 0
+def _gradients_of_b(model: PeftModel, rows: list[ReferenceSample], horizon: int) -> dict[str, torch.Tensor]:
+    return {name: value.double() for name, value in reference(model, rows, horizon).items() if "lora_B" in name}
 
 
 @pytest.mark.slow
 def test_the_comparison_of_gradients_covers_every_role() -> None:
     rows = compare_gradients(build_model(0), TASKS[2], 0, TINY)
     parts = {row["part"] for row in rows}
-    assert {"all", "layer 0 gdn_key", "layer 1 key", "layer 1 query", "layer 1 gate", "layer 1 mlp"} <= parts
+    assert {
+        "all",
+        "response",
+        "layer 0 gdn_key",
+        "layer 1 key",
+        "layer 1 query",
+        "layer 1 gate",
+        "layer 1 mlp",
+    } <= parts
     for row in rows:
         if row["horizon"] == "full":
             assert row["cosine"] == pytest.approx(1.0)

@@ -24,7 +24,7 @@ from frozen_peft.demo import CHECKPOINT
 from frozen_peft.demo.lessons import encode_requests
 from frozen_peft.demo.tokenizer import build_tokenizer
 from frozen_peft.demo.world import Request, Scene, draw_scene, message
-from tests.benchmarks.enough.study import Size, gradient_rows
+from tests.benchmarks.enough.study import RESPONSE, Size, gradient_rows
 from tests.benchmarks.enough.world import Sample
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.tables import markdown_table
@@ -77,14 +77,14 @@ def measure(seeds: Sequence[int]) -> dict[str, Any]:
 
 def render_page(results: dict[str, Any]) -> str:
     """The tables and what they say, every number from the results."""
-    roles = [role for role in _roles(results) if role != "all"]
+    roles = [role for role in _roles(results) if role not in ("all", RESPONSE)]
     facts = "\n".join(f"- {name}: {text}" for name, text in results["machine"].items())
     layers = [f"layer {layer}" for layer in range(len(results["layers"]))]
     attention = [str(layer) for layer, kind in enumerate(results["layers"]) if kind == "full_attention"]
     header = ["part", *(f"{task}, {_label(horizon)}" for task in TASKS for horizon in COMPARED)]
     tables = [
         markdown_table(header, [[part, *_cells(results, part)] for part in parts], num_words=1)
-        for parts in (["all"], layers, roles)
+        for parts in (["all", RESPONSE], layers, roles)
     ]
     return f"""\
 # How far down the frozen gradient agrees
@@ -95,7 +95,8 @@ The demo's model has {len(results["layers"])} layers, Gated DeltaNet and attenti
 {CONTEXT_TOKENS[0]:,} to {CONTEXT_TOKENS[1]:,} tokens here. Compared is the gradient of `lora_B` at the start, with
 all linear layers adapted: {NUM_SAMPLES} samples in one batch; seeds of samples and adapters:
 {", ".join(map(str, results["seeds"]))}. Cells are the cosine with the full gradient, and in brackets the norm
-relative to it. *Habit*: accept a direction that no instruction asks to accept. *New form*: answer from facts that are
+relative to it; *response* are the adapters of that preset. *Habit*: accept a direction
+that no instruction asks to accept. *New form*: answer from facts that are
 written the other way round.
 
 {tables[0]}
@@ -120,7 +121,7 @@ Means over the layers that have the role.
 
 def draw_figure(results: dict[str, Any], path: Path) -> None:
     """Cosine by layer and role: a row for each task, a column for each horizon."""
-    roles = [role for role in _roles(results) if role != "all"]
+    roles = [role for role in _roles(results) if role not in ("all", RESPONSE)]
     figure = Figure(figsize=(4 * len(COMPARED), 4.2 * len(TASKS)), layout="constrained")
     axes = figure.subplots(len(TASKS), len(COMPARED), sharex=True, sharey=True)
     for line, task in enumerate(TASKS):

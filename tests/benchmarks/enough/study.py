@@ -5,7 +5,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
-from frozen_peft import FrozenContextConfig, FrozenContextTrainer, lora_config
-from frozen_peft.adapters import find_roles
+from frozen_peft import FrozenContextConfig, FrozenContextTrainer, gradient_flow, lora_config
+from frozen_peft.adapters import PRESETS
+from frozen_peft.gradient.flow import GradientShare, HorizonFlow, pooled
 from tests.benchmarks.enough.model import evaluate
 from tests.benchmarks.enough.world import VOCABULARY, Sample, draw, habit, new_form, old_form
 
@@ -24,6 +25,8 @@ from tests.benchmarks.enough.world import VOCABULARY, Sample, draw, habit, new_f
 CONTEXT_TOKENS = (200, 300)
 HORIZONS = {"frozen": 0, "64": 64, "128": 128, "256": 256, "full": -1}
 TRAINED_HORIZONS = ("frozen", "128", "full")
+# The preset whose adapters are also compared together.
+RESPONSE = "response"
 HELD_OUT_SEED, GRADIENT_SEED, TRAIN_SEED = 1_000, 2_000, 3_000
 
 
@@ -101,38 +104,33 @@ def gradient_rows(
     """Cosine with the full gradient, and norm relative to it, per role and layer of every horizon.
 
     At the start `lora_B` is zero, and so is the gradient of `lora_A`: what is compared is the gradient of the rows of
-    `lora_B` that hold a role. Every linear layer is adapted, so that each role has one; a preset's are the same.
+    `lora_B` that hold a role. Every linear layer is adapted, so that each role has one; a preset's are the same, and
+    those of `response` are also taken together.
     """
-    adapted = _adapt(model, "all-linear", seed, size)
-    gradients = {name: adapter_gradients(adapted, samples, horizon) for name, horizon in horizons.items()}
-    parts = {"all": [(name, None) for name in gradients["full"]]}
-    for match in find_roles(model):
-        weight = f"base_model.model.{match.module}.lora_B.default.weight"
-        parts.setdefault(f"layer {match.layer} {match.role}", []).append((weight, match.rows))
+    batches = [{name: torch.tensor([row]) for name, row in asdict(sample).items()} for sample in samples]
+    reaching = [horizon for horizon in horizons.values() if horizon != -1]
+    flow = gradient_flow(_adapt(model, "all-linear", seed, size), batches, horizons=reaching)
+    by_horizon = {found.horizon: _by_part(found) for found in flow.horizons}
     rows = []
-    for part, places in parts.items():
-        full = _flat(gradients["full"], places)
-        for horizon in horizons:
-            own = _flat(gradients[horizon], places)
-            norm = float(own.norm() / full.norm())
-            cosine = float(own @ full / (own.norm() * full.norm())) if norm > 0 else None
-            rows.append({"task": task, "seed": seed, "part": part, "horizon": horizon, "cosine": cosine, "norm": norm})
+    for part, full in by_horizon[reaching[0]].items():
+        for name, horizon in horizons.items():
+            share = (
+                by_horizon[horizon][part] if horizon != -1 else replace(full, frozen_norm=full.full_norm, cosine=1.0)
+            )
+            norm = share.frozen_norm / share.full_norm
+            figures = {"cosine": share.cosine, "norm": norm}
+            rows.append({"task": task, "seed": seed, "part": part, "horizon": name, **figures})
     return rows
 
 
-def adapter_gradients(model: PeftModel, samples: Sequence[Sample], horizon: int) -> dict[str, torch.Tensor]:
-    """Gradient that the trainer gives each `lora_B`, in float64, for all samples in one batch."""
-
-    class Keep(TrainerCallback):
-        def on_pre_optimizer_step(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
-            for name, weight in model.named_parameters():
-                if "lora_B" in name:
-                    kept[name] = torch.zeros_like(weight).double() if weight.grad is None else weight.grad.double()
-
-    kept: dict[str, torch.Tensor] = {}
-    fields = {"max_steps": 1, "per_device_train_batch_size": len(samples), "max_grad_norm": 0.0}
-    _fit(copy.deepcopy(model), samples, horizon, Keep(), **fields)
-    return kept
+def _by_part(found: HorizonFlow) -> dict[str, GradientShare]:
+    """All adapters, those of the preset `response`, and each role of each layer."""
+    parts: dict[str, list[GradientShare]] = {RESPONSE: []}
+    for projection in found.projections:
+        parts.setdefault(f"layer {projection.layer} {projection.role}", []).append(projection.gradient)
+        if projection.role in (PRESETS[RESPONSE] or ()):
+            parts[RESPONSE].append(projection.gradient)
+    return {"all": found.total, **{part: pooled(shares) for part, shares in parts.items()}}
 
 
 def train(model: PreTrainedModel, task: Task, horizon: str, seed: int, size: Size) -> Curve:
@@ -210,12 +208,3 @@ def _adapt(model: PreTrainedModel, preset: str, seed: int, size: Size) -> PeftMo
 def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token=";")
-
-
-def _flat(gradients: dict[str, torch.Tensor], places: Sequence[tuple[str, Any]]) -> torch.Tensor:
-    """The named gradients, only the given ranges of rows of each, one after the other."""
-    parts = []
-    for name, rows in places:
-        gradient = gradients[name]
-        parts += [gradient] if rows is None else [gradient[start:stop] for start, stop in rows]
-    return torch.cat([part.flatten() for part in parts])
