@@ -8,18 +8,24 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from tqdm import tqdm
 
 from frozen_peft.adapters import ROLES
 from frozen_peft.config import FrozenContextConfig
+from frozen_peft.context import Cut, Decision, cut_batch
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.gradient import GradientFlow, gradient_flow
 from frozen_peft.gradient.flow import GradientShare, pooled
 from frozen_peft.model_setup import make_cut
+from frozen_peft.planning import DataFigures, GradientFigures, MemoryFigures, TierAdvice, advise_tier, measure_data
 from frozen_peft.trainer import FrozenContextTrainer
 
-__all__ = ["as_inspected", "flow_table", "inspect_samples"]
+__all__ = ["advice_text", "advise", "as_inspected", "flow_table", "inspect_data", "inspect_samples"]
 
 DEFAULT_STRETCH = 2048
+HORIZONS = tuple(4**power for power in range(3, 12))
+# What is compared of a large dataset.
+MAX_ROWS, MAX_TOKENS = 2_000, 20_000_000
 
 
 def as_inspected(config: FrozenContextConfig) -> list[str]:
@@ -55,7 +61,7 @@ def as_inspected(config: FrozenContextConfig) -> list[str]:
 
 
 def inspect_samples(
-    trainer: FrozenContextTrainer, num_samples: int, *, horizons: Sequence[int] = (0,), progress: bool = True
+    trainer: FrozenContextTrainer, num_samples: int, *, with_horizons: bool = False, progress: bool = True
 ) -> GradientFlow:
     """Measures the gradient flow on samples of the training data.
 
@@ -63,7 +69,8 @@ def inspect_samples(
         trainer: A trainer whose configuration is as `as_inspected` leaves it.
         num_samples: How many, drawn at random by the configuration's seed; all where there are fewer. Of a stream the
             first ones.
-        horizons: Context tokens that each gradient reaches.
+        with_horizons: Compare gradients that reach 64, 256, 1,024, ... tokens into the context too, as long
+            as the longest is longer.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -78,12 +85,16 @@ def inspect_samples(
         )
     # As in training, where layers recompute what they do not keep; dropout is off all the same.
     model.train()
+    cut = make_cut(args, trainer.processing_class, ())
+    batches = [trainer.data_collator([row]) for row in _rows(trainer, num_samples)]
+    longest = max((len(decision.context) for batch in batches for decision in _decisions(batch, cut)), default=0)
+    horizons = itertools.takewhile(lambda horizon: horizon < longest, HORIZONS if with_horizons else ())
     with trainer.accelerator.autocast():
         return gradient_flow(
             model,
-            list(_batches(trainer, num_samples)),
-            horizons=horizons,
-            cut=make_cut(args, trainer.processing_class, ()),
+            batches,
+            horizons=(0, *horizons),
+            cut=cut,
             prefill_chunk_size=args.prefill_chunk_size,
             sequence_chunk_size=args.sequence_chunk_size or DEFAULT_STRETCH,
             learning_rate=args.learning_rate,
@@ -91,18 +102,57 @@ def inspect_samples(
         )
 
 
-def _batches(trainer: FrozenContextTrainer, num_samples: int) -> Iterator[Mapping[str, torch.Tensor]]:
-    """One batch for each sample."""
+def inspect_data(trainer: FrozenContextTrainer) -> DataFigures:
+    """Measures the training data as it is cut, up to `MAX_ROWS` samples or `MAX_TOKENS` tokens of it."""
+    cut = make_cut(trainer.args, trainer.processing_class, ())
+
+    def samples() -> Iterator[list[Decision]]:
+        num_tokens = 0
+        for row in tqdm(_rows(trainer, MAX_ROWS), desc="Comparing contexts", unit=" samples", delay=2):
+            decisions = _decisions(trainer.data_collator([row]), cut)
+            yield decisions
+            num_tokens += sum(len(decision.context) for decision in decisions)
+            if num_tokens > MAX_TOKENS:
+                return
+
+    args = trainer.args
+    return measure_data(samples(), samples_per_step=args.train_batch_size * args.gradient_accumulation_steps)
+
+
+def advise(
+    flow: GradientFlow,
+    data: DataFigures,
+    frozen_memory: MemoryFigures | None = None,
+    full_memory: MemoryFigures | None = None,
+) -> TierAdvice:
+    """`advise_tier` on what was measured."""
+    first, *others = flow.horizons
+    horizons = [(other.horizon, other.total.cosine) for other in others if other.total.cosine is not None]
+    gradient = GradientFigures(first.total.cosine, first.total.context_share, tuple(horizons))
+    return advise_tier(gradient, data, frozen_memory, full_memory)
+
+
+def advice_text(advice: TierAdvice) -> str:
+    """The fields to set, and why."""
+    fields = [f"{name}: {str(value).lower()}" for name, value in advice.fields.items()]
+    return "\n".join(["advice", *(f"  {line}" for line in fields), "", " ".join(advice.sentences)])
+
+
+def _decisions(batch: Mapping[str, torch.Tensor], cut: Cut) -> list[Decision]:
+    """The decisions of a batch of one sample."""
+    (decisions,) = cut_batch(batch["input_ids"], batch["labels"], batch.get("attention_mask"), cut)
+    return decisions
+
+
+def _rows(trainer: FrozenContextTrainer, num_samples: int) -> Iterator[dict[str, Any]]:
+    """Samples drawn at random, all where there are fewer; of a stream the first ones."""
     dataset: Any = trainer.train_dataset
-    rows: Any
     if isinstance(dataset, IterableDataset):
-        rows = itertools.islice(dataset, num_samples)
-    else:
-        assert isinstance(dataset, Dataset)
-        drawn = random.Random(trainer.args.seed).sample(range(len(dataset)), min(num_samples, len(dataset)))
-        rows = dataset.select(sorted(drawn))
-    for row in rows:
-        yield trainer.data_collator([row])
+        yield from itertools.islice(dataset, num_samples)
+        return
+    assert isinstance(dataset, Dataset)
+    drawn = random.Random(trainer.args.seed).sample(range(len(dataset)), min(num_samples, len(dataset)))
+    yield from dataset.select(sorted(drawn))
 
 
 def flow_table(flow: GradientFlow) -> str:

@@ -51,7 +51,7 @@ ARROWS = {
         "sampling",
         "timing",
     },
-    "inspection": {"adapters", "config", "context", "gradient", "model_setup", "trainer"},
+    "inspection": {"adapters", "config", "context", "gradient", "model_setup", "planning", "trainer"},
     # Of what a run leaves behind: rows and whole files, what decisions are generated with, and no trainer.
     "report": {"adapters", "behavior", "context"},
     "behavior": {"context", "adapters", "config", "samples", "trainer"},

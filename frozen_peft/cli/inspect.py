@@ -13,7 +13,7 @@ from frozen_peft.adapters import RoleLoraConfig, require_no_pickle, restrict_ada
 from frozen_peft.behavior import put_adapter_weights, whole_file
 from frozen_peft.cli.errors import reported
 from frozen_peft.cli.training import build_trainer, make_parser, require_sources, resolve_demo
-from frozen_peft.inspection import as_inspected, flow_table, inspect_samples
+from frozen_peft.inspection import advice_text, advise, as_inspected, flow_table, inspect_data, inspect_samples
 from frozen_peft.report.heatmap import draw_heatmap
 
 __all__ = ["InspectArguments", "run"]
@@ -34,6 +34,13 @@ class InspectArguments:
     samples: int = field(
         default=16,
         metadata={"help": "Samples to measure, drawn by the recipe's seed; all of them where there are fewer."},
+    )
+    advise: bool = field(
+        default=False,
+        metadata={
+            "help": "Also say which tier, horizon and store setting to train with, and why. Measures how much of the "
+            "context a gradient has to reach, and how much contexts have in common."
+        },
     )
     adapter: str | None = field(
         default=None,
@@ -76,16 +83,21 @@ def run(arguments: Sequence[str]) -> None:
             put_adapter_weights(trainer.model, options.adapter)
             restrict_adapter_rows(trainer.model)
     with reported(raised_in="frozen_peft"):
-        flow = inspect_samples(trainer, options.samples)
+        flow = inspect_samples(trainer, options.samples, with_horizons=options.advise)
         if flow.num_samples < options.samples:
             notes.append(f"The data has {flow.num_samples} samples, fewer than the {options.samples} asked for.")
         values = flow.as_dict()
+        advice = advise(flow, inspect_data(trainer)) if options.advise else None
+        if advice is not None:
+            values["advice"] = {**advice.fields, "because": list(advice.sentences)}
         with whole_file(output) as file:
             json.dump(values, file, indent=1, allow_nan=False)
             file.write("\n")
         heatmap = output.with_suffix(".png")
         _write_figure(values, heatmap)
     print(f"\n{flow_table(flow)}\n")
+    if advice is not None:
+        print(f"{advice_text(advice)}\n")
     for note in notes:
         print(note)
     print(f"Written to {output} and {heatmap}.")

@@ -3,10 +3,12 @@
 
 from frozen_peft.planning.advice import advise, cheapest_fitting
 from frozen_peft.planning.cards import CARDS, Card, Rates, find_card, read_rates
+from frozen_peft.planning.contexts import measure_data
 from frozen_peft.planning.estimating import TERMS
 from frozen_peft.planning.models import KNOWN_MODELS, load_config
 from frozen_peft.planning.plan import Plan, make_plan
 from frozen_peft.planning.setting import Setting
+from frozen_peft.planning.tiers import DataFigures, GradientFigures, MemoryFigures, TierAdvice, advise_tier
 from frozen_peft.planning.time import StepTime, estimate_time
 
 __all__ = [
@@ -14,15 +16,21 @@ __all__ = [
     "KNOWN_MODELS",
     "TERMS",
     "Card",
+    "DataFigures",
+    "GradientFigures",
+    "MemoryFigures",
     "Plan",
     "Rates",
     "Setting",
     "StepTime",
+    "TierAdvice",
     "advise",
+    "advise_tier",
     "cheapest_fitting",
     "estimate_time",
     "find_card",
     "load_config",
     "make_plan",
+    "measure_data",
     "read_rates",
 ]

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the contexts of a dataset are like: how long, how many decisions share one, how much they begin alike."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from frozen_peft.context import Decision
+from frozen_peft.planning.tiers import DataFigures
+
+__all__ = ["measure_data"]
+
+# Big-endian, so that comparing bytes compares token ids in order.
+_TOKEN_TYPE = np.dtype(">u4")
+
+
+def measure_data(samples: Iterable[Sequence[Decision]], *, samples_per_step: int = 1) -> DataFigures:
+    """Measures samples as they are cut.
+
+    Takes four bytes per context token, and n log n comparisons for n decisions.
+
+    Args:
+        samples: The decisions of each sample.
+        samples_per_step: Samples of an optimizer step.
+
+    Raises:
+        ValueError: There is no sample.
+    """
+    contexts: list[bytes] = []
+    num_samples = num_decision_tokens = 0
+    for decisions in samples:
+        num_samples += 1
+        for decision in decisions:
+            num_decision_tokens += len(decision.input_ids)
+            contexts.append(decision.context.cpu().numpy().astype(_TOKEN_TYPE).tobytes())
+    if not contexts:
+        raise ValueError("There is no sample to measure: the dataset is empty.")
+    lengths = [len(context) // _TOKEN_TYPE.itemsize for context in contexts]
+    contexts.sort()
+    repeated = sum(_common_beginning(one, other) for one, other in itertools.pairwise(contexts))
+    return DataFigures(
+        context_tokens=sum(lengths) / len(lengths),
+        longest_context=max(lengths),
+        decision_tokens=num_decision_tokens / len(lengths),
+        decisions_per_sample=len(lengths) / num_samples,
+        decisions_per_context=len(lengths) / len(set(contexts)),
+        shared=repeated / sum(lengths) if any(lengths) else 0.0,
+        samples_per_step=samples_per_step,
+    )
+
+
+def _common_beginning(one: bytes, other: bytes) -> int:
+    """Tokens that two contexts begin with alike."""
+    length = min(len(one), len(other))
+    differ = np.frombuffer(one[:length], _TOKEN_TYPE) != np.frombuffer(other[:length], _TOKEN_TYPE)
+    return int(differ.argmax()) if differ.any() else len(differ)
