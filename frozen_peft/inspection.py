@@ -4,11 +4,13 @@
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from frozen_peft.adapters import ROLES
 from frozen_peft.config import FrozenContextConfig
@@ -17,10 +19,20 @@ from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.gradient import GradientFlow, gradient_flow
 from frozen_peft.gradient.flow import GradientShare, pooled
 from frozen_peft.model_setup import make_cut
-from frozen_peft.planning import DataFigures, GradientFigures, MemoryFigures, TierAdvice, advise_tier, measure_data
+from frozen_peft.planning import (
+    DataFigures,
+    GradientFigures,
+    MemoryFigures,
+    Setting,
+    TierAdvice,
+    advise_tier,
+    cheapest_fitting,
+    make_plan,
+    measure_data,
+)
 from frozen_peft.trainer import FrozenContextTrainer
 
-__all__ = ["advice_text", "advise", "as_inspected", "flow_table", "inspect_data", "inspect_samples"]
+__all__ = ["advice_text", "advise", "as_inspected", "flow_table", "inspect_data", "inspect_samples", "plan_memory"]
 
 DEFAULT_STRETCH = 2048
 HORIZONS = tuple(4**power for power in range(3, 12))
@@ -117,6 +129,35 @@ def inspect_data(trainer: FrozenContextTrainer) -> DataFigures:
 
     args = trainer.args
     return measure_data(samples(), samples_per_step=args.train_batch_size * args.gradient_accumulation_steps)
+
+
+def plan_memory(
+    config: PretrainedConfig,
+    trainer: FrozenContextTrainer,
+    data: DataFigures,
+    memory_limit: int | None,
+    **choices: Any,
+) -> tuple[MemoryFigures, MemoryFigures]:
+    """What tiers 2 and 3 take at the longest sample of the data, each in the cheapest setting that fits.
+
+    Args:
+        config: The model's configuration, as it is loaded.
+        trainer: The trainer of the recipe.
+        data: What the data is like.
+        memory_limit: Bytes that the device has; None: not asked.
+        choices: What `planning.Setting` has and the trainer's configuration has not.
+    """
+    frozen = Setting.from_config(
+        trainer.args, context_length=data.longest_context, decision_length=data.longest_decision, **choices
+    )
+    found = []
+    for setting in (frozen, replace(frozen, tier=3)):
+        plan = make_plan(config, setting, memory_limit)
+        plan = cheapest_fitting(plan) or plan
+        # Tries many lengths, and is of use where this one is too long.
+        longest = plan.longest_context() if plan.fits is False else None
+        found.append(MemoryFigures(plan.total_bytes, plan.fits, longest))
+    return found[0], found[1]
 
 
 def advise(

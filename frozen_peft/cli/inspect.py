@@ -6,15 +6,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraConfig
 
 from frozen_peft.adapters import RoleLoraConfig, require_no_pickle, restrict_adapter_rows
 from frozen_peft.behavior import put_adapter_weights, whole_file
 from frozen_peft.cli.errors import reported
-from frozen_peft.cli.training import build_trainer, make_parser, require_sources, resolve_demo
-from frozen_peft.inspection import advice_text, advise, as_inspected, flow_table, inspect_data, inspect_samples
+from frozen_peft.cli.training import (
+    AdapterArguments,
+    ModelArguments,
+    build_trainer,
+    make_parser,
+    require_sources,
+    resolve_demo,
+)
+from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.gradient import GradientFlow
+from frozen_peft.inspection import (
+    advice_text,
+    advise,
+    as_inspected,
+    flow_table,
+    inspect_data,
+    inspect_samples,
+    plan_memory,
+)
+from frozen_peft.planning import TierAdvice, find_card, load_config
 from frozen_peft.report.heatmap import draw_heatmap
+from frozen_peft.trainer import FrozenContextTrainer
 
 __all__ = ["InspectArguments", "run"]
 
@@ -40,6 +60,13 @@ class InspectArguments:
         metadata={
             "help": "Also say which tier, horizon and store setting to train with, and why. Measures how much of the "
             "context a gradient has to reach, and how much contexts have in common."
+        },
+    )
+    gpu: str | None = field(
+        default=None,
+        metadata={
+            "help": "With `advise`, the accelerator to plan for, as `frozen-peft plan` has it: H100, 24GB, ... "
+            "(default: the machine's own, if it has one)."
         },
     )
     adapter: str | None = field(
@@ -87,7 +114,7 @@ def run(arguments: Sequence[str]) -> None:
         if flow.num_samples < options.samples:
             notes.append(f"The data has {flow.num_samples} samples, fewer than the {options.samples} asked for.")
         values = flow.as_dict()
-        advice = advise(flow, inspect_data(trainer)) if options.advise else None
+        advice = _advice(flow, trainer, options.gpu, model, adapter) if options.advise else None
         if advice is not None:
             values["advice"] = {**advice.fields, "because": list(advice.sentences)}
         with whole_file(output) as file:
@@ -103,9 +130,46 @@ def run(arguments: Sequence[str]) -> None:
     print(f"Written to {output} and {heatmap}.")
 
 
+def _advice(
+    flow: GradientFlow,
+    trainer: FrozenContextTrainer,
+    gpu: str | None,
+    model: ModelArguments,
+    adapter: AdapterArguments,
+) -> TierAdvice:
+    """What to train with, by what was measured, the data, and the plan for an accelerator."""
+    assert model.model_name_or_path is not None  # require_sources
+    data = inspect_data(trainer)
+    config = load_config(
+        model.model_name_or_path,
+        revision=model.model_revision,
+        trust_remote_code=trainer.args.trust_remote_code,
+    )
+    limit = find_card(gpu).memory_bytes if gpu else None
+    if limit is None and torch.cuda.is_available():
+        limit = torch.cuda.get_device_properties(0).total_memory
+    memory = plan_memory(
+        config,
+        trainer,
+        data,
+        limit,
+        dtype=str(get_pretrained_model(trainer.model).dtype).removeprefix("torch."),
+        load_in_4bit=model.load_in_4bit,
+        lora_preset=adapter.lora_preset,
+        lora_roles=None if adapter.lora_roles is None else tuple(adapter.lora_roles),
+        lora_r=adapter.lora_r,
+        accelerator=limit is not None,
+    )
+    return advise(flow, data, *memory)
+
+
 def _require(options: InspectArguments, *, uses_adapters: bool) -> None:
     if options.samples < 1:
         raise ValueError(f"`samples` must be 1 or more, found {options.samples}")
+    if options.gpu is not None:
+        find_card(options.gpu)
+        if not options.advise:
+            raise ValueError("`gpu` is what `advise` plans for, and has no use without it")
     if not uses_adapters:
         raise ValueError("what is measured is the gradient of adapters, and `use_peft: false` has none; remove it")
 

@@ -28,11 +28,12 @@ def measure_data(samples: Iterable[Sequence[Decision]], *, samples_per_step: int
         ValueError: There is no sample.
     """
     contexts: list[bytes] = []
-    num_samples = num_decision_tokens = 0
+    decision_lengths: list[int] = []
+    num_samples = 0
     for decisions in samples:
         num_samples += 1
         for decision in decisions:
-            num_decision_tokens += len(decision.input_ids)
+            decision_lengths.append(len(decision.input_ids))
             contexts.append(decision.context.cpu().numpy().astype(_TOKEN_TYPE).tobytes())
     if not contexts:
         raise ValueError("There is no sample to measure: the dataset is empty.")
@@ -42,7 +43,8 @@ def measure_data(samples: Iterable[Sequence[Decision]], *, samples_per_step: int
     return DataFigures(
         context_tokens=sum(lengths) / len(lengths),
         longest_context=max(lengths),
-        decision_tokens=num_decision_tokens / len(lengths),
+        decision_tokens=sum(decision_lengths) / len(lengths),
+        longest_decision=max(decision_lengths),
         decisions_per_sample=len(lengths) / num_samples,
         decisions_per_context=len(lengths) / len(set(contexts)),
         shared=repeated / sum(lengths) if any(lengths) else 0.0,

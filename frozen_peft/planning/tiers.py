@@ -19,7 +19,7 @@ from typing import Literal
 __all__ = ["ENOUGH", "TOO_LITTLE", "DataFigures", "GradientFigures", "MemoryFigures", "TierAdvice", "advise_tier"]
 
 ENOUGH = 0.8
-TOO_LITTLE = 0.3
+TOO_LITTLE = 0.35
 # Forwards that a token with gradient costs.
 GRADED_COST = 3.0
 # Contexts no longer than decisions: a step of tier 2 would save less than a third of a full one.
@@ -65,6 +65,7 @@ class DataFigures:
         context_tokens: Context tokens of a decision, on average.
         longest_context: Of the decision that has most.
         decision_tokens: Tokens of a decision, on average.
+        longest_decision: Of the decision that has most.
         decisions_per_sample: Supervised spans of a sample, on average.
         decisions_per_context: Decisions for each distinct context.
         shared: Share of all context tokens that need not be encoded where every common beginning is encoded once.
@@ -74,6 +75,7 @@ class DataFigures:
     context_tokens: float
     longest_context: int
     decision_tokens: float
+    longest_decision: int
     decisions_per_sample: float = 1.0
     decisions_per_context: float = 1.0
     shared: float = 0.0
