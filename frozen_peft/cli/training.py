@@ -2,13 +2,14 @@
 """What the commands that take a training's recipe share: its fields, and the trainer that they make."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, strtobool
 from trl import SFTConfig
 
 from frozen_peft.adapters import PRESETS, ROLES, lora_config, quantization_config
@@ -277,9 +278,15 @@ def build_trainer(
         processing_class=AutoTokenizer.from_pretrained(
             model.model_name_or_path, revision=model.model_revision, trust_remote_code=config.trust_remote_code
         ),
-        quantization_config=quantization_config(base_config) if model.load_in_4bit else None,
+        quantization_config=_quantization_config(base_config) if model.load_in_4bit else None,
         peft_config=peft_config or _peft_config(base_config, adapter),
     )
+
+
+def _quantization_config(base_config: Any) -> Any:
+    """In 4 bit; under FSDP stored such that it can be in shards, which bytes cannot."""
+    uses_fsdp = strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
+    return quantization_config(base_config, **({"bnb_4bit_quant_storage": "bfloat16"} if uses_fsdp else {}))
 
 
 def _peft_config(base_config: Any, adapter: AdapterArguments) -> Any:

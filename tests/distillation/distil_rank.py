@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of a distributed distillation in turns, for `test_distributed`; what it computed goes to a file."""
 
+import faulthandler
+import signal
 import sys
 from pathlib import Path
 
@@ -36,4 +38,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)
     main(Path(sys.argv[1]))

@@ -4,6 +4,7 @@
 Sample `n * index + rank` of a list is what rank `rank` of `n` has in its micro-batch `index`.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from tests.reference import Sample, negative_log_likelihood, no_adapters_at_context, stop_gradient_at_context
+from tests.reference import (
+    Sample,
+    negative_log_likelihood,
+    no_adapters_at_context,
+    random_sample,
+    stop_gradient_at_context,
+)
 from tests.reference import num_labels as count_labels
 from tests.trainer.runs import LEARNING_RATE, adapted, samples
 from tests.trainer.test_activated import invoked
@@ -55,6 +62,8 @@ class Case:
         turns: Each supervised span is a decision.
         adapters: Whether LoRA acts at context positions.
         accumulation: Micro-batches of a step.
+        learning_rate: Of SGD.
+        shards: Of `fsdp_config`, besides those of `engine_fields`.
         engines: What runs it.
     """
 
@@ -67,6 +76,8 @@ class Case:
     turns: bool = False
     adapters: bool = True
     accumulation: int = 1
+    learning_rate: float = LEARNING_RATE
+    shards: dict[str, Any] = field(default_factory=dict)
     engines: tuple[Engine, ...] = ENGINES
 
     def make_model(self) -> PeftModel:
@@ -84,6 +95,7 @@ class Case:
             "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": self.accumulation,
             "max_steps": self.steps,
+            "learning_rate": self.learning_rate,
             "gradient_horizon": self.horizon,
             "decision_mode": "turns" if self.turns else "tail",
             "context_adapters": self.adapters,
@@ -131,7 +143,7 @@ def reference(case: Case, num_processes: int) -> Reference:
         first = gradients if first is None else first
         with torch.no_grad():
             for name, weight in parameters.items():
-                weight -= LEARNING_RATE * gradients[name]
+                weight -= case.learning_rate * gradients[name]
     assert first is not None
     of_rows = [_loss_and_gradients(model, parameters, case.decisions([row]), case)[0] for row in case.rows]
     return Reference(
@@ -166,6 +178,8 @@ def _loss_and_gradients(
     return total, gradients
 
 
+# In the test of every change; the long one runs 200.
+NUM_RAGGED_BATCHES = 24
 WITHOUT_AUXILIARY_LOSS = {"router_aux_loss_coef": 0.0}
 STORE = {"context_cache_size": "64MiB", "context_cache_dir": "{folder}/contexts"}
 
@@ -177,8 +191,7 @@ def cases(num_processes: int) -> dict[str, Case]:
     off = [invoked(*shape, seed) for seed, shape in enumerate(((0, 6), (66, 2), (41, 12), (9, 3), (17, 5), (63, 10)))]
     every = {
         "tier2": Case(rows, fields={"verify_context": "always"}),
-        "tier2_attention": Case(rows, model="llama"),
-        "tier1": Case(rows, horizon=-1),
+        "tier1": Case(rows, horizon=-1, steps=1),
         "tier3_checkpoints": Case(
             rows,
             horizon=-1,
@@ -197,10 +210,65 @@ def cases(num_processes: int) -> dict[str, Case]:
             model="qwen3_5_moe_text",
             overrides=WITHOUT_AUXILIARY_LOSS,
             steps=1,
+            engines=("fsdp2",),
             fields={"activation_checkpointing": True},
         ),
-        "accumulation": Case(rows, accumulation=2, steps=1, model="llama"),
+        "accumulation": Case(rows, accumulation=2, steps=1, model="llama", shards={"cpu_ram_efficient_loading": True}),
     }
     if num_processes == 2:
-        return every
+        return every | ragged_cases(2, NUM_RAGGED_BATCHES)
     return {name: every[name] for name in ("tier2", "tier3_stretches", "turns", "store")}
+
+
+def ragged_cases(num_processes: int, num_batches: int) -> dict[str, Case]:
+    """Random batches over weights in shards: every process has other lengths in each, and now and then no context."""
+    generator = random.Random(0)
+    num_steps = [num_batches // 3, num_batches // 3, num_batches - 2 * (num_batches // 3)]
+
+    def length(longest: int) -> int:
+        """0 in one of four, otherwise anything."""
+        return 0 if generator.random() < 0.25 else generator.randrange(1, longest)
+
+    def tails(steps: int) -> list[Sample]:
+        made = []
+        for seed in range(steps * num_processes):
+            boundary, decision = length(60), generator.randrange(2, 12)
+            # Odd in all: the reference tells positions from the sizes of weights, which are even.
+            sample = random_sample(boundary, decision + (boundary + decision + 1) % 2, seed=seed)
+            made.append(sample if boundary else Sample(sample.input_ids, sample.input_ids.clone()))
+        return made
+
+    def conversations(steps: int) -> list[Sample]:
+        made = []
+        for seed in range(steps * num_processes):
+            spans: list[tuple[int, int]] = []
+            total = 0
+            for index in range(generator.randrange(1, 5)):
+                before, supervised = max(length(25), min(index, 1)), generator.randrange(1, 7)
+                supervised += (total + before + supervised + 1) % 2
+                total += before + supervised
+                spans.append((before, supervised))
+            made.append(conversation(tuple(spans), seed))
+        return made
+
+    common: dict[str, Any] = {"learning_rate": 1e-2, "engines": ("fsdp2",)}
+    kept = {"context_cache_size": "100KiB"}
+    return {
+        "ragged_contexts": Case(tails(num_steps[0]), fields=kept, steps=num_steps[0], **common),
+        "ragged_turns": Case(
+            conversations(num_steps[1]),
+            model="llama",
+            fields={"max_decisions_per_forward": 2, **kept},
+            turns=True,
+            steps=num_steps[1],
+            **common,
+        ),
+        "ragged_stretches": Case(
+            tails(num_steps[2]),
+            model="llama",
+            fields={"sequence_chunk_size": 7},
+            horizon=20,
+            steps=num_steps[2],
+            **common,
+        ),
+    }

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of all trainings of `cases`, for `test_parity`; what it computed goes to a file."""
 
+import faulthandler
+import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +16,17 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from frozen_peft import FrozenContextTrainer
-from tests.distributed.cases import LAYER_CLASSES, Case, Engine, cases
+from tests.distributed.cases import Case, Engine, cases, ragged_cases
+from tests.distributed.engines import engine_fields, whole
+from tests.distributed.extras import EXTRAS
 from tests.distributed.shards_on_cpu import shards_on_cpu
 from tests.trainer.runs import as_dataset, config, train
-
-
-def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by their name in the model itself, gathered where they are in shards."""
-    return {
-        name.removeprefix("module."): tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def engine_fields(engine: Engine, model: str) -> dict[str, Any]:
-    """Training arguments that ask for an engine."""
-    if engine == "ddp":
-        return {"ddp_backend": "gloo"}
-    return {
-        "fsdp": True,
-        "fsdp_config": {
-            "version": 2,
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": [LAYER_CLASSES[model]],
-            "reshard_after_forward": True,
-            "cpu_ram_efficient_loading": False,
-            "state_dict_type": "FULL_STATE_DICT",
-        },
-    }
 
 
 def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
     """Trains, evaluates, and gathers what came out."""
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = config(folder, **case.arguments(folder), **engine_fields(engine, case.model))
+    arguments = config(folder, **case.arguments(folder), **engine_fields(engine, case.model, **case.shards))
     rows = as_dataset(case.rows)
     with shards_on_cpu() if engine == "fsdp2" else nullcontext():
         run = train(FrozenContextTrainer, case.make_model(), arguments, rows)
@@ -60,23 +41,33 @@ def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
     }
 
 
+def attempt(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a function gives, or the traceback of its error."""
+    try:
+        return function()
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
 def main(folder: Path, wanted: list[str]) -> None:
     """Runs every case with every engine, and goes on after one that fails on all processes."""
     rank, num_processes = dist.get_rank(), dist.get_world_size()
     results: dict[str, Any] = {}
-    for name, case in cases(num_processes).items():
+    to_run = ragged_cases(num_processes, 200) if wanted == ["ragged"] else cases(num_processes)
+    for name, case in to_run.items():
         for engine in case.engines:
             key = f"{engine}/{name}"
-            if wanted and key not in wanted:
+            if wanted not in ([], ["ragged"]) and key not in wanted:
                 continue
-            try:
-                results[key] = run_case(case, engine, folder / engine / name)
-            except Exception:
-                results[key] = {"error": traceback.format_exc()}
+            results[key] = attempt(partial(run_case, case, engine, folder / engine / name))
+    for name, extra in EXTRAS.items():
+        if (num_processes == 2 and not wanted) or name in wanted:
+            results[name] = attempt(partial(extra, folder / name))
     torch.save(results, folder / f"rank-{rank}.pt")
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)
     dist.init_process_group("gloo")
     main(Path(sys.argv[1]), sys.argv[2:])
     dist.destroy_process_group()

@@ -2,6 +2,7 @@
 """Runs a module as several real processes (gloo), which may take so long and not longer."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,6 +34,8 @@ def start_ranks(
     module: str, folder: Path, *arguments: str, num_processes: int = 2, timeout: float = 240.0
 ) -> list[Ended]:
     """Runs `python -m module folder arguments` once per rank; its output goes to `folder/rank-<rank>.log`.
+
+    The module registers `faulthandler` for SIGUSR1.
 
     Raises:
         TimeoutError: One was still running after `timeout` seconds. All are ended then.
@@ -70,6 +73,10 @@ def start_ranks(
                     seconds[rank] = time.monotonic() - start
             if time.monotonic() - start > timeout:
                 running = sorted(set(range(num_processes)) - set(seconds))
+                for rank in running:
+                    # They say where they wait.
+                    processes[rank].send_signal(signal.SIGUSR1)
+                time.sleep(1.0)
                 raise TimeoutError(f"Ranks {running} still run after {timeout} s.\n{_last_lines(logs)}")
             time.sleep(0.05)
     finally:
