@@ -126,7 +126,7 @@ def _recipe_settings(options: argparse.Namespace) -> tuple[list[Any], str, str, 
     given = ("--model", options.model)
     if given[1]:
         raise CommandError("--model stands in the recipe already (`model_name_or_path`); give one of the two")
-    model, data, adapter, config = make_parser().parse([options.recipe])
+    model, data, adapter, config, *_ = make_parser().parse([options.recipe])
     if model.model_name_or_path is None:
         raise CommandError(f"{options.recipe} names no model; add `model_name_or_path`")
     name = model.model_name_or_path
