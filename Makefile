@@ -19,7 +19,7 @@ demo: $(STAMP)  ## Train a tiny hybrid on real text, then its responses over fro
 
 test: check  ## Lint, then every test that needs no accelerator
 	@echo "== tests"
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not benchmark and not long" -n $(WORKERS) --durations 10
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not benchmark and not long" -n $(WORKERS) --durations 60
 	@echo "== costs"
 	$(TEST_ENV) $(BIN)/python -m pytest -m "benchmark and not long"
 

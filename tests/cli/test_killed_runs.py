@@ -22,6 +22,7 @@ def test_killed_runs_end_with_the_weights_of_one_that_was_not(num_kills: int, tm
     command = [sys.executable, "-m", "tests.cli.killed_runs", str(tmp_path), str(num_kills), "0"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + (tmp_path / "log.txt").read_text(encoding="utf-8")[-4000:]
+    print(done.stdout)
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["kills"] == num_kills
     assert any(name.startswith("checkpoint-") for name in report["from"])

@@ -37,7 +37,7 @@ STALE = {"max_context_staleness": 5, "context_cache_size": "1GiB", "save_steps":
 CASES = {
     "dropout": ({}, ROWS),
     "shuffled": ({"train_sampling_strategy": "random", "gradient_accumulation_steps": 2, "max_steps": 3}, ROWS),
-    "grouped": ({"group_by_context": True, "train_sampling_strategy": "random", "max_steps": 6}, SHARED),
+    "grouped": ({"group_by_context": True, "train_sampling_strategy": "random", "max_steps": 4}, SHARED),
     # The first step leaves the weights as they are, and so its contexts are good in the second.
     "warmup": ({"lr_scheduler_type": "cosine", "warmup_steps": 2, "context_cache_size": "1GiB"}, SHARED),
     "stale": (STALE, SHARED),
@@ -62,7 +62,7 @@ CASES = {
         },
         pairs(),
     ),
-    "stretches": ({"tier": 1, "sequence_chunk_size": 32}, ROWS),
+    "stretches": ({"tier": 1, "sequence_chunk_size": 32, "max_steps": 3}, ROWS),
     "evaluated": ({"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, ROWS[:4]),
 }
 

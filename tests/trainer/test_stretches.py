@@ -87,8 +87,14 @@ def test_losses_metrics_and_gradients_are_those_of_sft_trainer(name: str, tmp_pa
     assert worst_gradient_error(ours.gradients[0], theirs.gradients[0]) < TOLERANCE
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen3_5_text"])
+# The hybrid has both kinds of layer.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("qwen3_5_text", marks=pytest.mark.slow),
+        pytest.param("llama", marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
+)
 def test_fifty_steps_lie_on_the_curve_of_sft_trainer(name: str, tmp_path: Path) -> None:
     model, dataset = adapted(name), as_dataset(ROWS)
     fields = {"max_steps": 50, "verify_context": "never"}

@@ -29,8 +29,14 @@ def merge(adapter: Path, output: Path, base: Path) -> None:
     merge_adapter(adapter, output, base, verify=False)
 
 
-@pytest.mark.slow
-def test_thirty_kills_at_random_moments(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "num_kills",
+    [
+        pytest.param(6, marks=pytest.mark.slow),
+        pytest.param(30, marks=[pytest.mark.slow, pytest.mark.benchmark, pytest.mark.long, pytest.mark.timeout(900)]),
+    ],
+)
+def test_kills_at_random_moments(num_kills: int, tmp_path: Path) -> None:
     # Large enough that most of the time goes into writing.
     fields = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4}
     base, adapter = save_case(Case("llama", lora(), fields), tmp_path, max_shard_size="25MB")
@@ -49,7 +55,7 @@ def test_thirty_kills_at_random_moments(tmp_path: Path) -> None:
         child.join()
         seconds = time.monotonic() - start
     num_killed = num_unfinished = 0
-    while num_killed < 30:
+    while num_killed < num_kills:
         child = context.Process(target=merge, args=(adapter, output, base))
         child.start()
         time.sleep(generator.uniform(0.1 * seconds, seconds))
@@ -68,7 +74,7 @@ def test_thirty_kills_at_random_moments(tmp_path: Path) -> None:
             path.unlink()
         output.rmdir()
     print(f"a merge takes {seconds:.2f} s; {num_killed} kills, {num_unfinished} while the output was being written")
-    assert num_unfinished >= 5
+    assert num_unfinished >= num_kills // 6
 
 
 def test_a_half_written_folder_is_cleared_and_has_no_name_of_its_own(tmp_path: Path) -> None:

@@ -35,8 +35,20 @@ def train(folder: Path, architecture: str = "qwen3_5_text", peft_config: LoraCon
     return folder / "adapter"
 
 
-def test_the_trainer_records_the_base_and_merging_compares_it(tmp_path: Path) -> None:
-    adapter = train(tmp_path)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("trained")).parent
+
+
+@pytest.fixture
+def adapter(trained: Path, tmp_path: Path) -> Path:
+    """A trained adapter, its base beside it, which is the one that it names."""
+    for name in ("adapter", "base"):
+        (tmp_path / name).symlink_to(trained / name)
+    return tmp_path / "adapter"
+
+
+def test_the_trainer_records_the_base_and_merging_compares_it(adapter: Path, trained: Path, tmp_path: Path) -> None:
     record = json.loads((adapter / RECORD).read_text())
     weights = load_file(tmp_path / "base" / "model.safetensors")
     recorded = {}
@@ -47,12 +59,11 @@ def test_the_trainer_records_the_base_and_merging_compares_it(tmp_path: Path) ->
     assert recorded == {names[name]: tuple(tensor.shape) for name, tensor in weights.items()}
     assert record["quantization"] is None
     report = merge_adapter(adapter, tmp_path / "merged", verify=False)
-    assert report["base"] == str(tmp_path / "base")
+    assert report["base"] == str(trained / "base")
     assert report["base_tensors_compared"] == len(record["samples"]) > 16
 
 
-def test_the_record_fits_the_other_class_and_a_base_in_16_bit(tmp_path: Path) -> None:
-    adapter = train(tmp_path)
+def test_the_record_fits_the_other_class_and_a_base_in_16_bit(adapter: Path, tmp_path: Path) -> None:
     text, wrapper = tiny_model("qwen3_5_text"), tiny_model("qwen3_5")
     wrapper.model.language_model.load_state_dict(text.model.state_dict())
     wrapper.lm_head.load_state_dict(text.lm_head.state_dict())
@@ -61,8 +72,7 @@ def test_the_record_fits_the_other_class_and_a_base_in_16_bit(tmp_path: Path) ->
     assert report["base_tensors_compared"] > 16
 
 
-def test_another_base_is_refused_by_its_values_and_taken_where_asked(tmp_path: Path) -> None:
-    adapter = train(tmp_path)
+def test_another_base_is_refused_by_its_values_and_taken_where_asked(adapter: Path, tmp_path: Path) -> None:
     tiny_model("qwen3_5_text", seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"other is not the base that .*adapter was trained on: value \d+ of `"):
         merge_adapter(adapter, tmp_path / "merged", tmp_path / "other", verify=False)
@@ -79,8 +89,9 @@ def test_another_base_is_refused_by_its_values_and_taken_where_asked(tmp_path: P
         ({"intermediate_size": 40}, r"mlp.down_proj.weight` is \[32, 40\], and was \[32, 48\]"),
     ],
 )
-def test_another_base_is_refused_by_its_shapes(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
-    adapter = train(tmp_path)
+def test_another_base_is_refused_by_its_shapes(
+    fields: dict[str, Any], message: str, adapter: Path, tmp_path: Path
+) -> None:
     tiny_model("qwen3_5_text", **fields).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=message):
         merge_adapter(adapter, tmp_path / "merged", tmp_path / "other", verify=False)
