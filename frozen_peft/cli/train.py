@@ -10,9 +10,11 @@ import torch
 from frozen_peft.adapters import require_no_pickle
 from frozen_peft.checkpoints import checkpoint_to_resume, require_no_way_out
 from frozen_peft.cli.errors import reported
+from frozen_peft.cli.memory_check import MemoryCheck
 from frozen_peft.cli.run_record import RunRecord
 from frozen_peft.cli.training import (
     build_trainer,
+    load_base_config,
     load_held_out,
     make_parser,
     require_sources,
@@ -47,7 +49,10 @@ def run(arguments: Sequence[str]) -> None:
         for folder in (model.model_name_or_path, checkpoint):
             if folder is not None and not model.allow_pickle:
                 require_no_pickle(folder)
+        check = MemoryCheck(load_base_config(model, config), model, adapter, config)
+        check.before_loading()
         trainer = build_trainer(model, data, adapter, config)
+        check.before_training(trainer)
         record = RunRecord(trainer, report, parser.given(arguments))
         record.begin()
     with reported(raised_in="frozen_peft"):

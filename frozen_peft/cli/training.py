@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.utils import is_torch_bf16_gpu_available, strtobool
 from trl import SFTConfig
 
@@ -25,6 +25,7 @@ __all__ = [
     "DataArguments",
     "ModelArguments",
     "build_trainer",
+    "load_base_config",
     "make_parser",
     "require_sources",
     "resolve_demo",
@@ -99,6 +100,13 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention implementation of transformers, such as `flash_attention_2`."}
+    )
+    check_memory: str = field(
+        default="auto",
+        metadata={
+            "help": "Refuse a run that cannot fit. 'full': count activations on a CPU too. 'never': run it anyway.",
+            "choices": ["auto", "full", "never"],
+        },
     )
 
 
@@ -175,7 +183,7 @@ def make_parser(
         sections={
             **{title: [item.name for item in dataclasses.fields(group)] for title, group in own_fields.items()},
             "frozen context": own,
-            "model": [name for name in names[0] if name != "allow_pickle"],  # its error names it
+            "model": [name for name in names[0] if name not in ("allow_pickle", "check_memory")],  # errors name both
             "data": names[1],
             "adapters": names[2],
             # `max_example_tokens` is named in the text of another.
@@ -230,6 +238,18 @@ def resolve_demo(model: ModelArguments, data: DataArguments) -> None:
         data.dataset_name = str(getattr(files, names[data.dataset_name]))
 
 
+def load_base_config(model: ModelArguments, config: FrozenContextConfig) -> PretrainedConfig:
+    """The base model's own configuration.
+
+    Raises:
+        ValueError: It is of a family that transformers does not know.
+        OSError: There is no such model.
+    """
+    return AutoConfig.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=config.trust_remote_code
+    )
+
+
 def build_trainer(
     model: ModelArguments,
     data: DataArguments,
@@ -254,9 +274,7 @@ def build_trainer(
     assert model.model_name_or_path is not None  # require_sources
     if model.load_in_4bit and not adapter.use_peft:
         raise ValueError("`load_in_4bit` needs `use_peft: true`: 4-bit weights cannot be trained themselves")
-    base_config = AutoConfig.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=config.trust_remote_code
-    )
+    base_config = load_base_config(model, config)
     given = config.model_init_kwargs if isinstance(config.model_init_kwargs, dict) else {}
     config.model_init_kwargs = {
         "revision": model.model_revision,

@@ -109,6 +109,19 @@ class Estimator:
         self._add_weights(figures, blueprint, setting)
         return figures
 
+    def quick_figures(self, setting: Setting) -> Figures:
+        """The terms that need no step to be counted."""
+        figures = self.weights(setting)
+        if figures.num_parameters is not None and setting.num_frozen:
+            try:
+                cache = self.cache(setting)
+                figures.terms["cache"] = setting.batch * cache.num_bytes(setting.num_frozen)
+                figures.cache_token_bytes = cache.token_bytes
+            except _NOT_COUNTABLE as error:
+                figures.unknown.append(f"cache: {_reason(error)}")
+        figures.unknown += [f"{term}: not counted" for term in ("activations", "workspace")]
+        return figures
+
     def figures(self, setting: Setting) -> Figures:
         """All terms that can be known."""
         figures = self.weights(setting)

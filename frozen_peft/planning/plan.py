@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from frozen_peft.planning.estimating import estimator_of
+from frozen_peft.planning.estimating import Figures, estimator_of
 from frozen_peft.planning.setting import Setting
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "plan_of_weights"]
 
 MAX_CONTEXT = 1 << 24
 
@@ -122,11 +122,25 @@ def make_plan(config: PretrainedConfig | str, setting: Setting, memory_limit: in
     """
     if isinstance(config, str):
         config = AutoConfig.from_pretrained(config)
-    estimator = estimator_of(config)
-    name = config._name_or_path or config.model_type or "a model"
+    return _planned(config, memory_limit, estimator_of(config).figures)(setting)
 
-    def again(setting: Setting) -> Plan:
-        figures = estimator.figures(setting)
+
+def plan_of_weights(config: PretrainedConfig, setting: Setting, memory_limit: int | None = None) -> Plan:
+    """The terms of a plan that are quick to know: weights, what is trained, and a frozen context.
+
+    Activations and workspace are among `unknown`, so that it tells only whether a run cannot fit.
+    """
+    return _planned(config, memory_limit, estimator_of(config).quick_figures)(setting)
+
+
+def _planned(
+    config: PretrainedConfig, memory_limit: int | None, figures_of: Callable[[Setting], Figures]
+) -> Callable[[Setting], Plan]:
+    name = config._name_or_path or config.model_type or "a model"
+    max_positions = estimator_of(config).max_positions
+
+    def plan(setting: Setting) -> Plan:
+        figures = figures_of(setting)
         return Plan(
             name,
             setting,
@@ -137,8 +151,8 @@ def make_plan(config: PretrainedConfig | str, setting: Setting, memory_limit: in
             figures.host_bytes,
             figures.num_parameters,
             figures.cache_token_bytes,
-            estimator.max_positions,
-            again,
+            max_positions,
+            plan,
         )
 
-    return again(setting)
+    return plan

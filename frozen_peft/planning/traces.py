@@ -20,10 +20,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import trl.trainer.utils
 from peft import PeftModel
 from transformers import DynamicCache
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, ChunkedLogProbFunction
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from frozen_peft.context import FrozenContext, decision_forward
 from frozen_peft.context.capability import reason_against_segments
@@ -221,7 +221,7 @@ class Tracer:
             rows = hidden.reshape(-1, hidden.shape[-1])[:num_supervised]
             return _TiledHead.apply(rows).sum()
         # Pages that are never written take no memory: a buffer as wide as the vocabulary.
-        width = min(_CHUNKED_LOGPROB_CHUNK_SIZE, head.weight.shape[0])
+        width = min(trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE, head.weight.shape[0])
         rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
         targets = tokens[:, 1:].reshape(-1)
         outputs = ("log_probs", "entropy", "is_top1")
@@ -308,7 +308,7 @@ class _TiledHead(torch.autograd.Function):
 
 
 def _tile(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden.new_empty(min(len(hidden), TOKEN_CHUNK_SIZE), _CHUNKED_LOGPROB_CHUNK_SIZE)
+    return hidden.new_empty(min(len(hidden), TOKEN_CHUNK_SIZE), trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check of `frozen-peft train` that a run fits on its device, and the plan that it leaves in the run's folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from datasets import Dataset
+from transformers import PretrainedConfig
+
+from frozen_peft.behavior.rows import whole_file
+from frozen_peft.cli.training import AdapterArguments, ModelArguments
+from frozen_peft.config import FrozenContextConfig
+from frozen_peft.context.kernel_table import current_capabilities, is_accelerated
+from frozen_peft.planning import Plan, Setting, advise, make_plan, plan_of_weights
+from frozen_peft.samples import measure_samples
+from frozen_peft.trainer import FrozenContextTrainer
+
+__all__ = ["MemoryCheck"]
+
+PLAN_FILE = "plan.json"
+NEVER, FULL = "never", "full"
+
+
+class MemoryCheck:
+    """Refuses a run that cannot fit: before its weights are loaded, and when its longest sample is known.
+
+    Args:
+        base: Configuration of the base model.
+        model: How it is loaded.
+        adapter: Which adapters it gets.
+        config: The trainer's configuration.
+    """
+
+    def __init__(
+        self, base: PretrainedConfig, model: ModelArguments, adapter: AdapterArguments, config: FrozenContextConfig
+    ):
+        self._base, self._model, self._adapter, self._config = base, model, adapter, config
+        self._device = torch.device("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
+        # Before anything is loaded.
+        self._limit = memory_limit(self._device)
+
+    def before_loading(self) -> None:
+        """Refuses a model that does not fit by itself.
+
+        Raises:
+            ValueError: It takes more than the device has.
+        """
+        if self._model.check_memory != NEVER:
+            self._require(plan_of_weights(self._base, self._setting(0, 2), self._limit))
+
+    def before_training(self, trainer: FrozenContextTrainer) -> None:
+        """Refuses a longest sample that does not fit, and writes `plan.json`.
+
+        Raises:
+            ValueError: It takes more than the device has.
+            OSError: The plan cannot be written.
+        """
+        if self._model.check_memory == NEVER or not isinstance(trainer.train_dataset, Dataset):
+            return
+        lengths = measure_samples(trainer.train_dataset)
+        contexts = lengths.boundaries.clip(min=0)
+        setting = self._setting(int(contexts.max()), int((lengths.totals - contexts).max()))
+        if setting.accelerator or self._model.check_memory == FULL:
+            plan = make_plan(self._base, setting, self._limit)
+        else:
+            plan = plan_of_weights(self._base, setting, self._limit)
+        advice = advise(plan)
+        if trainer.is_world_process_zero():
+            self._write(plan, advice)
+        self._require(plan, advice)
+
+    def _setting(self, context_length: int, decision_length: int) -> Setting:
+        dtype = self._model.dtype if self._adapter.use_peft else self._model.dtype or "float32"
+        if dtype in (None, "auto"):
+            dtype = str(getattr(self._base, "dtype", None) or "float32").removeprefix("torch.")
+        on_card = self._device.type == "cuda"
+        delta_rule = is_accelerated("gated delta rule", True, current_capabilities(self._device))[0]
+        limit = self._config.max_context_length
+        return Setting.from_config(
+            self._config,
+            context_length=context_length if limit is None else min(context_length, limit),
+            decision_length=decision_length,
+            load_in_4bit=self._model.load_in_4bit,
+            dtype=dtype,
+            use_peft=self._adapter.use_peft,
+            lora_preset=self._adapter.lora_preset,
+            lora_roles=None if self._adapter.lora_roles is None else tuple(self._adapter.lora_roles),
+            lora_r=self._adapter.lora_r,
+            accelerator=on_card,
+            reference_kernels=on_card and not delta_rule,
+        )
+
+    def _write(self, plan: Plan, advice: Sequence[str]) -> None:
+        folder = Path(self._config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        record: dict[str, Any] = plan.as_dict(advice) | {"model": self._model.model_name_or_path}
+        with whole_file(folder / PLAN_FILE) as file:
+            file.write(json.dumps(record, indent=2) + "\n")
+
+    def _require(self, plan: Plan, advice: Sequence[str] = ()) -> None:
+        if plan.fits is not False:
+            return
+        where = "the GPU" if self._device.type == "cuda" else "this machine's free memory"
+        terms = ", ".join(f"{term} {size / 2**30:.2f}" for term, size in plan.terms.items() if size)
+        sentences = " ".join(advice or advise(plan))
+        raise ValueError(
+            f"the run cannot fit on {where}. {sentences} Planned, in GiB: {terms}. `check_memory: never` runs it all "
+            "the same."
+        )
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that a run may take: all of a GPU, or what is free of the machine's memory now."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().available

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`frozen-peft train` refuses a run that cannot fit, and leaves its plan with one that does."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from frozen_peft.cli import main, memory_check
+from frozen_peft.demo import CHECKPOINT
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    row = {"prompt": "The shop opens at nine. " * 20, "completion": "It opens at nine."}
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(row) + "\n")
+    fields = {
+        "model_name_or_path": "demo",
+        "dataset_name": str(data),
+        "output_dir": str(tmp_path / "out"),
+        "tier": "2",
+        "max_steps": "1",
+        "lora_r": "2",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": "true",
+        "verify_context": "never",
+        "disable_tqdm": "true",
+    }
+    return ["train", *(text for name, value in fields.items() for text in (f"--{name}", value))]
+
+
+def limit(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    monkeypatch.setattr(memory_check, "memory_limit", lambda device: num_bytes)
+
+
+def test_a_run_that_fits_leaves_its_plan(arguments: list[str], tmp_path: Path) -> None:
+    assert main(arguments) == 0
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["model"] == str(CHECKPOINT)
+    assert plan["setting"]["tier"] == 2
+    assert plan["setting"]["lora_r"] == 2
+    assert 0 < plan["setting"]["decision_length"] < plan["setting"]["context_length"]
+    weights = (CHECKPOINT / "model.safetensors").stat().st_size
+    assert 0.9 * weights < plan["terms"]["weights"] <= weights
+    assert plan["terms"]["cache"] > 0
+    assert plan["total_bytes"] == sum(plan["terms"].values()) < plan["memory_limit_bytes"]
+    # On a CPU activations are counted where that is asked for.
+    assert plan["fits"] is None
+    assert [text.partition(":")[0] for text in plan["unknown"]] == ["activations", "workspace"]
+
+
+def test_a_model_that_does_not_fit_is_not_loaded(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit(monkeypatch, 1 << 20)
+    monkeypatch.setattr("frozen_peft.cli.train.build_trainer", lambda *_: pytest.fail("it was loaded"))
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "the run cannot fit on this machine's free memory. It does not fit: " in error
+    assert "and there are 1 MiB" in error
+    assert "`check_memory: never` runs it all the same" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_context_that_does_not_fit_is_not_trained_on(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As much as weights, adapters and optimizer take, and half of the cache.
+    assert main(arguments) == 0
+    terms = json.loads((tmp_path / "out" / "plan.json").read_text())["terms"]
+    limit(monkeypatch, sum(terms.values()) - terms["cache"] // 2)
+    assert main(arguments) == 2
+    assert "the run cannot fit" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["fits"] is False
+    assert main([*arguments, "--check_memory", "never"]) == 0
+
+
+@pytest.mark.slow
+def test_in_full_it_counts_activations_and_advises(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--check_memory", "full"]) == 0
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert plan["fits"] is True
+    assert plan["terms"]["activations"] > 0
+    assert plan["unknown"] == []
+    limit(monkeypatch, plan["total_bytes"] - plan["terms"]["cache"] // 2)
+    assert main([*arguments, "--check_memory", "full"]) == 2
+    assert "contexts of up to" in capsys.readouterr().err
