@@ -5,17 +5,19 @@
     python -m tests.benchmarks staleness
 
 Pages: `step` (one training step against `SFTTrainer` and the bare cost), `reuse` (contexts that come again) and, only
-when it is named, since it trains the demo's model many times, `staleness` (what stale contexts save and cost).
+when they are named, `staleness` (what stale contexts save and cost; trains the demo's model many times) and `plan`
+(what the planner says of memory, against what training takes).
 """
 
 import argparse
 from pathlib import Path
 
+from tests.benchmarks.plan_page import plan_page
 from tests.benchmarks.reuse_page import reuse_page
 from tests.benchmarks.staleness_page import staleness_page
 from tests.benchmarks.step_page import CONTEXTS, step_page
 
-PAGES = ("step", "reuse", "staleness")
+PAGES = ("step", "reuse", "staleness", "plan")
 DEFAULT_PAGES = ("step", "reuse")
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
@@ -36,6 +38,8 @@ def main() -> None:
             page = step_page(arguments.contexts, arguments.steps)
         elif name == "reuse":
             page = reuse_page()
+        elif name == "plan":
+            page = plan_page()
         else:
             page = staleness_page(arguments.assets, arguments.output)
         page.write(arguments.output)
