@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 TOKENS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 # Memory above the loaded model in which the longest sample is looked for.
 MORE_BYTES = 128 * MEBIBYTE
-FITTING: dict[str, Any] = {"steps": 1, "stretch": 512, "head_dim": 16, "more_bytes": MORE_BYTES}
-# A model of half the layers and query heads, for lengths whose attention would take hours on two cores. Neither
-# changes how memory grows with the length: what a token takes is proportional to the layers in both columns.
-TABLED: dict[str, Any] = {"layers": 16, "heads": 2}
+# A small model, for lengths whose attention would take hours on two cores. Keys and values of a token are a tenth of
+# its hidden states of all layers, as in Qwen3.5-27B; what both methods keep of a token is proportional to the layers.
+TABLED: dict[str, Any] = {"layers": 8, "heads": 1, "head_dim": 24}
+FITTING: dict[str, Any] = {**TABLED, "steps": 1, "stretch": 512, "more_bytes": MORE_BYTES}
 # Longer samples are measured in one step, which is the first and so pays for what is done once.
 LONGEST_OF_TWO_STEPS = 8192
 HEADER = ("tokens", "SFTTrainer s", "stretches s", "ratio", "SFTTrainer MiB", "stretches MiB", "ratio", "cache MiB")
@@ -56,10 +57,7 @@ def measure(
 
 
 def longest(method: str, lengths: list[int]) -> int:
-    """The last of these lengths, in ascending order, that fits into `MORE_BYTES`; 0 if none does.
-
-    With few keys and values, since what a token takes in stretches is theirs.
-    """
+    """The last of these lengths, in ascending order, that fits into `MORE_BYTES`; 0 if none does."""
     best = 0
     for tokens in lengths:
         if measure(method, tokens, **FITTING) is None:
@@ -68,21 +66,43 @@ def longest(method: str, lengths: list[int]) -> int:
     return best
 
 
-def row(sft: dict[str, Any], stretches: dict[str, Any]) -> tuple[str, ...]:
-    """One line of the table."""
+def row(tokens: int, sft: dict[str, Any] | None, stretches: dict[str, Any] | None) -> tuple[str, ...]:
+    """One line of the table; what was not measured is left empty."""
+    cells = [f"{tokens}"]
+    for name, unit, digits in (("cpu_seconds", 1, 1), ("peak_bytes", MEBIBYTE, 0)):
+        values = [None if one is None else one[name] / unit for one in (sft, stretches)]
+        cells += ["" if value is None else f"{value:.{digits}f}" for value in values]
+        cells.append(f"{values[1] / values[0]:.2f}" if values[0] and values[1] else "")
+    known = stretches or sft
+    return (*cells, f"{known['cache_bytes'] / MEBIBYTE:.1f}" if known else "")
+
+
+def _per_token(figures: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """What a further token takes with each method, between its two longest samples."""
+    found = {}
+    for method in ("sft", "stretches"):
+        short, long = sorted((one for (name, _), one in figures.items() if name == method), key=itemgetter("tokens"))[
+            -2:
+        ]
+        found[method] = [
+            (long[what] - short[what]) / (long["tokens"] - short["tokens"]) for what in ("peak_bytes", "cache_bytes")
+        ]
+    (sft, _), (stretches, cache) = found["sft"], found["stretches"]
     return (
-        f"{sft['tokens']}",
-        f"{sft['cpu_seconds']:.1f}",
-        f"{stretches['cpu_seconds']:.1f}",
-        f"{stretches['cpu_seconds'] / sft['cpu_seconds']:.2f}",
-        f"{sft['peak_bytes'] / MEBIBYTE:.0f}",
-        f"{stretches['peak_bytes'] / MEBIBYTE:.0f}",
-        f"{stretches['peak_bytes'] / sft['peak_bytes']:.2f}",
-        f"{stretches['cache_bytes'] / MEBIBYTE:.1f}",
+        f"Between the two longest samples of each, a further token takes {sft / 1024:.1f} KiB with `SFTTrainer` and "
+        f"{stretches / 1024:.2f} KiB in stretches: {stretches / cache:.1f} times its {cache:.0f} bytes of keys and "
+        "values. These and their gradients are twice that in float32; the rest is the last layer's output and its "
+        f"gradient, {2 * 128 * 4} bytes at most, which weigh little beside more keys and values: with the 32 layers "
+        "that `tests/benchmarks/test_stretches.py` measures, all of it is held to 2.5 times."
     )
 
 
-def markdown(rows: list[tuple[str, ...]], fits: dict[str, int], machine: dict[str, str]) -> str:
+def markdown(
+    figures: dict[tuple[str, int], dict[str, Any]],
+    rows: list[tuple[str, ...]],
+    fits: dict[str, int],
+    machine: dict[str, str],
+) -> str:
     """The page that is kept with the figures."""
     widths = [max(len(line[column]) for line in [HEADER, *rows]) for column in range(len(HEADER))]
     lines = [HEADER, tuple("-" * (width - 1) + ":" for width in widths), *rows]
@@ -94,13 +114,16 @@ def markdown(rows: list[tuple[str, ...]], fits: dict[str, int], machine: dict[st
         "# The full gradient in stretches\n\n"
         "Made by `python -m tests.benchmarks.full_gradient`; do not edit.\n\n"
         "One sample per step, 64 of its tokens supervised, float32, the same LoRA adapters of the same model "
-        "(Qwen3.5-style, 12 Gated DeltaNet and 4 attention layers, hidden size 128). `SFTTrainer` with gradient "
-        "checkpointing, its default, against `tier: 3` with `sequence_chunk_size: 1024` and gradient checkpointing "
-        "inside a stretch. Seconds are processor time of a step on one thread; memory is the peak above the loaded "
-        "model. *Cache* is what keys, values and states of that many tokens take.\n\n"
+        "(Qwen3.5-style, 6 Gated DeltaNet and 2 attention layers, hidden size 128, keys and values of a token "
+        "a tenth of its hidden states of all layers, as in Qwen3.5-27B). `SFTTrainer` with gradient checkpointing, "
+        "its default, against `tier: 3` with `sequence_chunk_size: 1024` and gradient checkpointing inside a stretch. "
+        "Seconds are processor time of a step on one thread, while other work ran on the machine; memory is the peak "
+        "above the loaded model. *Cache* is what keys, values and states of that many tokens take. An empty cell was "
+        "not measured: it would have taken longer than there was.\n\n"
         f"{table}\n\n"
+        f"{_per_token(figures)}\n\n"
         f"The longest sample that fits into an address space of {MORE_BYTES // MEBIBYTE} MiB above the loaded model, "
-        "with twice the layers, a third of the keys and values in each and stretches of 512: "
+        "with the same model and stretches of 512: "
         f"{fits['sft']} tokens with `SFTTrainer`, {fits['stretches']} in stretches.\n\n{facts}\n"
     )
 
@@ -129,11 +152,11 @@ def main() -> None:
             path.write_text(json.dumps(results, indent=2) + "\n")
     if "longest" not in results:
         fits = {"sft": longest("sft", [512 * count for count in range(4, 40)])}
-        fits["stretches"] = longest("stretches", [fits["sft"] * count for count in (8, 10, 12)])
+        fits["stretches"] = longest("stretches", [fits["sft"] * count for count in (8, 10)])
         results["longest"] = fits
         path.write_text(json.dumps(results, indent=2) + "\n")
-    rows = [row(figures["sft", tokens], figures["stretches", tokens]) for tokens in arguments.tokens]
-    page = markdown(rows, results["longest"], results["machine"])
+    rows = [row(tokens, figures.get(("sft", tokens)), figures.get(("stretches", tokens))) for tokens in TOKENS]
+    page = markdown(figures, rows, results["longest"], results["machine"])
     (arguments.output / "stretches.md").write_text(page)
     print(page)
 

@@ -40,7 +40,7 @@ def test_a_further_token_takes_at_most_two_and_a_half_times_its_cache() -> None:
 
 
 def test_samples_are_eight_times_as_long_in_the_same_memory() -> None:
-    """An address space that a sample of 3072 tokens does not fit into with `SFTTrainer`, and one of 8 x 3072 does."""
-    tokens = 3072
+    """An address space that a sample of 4096 tokens does not fit into with `SFTTrainer`, and one of 8 x 4096 does."""
+    tokens = 4096
     assert full_gradient.measure("sft", tokens, **full_gradient.FITTING) is None
     assert full_gradient.measure("stretches", 8 * tokens, **full_gradient.FITTING) is not None
