@@ -166,7 +166,9 @@ def test_killed_in_the_middle(prompts: Path, tmp_path: Path, ending: signal.Sign
 
     with answering(slow_after_nine) as server:
         command = asking(prompts, out, server.url, "--concurrency", "2")
-        code = f"from frozen_peft.cli import main; raise SystemExit(main({command!r}))"
+        # Where tests run in the background, the shell may have had SIGINT ignored, and children inherit that.
+        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        code += f"from frozen_peft.cli import main; raise SystemExit(main({command!r}))"
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 200
         while len(server.requests) < 11 and time.monotonic() < deadline:
