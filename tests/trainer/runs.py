@@ -165,6 +165,18 @@ def train(
     return Run(trainer, losses, trained_weights(trainer.model), kept.gradients)
 
 
+# Wall-clock figures of TRL, and what follows from them.
+TIMINGS = ("runtime", "per_second")
+
+
+def without_timings(logs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Log entries without figures of the clock: TRL's, and those that the trainer under test adds."""
+    return [
+        {key: value for key, value in entry.items() if not key.endswith(TIMINGS) and not key.startswith("time/")}
+        for entry in logs
+    ]
+
+
 def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the trainable weights by name."""
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}

@@ -12,14 +12,17 @@ from trl import SFTConfig, SFTTrainer
 
 from frozen_peft import FrozenContextConfig, FrozenContextTrainer
 from tests.tiny_models import tiny_model
-from tests.trainer.runs import adapted, as_dataset, config, equal, fresh_lora, samples, train, word_tokenizer
-
-# Wall-clock figures and what follows from them.
-TIMINGS = ("runtime", "per_second")
-
-
-def without_timings(logs: list[dict]) -> list[dict]:
-    return [{key: value for key, value in entry.items() if not key.endswith(TIMINGS)} for entry in logs]
+from tests.trainer.runs import (
+    adapted,
+    as_dataset,
+    config,
+    equal,
+    fresh_lora,
+    samples,
+    train,
+    without_timings,
+    word_tokenizer,
+)
 
 
 @pytest.mark.parametrize(
