@@ -5,8 +5,6 @@ Another version of a kernel rounds otherwise, and another choice of kernels has 
 would each compute another gradient, and average them without a word.
 """
 
-import functools
-import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +21,7 @@ from frozen_peft.context import Cut
 from frozen_peft.context.kernel_table import KERNEL_PACKAGES, current_capabilities, kernel_choices
 from frozen_peft.context.sharding import are_sharded, reshard
 from frozen_peft.gradient import StretchedDecoder, finish_stretches
+from frozen_peft.installed import installed_version
 from frozen_peft.resuming import ResumableTrainer
 
 __all__ = [
@@ -97,7 +96,7 @@ def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, str]
     rows = kernel_choices(current_capabilities(device), dtype)
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: installed_version(name) or MISSING for name in PACKAGES},
         **{f"kernel for {row.purpose}": row.kernel for row in rows},
     }
 
@@ -179,11 +178,3 @@ class DistributedTrainer(ResumableTrainer):
         finally:
             # What comes next, a checkpoint or training, reads the weights by name.
             reshard(self.model)
-
-
-@functools.cache
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return MISSING

@@ -16,6 +16,7 @@ from frozen_peft.batches import CONTEXTS
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.out_of_memory import AdvisedOutOfMemoryError
+from frozen_peft.context.sharding import are_sharded
 
 __all__ = ["AdvisedTrainer", "memory_advice", "planned_advice"]
 
@@ -63,7 +64,8 @@ def planned_advice(model: torch.nn.Module, args: FrozenContextConfig, inputs: di
         inputs: The batch, of whole samples or of decisions with their contexts.
     """
     limit = _device_memory()
-    if limit is None:
+    # A plan is of one device, and knows nothing of shards.
+    if limit is None or are_sharded(model):
         return []
     # Here and not above: it takes a while to import, and most trainings never need it.
     from frozen_peft.planning import Setting, advise, make_plan

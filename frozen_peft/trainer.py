@@ -23,14 +23,7 @@ from frozen_peft.adapters import (
     restrict_adapter_rows,
     save_base_record,
 )
-from frozen_peft.batches import (
-    CONTEXTS,
-    NUM_CONTEXT_TOKENS,
-    TEACHERS,
-    BatchCutter,
-    join_predictions,
-    num_labels,
-)
+from frozen_peft.batches import CONTEXTS, NUM_CONTEXT_TOKENS, TEACHERS, BatchCutter, join_predictions, num_labels
 from frozen_peft.config import FrozenContextConfig, make_store
 from frozen_peft.context import TAIL, ContextEncoder, FrozenContext, decision_forward, use_segmented_attention
 from frozen_peft.context.kernels import choose_kernels

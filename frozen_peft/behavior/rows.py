@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -76,8 +76,12 @@ def dump_row(values: dict[str, Any]) -> str:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file to write that appears under its name when the block ends, and not at all where it fails.
+def whole_file(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
+    """A file to write that appears under its name when the block ends, and not at all where it fails.
+
+    Args:
+        path: Its name.
+        binary: Whether bytes are written, or text in UTF-8.
 
     Raises:
         FileNotFoundError: The folder is not there.
@@ -87,7 +91,7 @@ def whole_file(path: Path) -> Iterator[TextIO]:
     handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".part")
     part = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "wb" if binary else "w", encoding=None if binary else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -200,9 +200,5 @@ def _read_adapter(name: str) -> LoraConfig:
 
 def _write_figure(values: dict, path: Path) -> None:
     """Writes the heat map whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        draw_heatmap(values).savefig(part, dpi=150, format=path.suffix.removeprefix("."))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path, binary=True) as file:
+        draw_heatmap(values).savefig(file, dpi=150, format=path.suffix.removeprefix("."))

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from frozen_peft.behavior.rows import whole_file
-from frozen_peft.cli.training import AdapterArguments, ModelArguments
+from frozen_peft.cli.training import AdapterArguments, ModelArguments, is_sharded_run
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context.kernel_table import current_capabilities, is_accelerated
 from frozen_peft.planning import Plan, Setting, advise, make_plan, plan_of_weights
@@ -28,6 +28,9 @@ NEVER, FULL = "never", "full"
 class MemoryCheck:
     """Refuses a run that cannot fit: before its weights are loaded, and when its longest sample is known.
 
+    A plan knows nothing of shards: where weights or optimizer are spread over processes (FSDP, DeepSpeed), it is
+    written without a limit, and nothing is refused.
+
     Args:
         base: Configuration of the base model.
         model: How it is loaded.
@@ -41,7 +44,7 @@ class MemoryCheck:
         self._base, self._model, self._adapter, self._config = base, model, adapter, config
         self._device = torch.device("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
         # Before anything is loaded.
-        self._limit = memory_limit(self._device)
+        self._limit = None if is_sharded_run("FSDP", "DEEPSPEED") else memory_limit(self._device)
 
     def before_loading(self) -> None:
         """Refuses a model that does not fit by itself.

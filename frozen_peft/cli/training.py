@@ -25,6 +25,7 @@ __all__ = [
     "DataArguments",
     "ModelArguments",
     "build_trainer",
+    "is_sharded_run",
     "load_base_config",
     "make_parser",
     "require_sources",
@@ -301,10 +302,19 @@ def build_trainer(
     )
 
 
+def is_sharded_run(*engines: str) -> bool:
+    """Whether `accelerate launch` spreads weights or optimizer over processes, with one of these engines.
+
+    Args:
+        engines: `FSDP`, `DEEPSPEED`, as accelerate's environment variables name them.
+    """
+    return any(strtobool(os.environ.get(f"ACCELERATE_USE_{engine}", "false")) for engine in engines)
+
+
 def _quantization_config(base_config: Any) -> Any:
     """In 4 bit; under FSDP stored such that it can be in shards, which bytes cannot."""
-    uses_fsdp = strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
-    return quantization_config(base_config, **({"bnb_4bit_quant_storage": "bfloat16"} if uses_fsdp else {}))
+    storage = {"bnb_4bit_quant_storage": "bfloat16"} if is_sharded_run("FSDP") else {}
+    return quantization_config(base_config, **storage)
 
 
 def _peft_config(base_config: Any, adapter: AdapterArguments) -> Any:

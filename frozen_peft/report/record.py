@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run writes of itself beside its weights: its recipe, what it ran on, the memory it took."""
 
-import importlib.metadata
 import json
 import platform
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 import yaml
 
 from frozen_peft.behavior import whole_file
+from frozen_peft.installed import installed_version
 from frozen_peft.report.secrecy import without_secrets
 
 __all__ = ["versions", "write_json", "write_recipe"]
@@ -41,8 +41,8 @@ def write_recipe(path: Path, fields: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str | None]:
     """The content of `versions.json`: what the run ran with; null for a library that is not installed."""
-    found: dict[str, str | None] = {"frozen_peft": _version("frozen-peft")}
-    found |= {name: _version(name) for name in _LIBRARIES}
+    found: dict[str, str | None] = {"frozen_peft": installed_version("frozen-peft")}
+    found |= {name: installed_version(name) for name in _LIBRARIES}
     return found | {"python": platform.python_version(), "device": _device()}
 
 
@@ -52,13 +52,6 @@ def write_json(path: Path, values: Any) -> None:
         # Escaped, so that half a surrogate pair in a sample does no harm.
         json.dump(values, file, indent=1, allow_nan=False)
         file.write("\n")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _device() -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from frozen_peft.cli import main, memory_check
+from frozen_peft.cli.training import is_sharded_run
 from frozen_peft.demo import CHECKPOINT
 
 
@@ -62,6 +63,29 @@ def test_a_model_that_does_not_fit_is_not_loaded(
     assert "and there are 1 MiB" in error
     assert "`check_memory: never` runs it all the same" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_shards_is_not_refused_by_the_plan_of_one_device(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LoadedError(Exception):
+        pass
+
+    def load(*_: object) -> None:
+        raise LoadedError
+
+    limit(monkeypatch, 1 << 20)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr("frozen_peft.cli.train.build_trainer", load)
+    with pytest.raises(LoadedError):
+        main(arguments)
+
+
+def test_shards_are_told_by_the_launchers_own_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_sharded_run("FSDP", "DEEPSPEED")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert is_sharded_run("FSDP", "DEEPSPEED")
+    assert not is_sharded_run("FSDP")
 
 
 def test_a_context_that_does_not_fit_is_not_trained_on(

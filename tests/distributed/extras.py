@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What two processes do besides the trainings of `cases`, each in one function; `test_two_processes` looks at it."""
 
-import importlib.metadata
 import json
 import os
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from frozen_peft import FrozenContextTrainer, distributed, lora_config, quantization_config
+from frozen_peft.installed import installed_version
 from tests.distributed.cases import TWO
 from tests.distributed.engines import engine_fields, whole
 from tests.distributed.shards_on_cpu import shards_on_cpu
@@ -115,7 +115,7 @@ def sixteen_bit(folder: Path) -> dict[str, Any]:
 def refusals(folder: Path) -> dict[str, Any]:
     """What the processes say about trainings that cannot be."""
     found = {}
-    with mock.patch.object(distributed, "_version", _another_version_on_rank_1):
+    with mock.patch.object(distributed, "installed_version", _another_version_on_rank_1):
         found["versions"] = _message(lambda: trained(folder, "ddp", adapted("llama")))
     found["checkpoint_every"] = _message(
         lambda: trained(folder, "fsdp2", adapted("llama"), activation_checkpointing=True, checkpoint_every=2)
@@ -123,13 +123,8 @@ def refusals(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _another_version_on_rank_1(package: str) -> str:
-    if package == "transformers" and dist.get_rank() == 1:
-        return "4.0.0"
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def _another_version_on_rank_1(package: str) -> str | None:
+    return "4.0.0" if package == "transformers" and dist.get_rank() == 1 else installed_version(package)
 
 
 def _message(function: Callable[[], object]) -> str:

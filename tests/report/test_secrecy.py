@@ -48,5 +48,11 @@ def test_everything_else_stays(values: dict) -> None:
     assert without_secrets(values) == (values, [])
 
 
+def test_a_number_of_tokens_is_no_secret() -> None:
+    values = {"max_example_tokens": 16, "max_new_tokens": 64}
+    assert without_secrets(values) == (values, [])
+    assert without_secrets({"tokens": "sesame", "token": 1234}) == ({}, ["tokens", "token"])
+
+
 def test_that_a_token_is_to_be_looked_up_is_no_secret() -> None:
     assert without_secrets({"token": True, "hub_token": None}) == ({"token": True, "hub_token": None}, [])
