@@ -2,13 +2,10 @@
 """What a GPU without enough memory does to encoding: smaller chunks, or an error that says what to change."""
 
 import gc
-import logging
 
 import torch
 
 __all__ = ["AdvisedOutOfMemoryError", "free_unused_memory", "halved_chunk", "out_of_memory_in_prefill"]
-
-logger = logging.getLogger(__name__)
 
 # One chunk of the chunked kernels: below that a forward takes no less memory.
 MIN_FORWARD_TOKENS = 64

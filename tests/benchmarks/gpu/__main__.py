@@ -2,7 +2,7 @@
 """Measures models of true shape on one GPU, and writes a page with every figure behind it.
 
     python -m tests.benchmarks.gpu
-    python -m tests.benchmarks.gpu --smoke --output /tmp/smoke
+    python -m tests.benchmarks.gpu --smoke --output outputs/smoke
 
 Without a GPU only `--smoke` runs: the same code with tiny models, whose figures mean nothing. Exits with 1 where the
 kernels of the device disagree with the reference, which is checked first.
