@@ -21,7 +21,7 @@ test: check  ## Lint, then every test that needs no accelerator
 	@echo "== tests"
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not benchmark and not long" -n $(WORKERS) --durations 60
 	@echo "== costs"
-	$(TEST_ENV) $(BIN)/python -m pytest -m "benchmark and not long"
+	$(TEST_ENV) $(BIN)/python -m pytest -m "benchmark and not long" -n $(WORKERS)
 
 fast: $(STAMP)  ## The tests that take seconds
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not slow" -n $(WORKERS)

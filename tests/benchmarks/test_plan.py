@@ -23,7 +23,7 @@ def assert_planned(model: str, **options: Any) -> None:
 
 
 def test_a_frozen_context_of_a_hybrid_takes_what_its_plan_says() -> None:
-    assert_planned("hybrid", tier=2, context=2048)
+    assert_planned("hybrid", tier=2, context=1024)
 
 
 @pytest.mark.long
