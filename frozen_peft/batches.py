@@ -15,6 +15,7 @@ __all__ = [
     "NUM_CONTEXT_TOKENS",
     "TEACHERS",
     "BatchCutter",
+    "from_first_label",
     "join_predictions",
     "num_labels",
     "without_labels",
@@ -114,6 +115,19 @@ class BatchCutter:
 def num_labels(batch: Batch) -> int:
     """Labels that a batch predicts."""
     return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+
+
+def from_first_label(batch: Batch) -> tuple[Batch, int]:
+    """A batch with its labels cut to those that a loss needs, and the first token whose output that loss needs.
+
+    The tokens stay. Two labels are left where none is supervised, since losses compare each with the token before.
+    """
+    labels = batch.get("labels")
+    if labels is None or "shift_labels" in batch:
+        return batch, 0
+    is_supervised = (labels[:, 1:] != IGNORED_LABEL).any(dim=0)
+    first = int(is_supervised.nonzero()[0]) if bool(is_supervised.any()) else max(labels.shape[1] - 2, 0)
+    return {**batch, "labels": labels[:, first:]}, first
 
 
 def without_labels(batch: Batch) -> Batch:

@@ -23,7 +23,15 @@ from frozen_peft.adapters import (
     restrict_adapter_rows,
     save_base_record,
 )
-from frozen_peft.batches import CONTEXTS, NUM_CONTEXT_TOKENS, TEACHERS, BatchCutter, join_predictions, num_labels
+from frozen_peft.batches import (
+    CONTEXTS,
+    NUM_CONTEXT_TOKENS,
+    TEACHERS,
+    BatchCutter,
+    from_first_label,
+    join_predictions,
+    num_labels,
+)
 from frozen_peft.config import FrozenContextConfig, make_store
 from frozen_peft.context import TAIL, ContextEncoder, FrozenContext, decision_forward, use_segmented_attention
 from frozen_peft.context.kernels import choose_kernels
@@ -51,18 +59,17 @@ from frozen_peft.model_setup import (
     settle_context_adapters,
 )
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
-from frozen_peft.sampling import GroupByContextSampler, make_sampler, require_groupable
-from frozen_peft.timing import TimedTrainer
+from frozen_peft.sampling import GroupingTrainer, require_groupable
 
 __all__ = ["FrozenContextTrainer"]
 
 
-class FrozenContextTrainer(TimedTrainer):
+class FrozenContextTrainer(GroupingTrainer):
     """`SFTTrainer` that encodes each sample's context without gradient and trains the decision behind it.
 
     Takes what `SFTTrainer` takes, in the same order; `args` may be a `FrozenContextConfig`, or a plain `SFTConfig` or
-    `TrainingArguments`, which is converted. Everything is inherited but these hooks and those of `TimedTrainer` and
-    `DistributedTrainer`, which add to the parent's:
+    `TrainingArguments`, which is converted. Everything is inherited but these hooks and those of `GroupingTrainer`,
+    `TimedTrainer` and `DistributedTrainer`, which add to the parent's:
 
     - `compute_loss` and `prediction_step` turn a batch into a batch of decisions that carries its frozen context as
       `past_key_values`, and let TRL compute the loss, the metrics and the logits from that.
@@ -75,7 +82,6 @@ class FrozenContextTrainer(TimedTrainer):
     - `log` adds what became of the contexts.
     - `_write_model` adds what is known of an adapter's base, for merging.
     - `_forget_history` drops encoded contexts, which a run that goes on from a checkpoint does not have.
-    - `_get_train_sampler` and `_run_epoch` order the samples with `group_by_context`.
 
     A sample without context is a plain SFT sample. With `gradient_horizon=-1` (tiers 1 and 3) nothing is frozen, and
     every batch goes to TRL as it is.
@@ -117,7 +123,6 @@ class FrozenContextTrainer(TimedTrainer):
         # Contexts of the micro-batches to come: of this step, and as far as it is known of the next.
         self._upcoming: list[list[torch.Tensor]] = []
         self._next_contexts: list[torch.Tensor] = []
-        self._context_sampler: GroupByContextSampler | None = None
         self.aux_loss_enabled: bool
         self._signature_columns: list[str] | None
 
@@ -188,7 +193,10 @@ class FrozenContextTrainer(TimedTrainer):
                 with self.accelerator.autocast():
                     target = self._distiller.target(teachers, inputs["labels"], self._mode)
                 stack.enter_context(self._distiller.distilled_loss(unwrapped, target))
-            stack.enter_context(self._decoder_mode(unwrapped, inputs))
+            first_output = 0
+            if self.args.sequence_chunk_size is not None and not return_outputs:
+                inputs, first_output = from_first_label(inputs)
+            stack.enter_context(self._decoder_mode(unwrapped, inputs, first_output))
             if not self.args.context_adapters:
                 stack.enter_context(active_everywhere(unwrapped))
             loss = super().compute_loss(
@@ -330,26 +338,6 @@ class FrozenContextTrainer(TimedTrainer):
         if self._distills:
             self._signature_columns = list({*(self._signature_columns or ()), *TEACHER_COLUMNS})
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
-        if not self.args.group_by_context:
-            return super()._get_train_sampler(train_dataset)
-        steps, size = self.args.gradient_accumulation_steps, self._train_batch_size
-        num_processes = self.get_total_train_batch_size(self.args) // (size * steps)
-        self._context_sampler = make_sampler(
-            self.train_dataset if train_dataset is None else train_dataset,
-            self.args,
-            batch_size=size // (num_processes if self.accelerator.split_batches else 1),
-            num_processes=num_processes,
-        )
-        return self._context_sampler
-
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> Any:
-        # Behind the batches that a resumed run skips, with several processes, neither transformers 5.23 nor
-        # accelerate 1.15 reaches a sampler to tell it the epoch.
-        if self._context_sampler is not None:
-            self._context_sampler.set_epoch(epoch)
-        return super()._run_epoch(*args, epoch=epoch, **kwargs)
-
     def _check_samples(
         self,
         dataset: Dataset | IterableDataset,
@@ -406,7 +394,9 @@ class FrozenContextTrainer(TimedTrainer):
                 self._encoder.encode_elsewhere(**now)
         return kept
 
-    def _decoder_mode(self, model: torch.nn.Module, inputs: dict[str, Any]) -> AbstractContextManager[None]:
+    def _decoder_mode(
+        self, model: torch.nn.Module, inputs: dict[str, Any], first_output: int
+    ) -> AbstractContextManager[None]:
         """What the forward of a batch has to run in, by what it carries and how its gradient is to be had."""
         if self.args.sequence_chunk_size is not None:
             with self.accelerator.autocast():
@@ -414,6 +404,7 @@ class FrozenContextTrainer(TimedTrainer):
             return stretched_forward(
                 model,
                 self.args.sequence_chunk_size,
+                first_output=first_output,
                 offload=self.args.offload_stretches,
                 pending=self._pending_stretches,
             )

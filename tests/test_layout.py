@@ -25,7 +25,7 @@ ARROWS = {
     "samples": {"config", "context"},
     "batches": {"context"},
     "metrics": {"context"},
-    "sampling": {"config", "context", "samples"},
+    "sampling": {"config", "context", "samples", "timing"},
     "first_batch": {"context", "gradient"},
     "model_setup": {"config", "context", "adapters"},
     # Of behaviour, what puts stripped instructions back.
@@ -49,7 +49,6 @@ ARROWS = {
         "model_setup",
         "samples",
         "sampling",
-        "timing",
     },
     "inspection": {"adapters", "config", "context", "gradient", "model_setup", "planning", "trainer"},
     # Of what a run leaves behind: rows and whole files, what decisions are generated with, and no trainer.

@@ -55,6 +55,7 @@ class StretchedDecoder:
         forward: The decoder's own forward.
         arguments: What the decoder was called with, by name.
         stretch_size: Tokens per stretch.
+        first_output: The first token whose hidden states are returned.
         offload: Keep what the stretches hand on in host memory.
         root: The outermost module, where weights are in shards; None: they are whole.
         pending: Where weights are in shards, gets what is to be finished once the caller's backward is over.
@@ -67,6 +68,7 @@ class StretchedDecoder:
         arguments: dict[str, Any],
         stretch_size: int,
         *,
+        first_output: int = 0,
         offload: bool = False,
         root: torch.nn.Module | None = None,
         pending: "list[StretchedDecoder] | None" = None,
@@ -79,6 +81,7 @@ class StretchedDecoder:
         self.num_rows, self.num_tokens = tokens.shape[:2]
         self.device = tokens.device
         self.bounds = stretch_bounds(self.num_tokens, stretch_size)
+        self.first_output = first_output
         self.frozen: FrozenContext | None = arguments.pop("past_key_values", None)
         self.num_frozen = max(self.frozen.lengths) if self.frozen is not None else 0
         self.position_ids = arguments.pop("position_ids", None)
@@ -100,7 +103,7 @@ class StretchedDecoder:
         self.needs_backward = False
 
     def outputs(self) -> Any:
-        """What the decoder returns: the hidden states of all tokens, and router logits where asked for."""
+        """What the decoder returns: hidden states from `first_output` on, and router logits where asked for."""
         inputs = [self.embeddings, *self.leaves]
         needs_gradient = any(tensor is not None and tensor.requires_grad for tensor in inputs)
         self.needs_backward = torch.is_grad_enabled() and needs_gradient
@@ -112,7 +115,7 @@ class StretchedDecoder:
         return outputs
 
     def run_forward(self) -> tuple[torch.Tensor, ...]:
-        """Hidden states `(B, S, E)`, and the router logits `(B * S, experts)` of each routed layer."""
+        """Hidden states `(B, S - first_output, E)`, and the router logits `(B * S, experts)` of each routed layer."""
         collected: list[torch.Tensor] = []
         for index, (start, stop) in enumerate(self.bounds):
             if self.needs_backward:
@@ -126,9 +129,12 @@ class StretchedDecoder:
             parts = self._by_row(_results(outputs))
             if not collected:
                 self.output_type = type(outputs)
-                collected = [part.new_empty(self.num_rows, self.num_tokens, part.shape[-1]) for part in parts]
-            for whole, part in zip(collected, parts, strict=True):
-                whole[:, start:stop] = part
+                collected = [
+                    part.new_empty(self.num_rows, self.num_tokens - first, part.shape[-1])
+                    for part, first in zip(parts, self._firsts(parts), strict=True)
+                ]
+            for whole, part, first in zip(collected, parts, self._firsts(parts), strict=True):
+                whole[:, max(start - first, 0) : max(stop - first, 0)] = part[:, max(first - start, 0) :]
         for _ in range(self.num_missing):
             self._run_idle()
         return collected[0], *(logits.flatten(0, 1) for logits in collected[1:])
@@ -193,7 +199,7 @@ class StretchedDecoder:
 
         Args:
             index: The stretch, the last one that is left.
-            by_row: Gradient of hidden states and router logits of all tokens, shapes `(B, S, ...)`.
+            by_row: Gradient of what `run_forward` returned, shapes `(B, tokens, ...)`.
             of_states: Gradient of the states that the next stretch started from; empty where there is none.
             totals: Gets the gradient of embeddings and weights.
 
@@ -208,7 +214,10 @@ class StretchedDecoder:
         with torch.enable_grad(), self.random_states.pop().again():
             given, ends = self._run_gathered(index, pasts, embeddings)
             results = self._by_row(given)
-            roots = list(zip(results, [_part(g, start, stop) for g in by_row], strict=True))
+            roots = [
+                self._root(result, gradient, first, start)
+                for result, gradient, first in zip(results, by_row, self._firsts(results), strict=True)
+            ]
             for end, piece in zip(ends, pieces, strict=True):
                 roots += _key_value_roots(end, piece)
         if of_states:
@@ -255,6 +264,20 @@ class StretchedDecoder:
         require_all_read(use, self.model_type)
         return outputs, cache.take_ends(self.model_type)
 
+    def _firsts(self, results: Sequence[torch.Tensor]) -> list[int]:
+        """The first token that is returned of each result: router logits count in the loss at every token."""
+        return [self.first_output, *(0 for _ in results[1:])]
+
+    def _root(self, result: torch.Tensor, gradient: torch.Tensor | None, first: int, start: int) -> Root:
+        """A result of the stretch from token `start` on, as far as it was returned, with the gradient of that part."""
+        if gradient is None:
+            return result, None
+        stop = start + result.shape[1]
+        if stop <= first:
+            # Hooks on weights in shards wait for the backward of the hidden states.
+            return result, None if self.root is None else torch.zeros_like(result)
+        return result[:, max(first - start, 0) :], gradient[:, max(start - first, 0) : stop - first]
+
     def _by_row(self, results: Sequence[torch.Tensor | None]) -> list[Any]:
         """Router logits come as `(B * tokens, experts)`; everything as `(B, tokens, ...)`."""
         return [None if result is None else result.view(self.num_rows, -1, result.shape[-1]) for result in results]
@@ -283,10 +306,6 @@ class _AllStretches(torch.autograd.Function):
 def _results(outputs: Any) -> list[torch.Tensor]:
     """What a loss can be computed from: hidden states, and router logits."""
     return [outputs.last_hidden_state, *(outputs.get("router_logits") or ())]
-
-
-def _part(gradient: torch.Tensor | None, start: int, stop: int) -> torch.Tensor | None:
-    return None if gradient is None else gradient[:, start:stop]
 
 
 def _key_value_roots(end: LayerEnd, piece: Piece | None) -> list[Root]:

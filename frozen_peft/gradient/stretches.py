@@ -4,10 +4,11 @@
 A causal decoder is a chain over positions: what a stretch of the sequence needs of the tokens before it are keys and
 values (attention) and a state (linear attention), which the stretches before it produced.
 
-1. Forward: the stretches run from first to last without gradient. Kept are the last hidden states, which the loss is
-   computed from; keys and values; and the linear-attention states that each stretch starts from.
+1. Forward: the stretches run from first to last without gradient. Kept are the last hidden states that the loss is
+   computed from, those of the first label's predecessor and on; keys and values; and the linear-attention states that
+   each stretch starts from.
 2. The loss is the caller's. To autograd the decoder is one function of its trainable weights (and of embeddings that
-   are passed in), so its backward pass is called once, with the gradient of all hidden states.
+   are passed in), so its backward pass is called once, with the gradient of these hidden states.
 3. Backward: the stretches run from last to first. Each is computed again, with gradient, from the states that it
    started from, and differentiated given the gradient of its hidden states, of the keys and values that later
    stretches read, and of the states that the next one started from. What comes out is gradient of the weights, which
@@ -47,6 +48,7 @@ def stretched_forward(
     model: torch.nn.Module,
     stretch_size: int,
     *,
+    first_output: int = 0,
     offload: bool = False,
     pending: list[StretchedDecoder] | None = None,
 ) -> Iterator[None]:
@@ -58,6 +60,9 @@ def stretched_forward(
     Args:
         model: A causal language model of transformers, or a `PeftModel` of one.
         stretch_size: Tokens per stretch; no stretch is shorter than two, so that 1 means 2.
+        first_output: The decoder gives the last hidden states of this token and those behind it alone, `(B, S -
+            first_output, E)`, where a loss needs no others: with labels from here on, what is kept of a long sequence
+            is keys, values and their gradient. Labels have to be cut the same way.
         offload: Keep keys, values, their gradients and starting states in host memory, and copy them to the model's
             device as they are needed.
         pending: Where weights are in shards, gets the stretches that a backward pass leaves for `finish_stretches`.
@@ -86,7 +91,10 @@ def stretched_forward(
         arguments = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
         frozen = isinstance(arguments.get("past_key_values"), FrozenContext)
         if not sharded and not frozen and _tokens(arguments).shape[1] <= max(stretch_size, MIN_STRETCH_TOKENS):
-            return forward(*args, **kwargs)
+            outputs = forward(*args, **kwargs)
+            if first_output:
+                outputs.last_hidden_state = outputs.last_hidden_state[:, first_output:]
+            return outputs
         _require_adapters_everywhere(model)
         _require_stretchable(arguments)
         if sharded:
@@ -96,6 +104,7 @@ def stretched_forward(
             forward,
             arguments,
             stretch_size,
+            first_output=first_output,
             offload=offload,
             root=model if sharded else None,
             pending=pending,

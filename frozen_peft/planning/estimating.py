@@ -31,7 +31,7 @@ TERMS = {
     "optimizer": "its state",
     "cache": "keys, values and states: of the context, or of what stretches hand on",
     "cache gradient": "of keys and values before a stretch, in float32",
-    "last hidden states": "of all tokens and their gradient, for the loss behind the stretches",
+    "last hidden states": "of the labelled end and their gradient, for the loss behind the stretches",
     "activations": "kept from the forward to the backward pass",
     "workspace": "needed for a moment: a prefill chunk, a layer's backward, tiles of logits, an unpacked 4-bit weight",
     "reserve": "assumed, not measured: the driver's context, kernels and fragmentation",
@@ -209,7 +209,7 @@ class Estimator:
     def _add_step(self, figures: Figures, tracer: Tracer, cache: Cache, setting: Setting) -> None:
         frozen_bytes = setting.batch * cache.num_bytes(setting.num_frozen)
         prefill = self._prefill(tracer, setting) if setting.num_frozen else 0
-        head = self._remembered(tracer, "head", setting.num_graded, tracer.head)
+        head = self._remembered(tracer, "head", setting.num_outputs, tracer.head)
         if setting.in_stretches:
             self._add_stretches(figures, tracer, cache, setting, head)
         else:
@@ -233,7 +233,7 @@ class Estimator:
         gradient = batch * cache.gradient_bytes(bounds[-1][0])
         frozen = batch * cache.num_bytes(setting.num_frozen)
         number_bytes = DTYPE_BYTES["bfloat16" if setting.bf16 else setting.dtype]
-        hidden = 2 * batch * setting.num_graded * tracer.blueprint.hidden_size * number_bytes
+        hidden = 2 * batch * setting.num_outputs * tracer.blueprint.hidden_size * number_bytes
         inside = self._inside_stretch(tracer, setting, longest)
         on_host = handed + gradient if setting.offload_stretches else 0
         if setting.offload_stretches:

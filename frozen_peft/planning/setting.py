@@ -144,6 +144,14 @@ class Setting:
         return size is not None and (self.num_frozen > 0 or self.num_graded > max(size, 2))
 
     @property
+    def num_outputs(self) -> int:
+        """Tokens of a sample whose last hidden states the loss gets.
+
+        In stretches those from the batch's first label on: of several samples any may begin its decision early.
+        """
+        return self.decision_length if self.in_stretches and self.batch == 1 else self.num_graded
+
+    @property
     def title(self) -> str:
         """What the setting is called in a table."""
         name = "SFTTrainer" if self.tier is None else f"tier {self.tier}"

@@ -88,7 +88,7 @@ The cards' columns say whether the sum fits, 1 GiB (assumed) for the driver, ker
   linear attention, whatever the length. In stretches of {STRETCH}: keys and values of all tokens, and the states that
   each stretch starts from, which is what speaks against short ones; on the host, the card has one set of states.
 - *cache gradient*: of keys and values before the last stretch, in float32.
-- *last hidden*: the outputs of the last layer and their gradient, for the loss behind the stretches.
+- *last hidden*: the outputs of the last layer for the decision and their gradient, for the loss behind the stretches.
 - *activations*: layer checkpointing: a hidden state per layer and token. Tier 2: the same of the decision. Stretches:
   of one stretch, with the inside of the layer that is computed again.
 - *workspace*: the inside of the layer that is computed again, a prefill chunk, tiles of logits, an unpacked 4-bit

@@ -21,7 +21,7 @@ def test_stretches_hand_on_three_times_the_keys_and_values(context: str) -> None
     keys_and_values = TOKEN_BYTES * num_before * STRETCH
     assert terms["cache"] == keys_and_values + num_before * STATES
     assert terms["cache gradient"] == 2 * keys_and_values
-    assert terms["last hidden states"] == 2 * 2 * HIDDEN * (CONTEXTS[context] + DECISION)
+    assert terms["last hidden states"] == 2 * 2 * HIDDEN * DECISION
 
 
 def test_what_is_on_the_host_is_not_on_the_card() -> None:
@@ -39,8 +39,14 @@ def test_layer_checkpointing_keeps_a_hidden_state_per_layer(context: str) -> Non
 
 def test_more_context_takes_more_by_every_method() -> None:
     for method in METHODS:
-        sums = [plan(method, context).total_bytes for context in CONTEXTS]
+        plans = [plan(method, context) for context in CONTEXTS]
+        sums = [found.total_bytes + found.host_bytes for found in plans]
         assert sums == sorted(set(sums))
+
+
+def test_with_all_that_is_handed_on_in_host_memory_the_card_holds_any_length() -> None:
+    sums = {plan("tier 3, stretches, handed on by the host", context).total_bytes for context in CONTEXTS}
+    assert len(sums) == 1
 
 
 def test_the_page_is_what_the_planner_says() -> None:

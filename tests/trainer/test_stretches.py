@@ -82,6 +82,40 @@ def test_losses_metrics_and_gradients_are_those_of_sft_trainer(name: str, tmp_pa
     assert worst_gradient_error(ours.gradients[0], theirs.gradients[0]) < TOLERANCE
 
 
+def test_the_decoder_gives_outputs_from_the_first_label_on_and_all_where_logits_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever logits a metric is computed from are those of every token, as with `SFTTrainer`."""
+    firsts: list[int] = []
+    outputs = stretched_decoder.StretchedDecoder.outputs
+
+    def noting(run: stretched_decoder.StretchedDecoder) -> Any:
+        hidden = outputs(run)
+        firsts.append(run.num_tokens - hidden.last_hidden_state.shape[1])
+        return hidden
+
+    monkeypatch.setattr(stretched_decoder.StretchedDecoder, "outputs", noting)
+    rows = [row for row in ROWS if row.boundary > 3][:2]
+    arguments = config(tmp_path, tier=3, sequence_chunk_size=16, verify_context="never", max_steps=1)
+    trainer = FrozenContextTrainer(
+        adapted("llama"), arguments, train_dataset=as_dataset(rows), processing_class=word_tokenizer()
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    labels = batch["labels"].clone()
+    first = min(next(i for i, label in enumerate(row) if i and label != IGNORED) - 1 for row in labels.tolist())
+    assert first > 0
+    trainer.compute_loss(trainer.model, dict(batch))
+    assert firsts == [first]
+    with pytest.warns(FutureWarning, match="return_outputs"):
+        _, logits, returned = trainer.prediction_step(trainer.model, dict(batch), prediction_loss_only=False)
+    assert firsts[1:]
+    assert not any(firsts[1:])
+    assert logits is not None
+    assert logits.shape[:2] == labels.shape
+    assert torch.equal(returned, labels)
+    assert torch.equal(batch["labels"], labels)
+
+
 # The hybrid has both kinds of layer.
 @pytest.mark.parametrize(
     "name",
