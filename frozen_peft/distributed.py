@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import gather_object
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, gather_object
 from torch.distributed.fsdp import FSDPModule
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from frozen_peft.batches import without_labels
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut
+from frozen_peft.context.compiled import compile_layers
 from frozen_peft.context.kernel_table import KERNEL_PACKAGES, current_capabilities, kernel_choices
+from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.sharding import are_sharded, reshard
 from frozen_peft.gradient import StretchedDecoder, finish_stretches
 from frozen_peft.installed import installed_version
@@ -150,6 +152,8 @@ class DistributedTrainer(ResumableTrainer):
 
     - `training_step` finishes the stretches of a sequence, which there run backward by themselves.
     - `evaluation_loop` can there be called before training, and leaves shards behind.
+    - `_build_accelerator_args` keeps accelerate from compiling the model as one: a compiler would trace how contexts
+      are handed over, and compile each of their lengths. `_compile_layers` compiles what can be.
     """
 
     model: torch.nn.Module
@@ -157,7 +161,30 @@ class DistributedTrainer(ResumableTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._pending_stretches: list[StretchedDecoder] = []
+        self._compiler = TorchDynamoPlugin(backend="no")
         super().__init__(*args, **kwargs)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        # By `torch_compile`, or by the file that `accelerate launch` was given.
+        self._compiler, arguments["dynamo_plugin"] = arguments["dynamo_plugin"], self._compiler
+        return arguments
+
+    def _compile_layers(self) -> None:
+        """Compiles the parts of each decoder layer, with `torch_compile`.
+
+        Raises:
+            ValueError: With FSDP or DeepSpeed, or what `compile_layers` refuses.
+        """
+        if self._compiler.backend == DynamoBackend.NO:
+            return
+        engine = self.accelerator.distributed_type
+        if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"`torch_compile` was never run with {engine.value}, whose hooks would become a part of what is "
+                "compiled. Set it to False, or use DDP."
+            )
+        compile_layers(get_pretrained_model(self.model), **self._compiler.to_kwargs())
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's, and what its backward pass has left."""

@@ -161,6 +161,7 @@ class FrozenContextTrainer(GroupingTrainer):
                 store=make_store(self.args),
             )
             self._context_metrics = ContextMetrics(self._encoder, self.args.device)
+        self._compile_layers()
         if self._distills:
             require_distillable(self.model, self.accelerator, has_loss_function=self.compute_loss_func is not None)
             self._distiller = Distiller(self.model, self.args, self._cut, self._checks)

@@ -28,7 +28,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
 from frozen_peft.context.encoded import AttentionState, EncodedContext, LayerState, LinearState, StateKind
-from frozen_peft.context.handover import Segment, give_segment, mark_frozen_length, note_update
+from frozen_peft.context.handover import Segment, give_segment, mark_frozen_length, note_update, uncompiled
 
 __all__ = ["FrozenContext", "padded_pieces"]
 
@@ -49,6 +49,7 @@ class _FrozenAttention(CacheLayerMixin):
     def lazy_initialization(self, *args: object, **kwargs: object) -> None:
         raise RuntimeError("A frozen context is read-only and cannot be initialized again.")
 
+    @uncompiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,14 +95,17 @@ class _FrozenLinear(LinearAttentionCacheLayerMixin):
     def lazy_initialization(self, *args: object, **kwargs: object) -> None:
         raise RuntimeError("A frozen context is read-only and cannot be initialized again.")
 
+    @uncompiled
     def conv_state(self, state_idx: int) -> torch.Tensor | None:
         """Conv states of the batch, shape `(B, channels, kernel size)`."""
         return _stacked([state.conv.get(state_idx) for state in self.linear_states])
 
+    @uncompiled
     def recurrent_state(self, state_idx: int) -> torch.Tensor | None:
         """Recurrent states of the batch, shape `(B, ...)`; None where the layer has only a convolution."""
         return _stacked([state.recurrent.get(state_idx) for state in self.linear_states])
 
+    @uncompiled
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: object) -> torch.Tensor:
         """The convolution's input after the context's last inputs, `(B, channels, kernel size + D)`."""
         if state_idx == 0:

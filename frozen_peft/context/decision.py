@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frozen_peft.context.boundary import MIN_DECISION_TOKENS
 from frozen_peft.context.cache import FrozenContext
-from frozen_peft.context.handover import counted_forward, current_use, frozen_length, require_all_read
+from frozen_peft.context.handover import counted_forward, current_use, frozen_length, require_all_read, uncompiled
 from frozen_peft.context.models import get_decoder, get_pretrained_model, latent_expansions
 from frozen_peft.context.segments import is_segmented
 
@@ -102,6 +102,7 @@ def freeze_latent_expansions(decoder: torch.nn.Module) -> None:
             module.register_forward_hook(_detach_context)
 
 
+@uncompiled
 def _detach_context(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
     length = frozen_length(args[0])
     if not length:

@@ -6,10 +6,11 @@ attribute of the returned tensor. Modeling code that computes something new from
 therefore count what was given and what was read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,7 +30,10 @@ __all__ = [
     "mark_frozen_length",
     "note_update",
     "require_all_read",
+    "uncompiled",
 ]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 SEGMENT_ATTRIBUTE = "_frozen_peft_segment"
 FROZEN_LENGTH_ATTRIBUTE = "_frozen_peft_length"
@@ -120,6 +124,11 @@ def require_all_read(use: CacheUse, model_type: str) -> None:
             "hand the cache's keys to transformers' AttentionInterface as they are. Load the model with "
             f"`attn_implementation='eager'`. {ways_out}"
         )
+
+
+def uncompiled(function: Function) -> Function:
+    """Marks a function that a compiled module (see `compiled`) calls as it is."""
+    return torch.compiler.disable(function)
 
 
 def give_segment(key_states: torch.Tensor, segment: Segment) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from frozen_peft.context.handover import uncompiled
 from frozen_peft.context.kernel_table import (
     KERNEL_PACKAGES,
     Operation,
@@ -49,6 +50,7 @@ class KernelChoice:
         self.accelerated, self.reference = accelerated, reference
         self._parameters = inspect.signature(reference).parameters
 
+    @uncompiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
         if _is_accelerated(self.operation, torch.is_grad_enabled(), device):
@@ -67,15 +69,19 @@ def _is_accelerated(operation: Operation, gradient: bool, device: torch.device) 
     return accelerated
 
 
-def choose_kernels(model: torch.nn.Module) -> list[str]:
+def choose_kernels(model: torch.nn.Module, *, always: bool = False) -> list[str]:
     """Puts the choice in place for every modeling file that a model's layers come from.
 
     Does nothing where none of the packages is installed; calling it again changes nothing.
 
+    Args:
+        model: Whose modeling files are meant.
+        always: Also where none of the packages is installed and there is nothing to choose.
+
     Returns:
         Names of the functions for which the choice is in place, such as `modeling_qwen3_5.causal_conv1d_fn`.
     """
-    if not any(importlib.util.find_spec(package) for package in KERNEL_PACKAGES):
+    if not always and not any(importlib.util.find_spec(package) for package in KERNEL_PACKAGES):
         return []
     names = {type(module).__module__ for module in model.modules()}
     modeling_files = [sys.modules[name] for name in sorted(names) if name.startswith("transformers.models.")]

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from peft import PeftModel
 
+from frozen_peft.context.compiled import not_compiled
 from frozen_peft.context.models import get_pretrained_model
 
 __all__ = ["adapters_active", "prefill_mode", "without_dropout"]
@@ -19,7 +20,13 @@ __all__ = ["adapters_active", "prefill_mode", "without_dropout"]
 def prefill_mode(model: torch.nn.Module, *, adapters: bool = True) -> Iterator[None]:
     """What all forwards of prefill run in: no gradient, no dropout, adapters on or off."""
     device_type = get_pretrained_model(model).get_input_embeddings().weight.device.type
-    with torch.no_grad(), adapters_active(model, adapters), without_dropout(model), _uncached_autocast(device_type):
+    with (
+        torch.no_grad(),
+        adapters_active(model, adapters),
+        without_dropout(model),
+        not_compiled(model),
+        _uncached_autocast(device_type),
+    ):
         yield
 
 

@@ -35,7 +35,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from frozen_peft.context.handover import CONTIGUOUS, KeyValueGradient, Segment, current_use, get_segment
+from frozen_peft.context.handover import CONTIGUOUS, KeyValueGradient, Segment, current_use, get_segment, uncompiled
 from frozen_peft.context.kernel_table import has_16_bit_products
 from frozen_peft.context.models import get_decoder
 
@@ -55,6 +55,7 @@ def is_segmented(model: PreTrainedModel) -> bool:
     return get_decoder(model).config._attn_implementation == IMPLEMENTATION
 
 
+@uncompiled
 def segmented_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from frozen_peft.context.compiled import not_compiled
 from frozen_peft.context.decision import decision_forward
 from frozen_peft.context.encoder import encode_context
 from frozen_peft.context.kernels import choose_kernels
@@ -176,7 +177,7 @@ def _plain_logprobs(model: torch.nn.Module, context: torch.Tensor, decision: tor
         ).last_hidden_state
         return _logprobs(pretrained, hidden[0, len(context) :], decision)
 
-    with without_dropout(model):
+    with without_dropout(model), not_compiled(model):
         return run_within_forward(model, logprobs)
 
 

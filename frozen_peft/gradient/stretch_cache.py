@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
-from frozen_peft.context.handover import KeyValueGradient, Segment, give_segment, mark_frozen_length
+from frozen_peft.context.handover import KeyValueGradient, Segment, give_segment, mark_frozen_length, uncompiled
 from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
 from frozen_peft.gradient.layers import LayerEnd, LayerKind, LayerPast, LinearStates
 
@@ -64,6 +64,7 @@ class _StretchAttention(CacheLayerMixin):
     def lazy_initialization(self, *args: object, **kwargs: object) -> None:
         raise AssertionError("a stretch's cache is only read")
 
+    @uncompiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,6 +141,7 @@ class _StretchLinear(LinearAttentionCacheLayerMixin):
     def lazy_initialization(self, *args: object, **kwargs: object) -> None:
         raise AssertionError("a stretch's cache is only read")
 
+    @uncompiled
     def update_conv_state(
         self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: object
     ) -> torch.Tensor:
@@ -160,6 +162,7 @@ class _StretchLinear(LinearAttentionCacheLayerMixin):
             self.end.linear.conv[state_idx] = padded[..., -conv_kernel_size:].clone()
         return conv_states
 
+    @uncompiled
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: object
     ) -> torch.Tensor:

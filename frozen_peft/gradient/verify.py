@@ -5,11 +5,12 @@ The sample is cut to a bounded length that still exercises every kind of layer, 
 a loss stands a fixed random direction in the hidden states of all tokens, so that no logits are computed.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
+from frozen_peft.context.compiled import not_compiled
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.context.modes import without_dropout
 from frozen_peft.context.sharding import are_sharded, run_within_forward
@@ -67,7 +68,7 @@ def verify_stretches(model: torch.nn.Module, input_ids: torch.Tensor, stretch_si
     input_ids = input_ids[: 2 * context_tokens_needed(pretrained)]
     stretch_size = min(stretch_size, -(-len(input_ids) // NUM_STRETCHES))
     forward = _hidden if are_sharded(model) else _hidden_and_gradient
-    plain = forward(model, input_ids, nullcontext())
+    plain = forward(model, input_ids, not_compiled(model))
     found = forward(model, input_ids, stretched_forward(model, stretch_size))
     errors = [_relative_error(one, other) for one, other in zip(found, plain, strict=True)]
     check = StretchCheck(

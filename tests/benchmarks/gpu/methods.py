@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training step of each method, timed, with its memory; running out of it is a result."""
 
+import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -16,12 +17,18 @@ from frozen_peft import FrozenContextConfig, FrozenContextTrainer
 from tests.benchmarks.gpu.device import Device
 from tests.trainer.runs import word_tokenizer
 
-Method = Literal["tier 2", "tier 2, reused", "tier 3, stretches", "SFTTrainer"]
+Method = Literal["tier 2", "tier 2, reused", "tier 3, stretches", "SFTTrainer", "tier 2, reused and compiled"]
+# The last of them is measured once, since compiling takes minutes.
 METHODS: tuple[Method, ...] = ("tier 2", "tier 2, reused", "tier 3, stretches", "SFTTrainer")
 Outcome = Literal["measured", "out of memory", "no time left", "does not fit", "skipped"]
 # Passes over the context's layers, counted in forwards, by which a step's time is guessed before it is run: one; one
 # to fill the store and nothing; forward, recomputation and two for the backward, once more with stretches.
 FORWARDS: dict[str, float] = {"tier 2": 1.0, "tier 2, reused": 0.1, "tier 3, stretches": 5.0, "SFTTrainer": 4.0}
+COMPILED: Method = "tier 2, reused and compiled"
+FORWARDS[COMPILED] = FORWARDS["tier 2, reused"]
+# Assumed.
+COMPILE_SECONDS = 120.0
+REUSING = ("tier 2, reused", COMPILED)
 STRETCH = 2048
 
 
@@ -114,7 +121,7 @@ def measure(
         one_step: Without a first step that pays for kernels that are compiled and tuned.
     """
     # Reuse needs a first step, which encodes what the second finds.
-    steps = 1 if one_step and method != "tier 2, reused" else 2
+    steps = 1 if one_step and method not in REUSING else 2
     device.clear()
     try:
         with device.capped(cap_gib):
@@ -123,9 +130,18 @@ def measure(
         note = str(error).splitlines()[0][:200]
     finally:
         model.zero_grad(set_to_none=True)
+        _uncompile(model)
     # Not inside `except`, where the exception holds the step's tensors.
     device.clear()
     return Measurement(name, method, context, decision, cap_gib, "out of memory", note)
+
+
+def _uncompile(model: PeftModel) -> None:
+    """Undoes `torch_compile`, which transformers also leaves in the environment for whatever trains next."""
+    for module in model.modules():
+        module._compiled_call_impl = None
+    for name in ("BACKEND", "MODE"):
+        os.environ.pop(f"ACCELERATE_DYNAMO_{name}", None)
 
 
 def _measured(
@@ -192,10 +208,12 @@ def _trainer(
     if method == "SFTTrainer":
         return SFTTrainer(model, SFTConfig(folder, **fields), **shared)
     fields |= {"verify_context": "never", "prefill_chunk_size": chunk_size, "tier": 2}
-    if method == "tier 2, reused":
+    if method in REUSING:
         # As large as it takes; after the first step every context is found.
         fields |= {"context_cache_size": "1TiB", "max_context_staleness": 1 << 20}
-    elif method == "tier 3, stretches":
+    if method == COMPILED:
+        fields |= {"torch_compile": True} | ({} if device.on_gpu else {"torch_compile_backend": "aot_eager"})
+    if method == "tier 3, stretches":
         fields |= {"tier": 3, "sequence_chunk_size": STRETCH}
     return FrozenContextTrainer(model, FrozenContextConfig(folder, **fields), **shared)
 

@@ -18,7 +18,7 @@ from tests.benchmarks.gpu import page
 from tests.benchmarks.gpu.build import build_model, needed_bytes
 from tests.benchmarks.gpu.device import Budget, Device, host_copy_rate, matmul_rate
 from tests.benchmarks.gpu.flops import prefill_flops
-from tests.benchmarks.gpu.methods import FORWARDS, Measurement, measure
+from tests.benchmarks.gpu.methods import COMPILE_SECONDS, COMPILED, FORWARDS, REUSING, Measurement, measure
 from tests.benchmarks.gpu.parity import check_parity
 from tests.benchmarks.gpu.planned import planned_bytes
 from tests.benchmarks.gpu.profiles import prefill_by_chunk, profile_step
@@ -214,13 +214,12 @@ class Session:
     def _expected_seconds(self, config: PretrainedConfig, task: Task) -> float:
         """By the operations of the passes over the context, twice where a first step warms up."""
         flops = prefill_flops(config, task.context).total * FORWARDS[task.method]
-        if task.method == "tier 2, reused":
+        if task.method in REUSING:
             flops += prefill_flops(config, task.context).total
         elif task.context < self.plan.one_step_from:
             flops *= 2
-        return FIXED_SECONDS * self.device.on_gpu + flops / (
-            self.utilisation * self.results["rates"]["flops_per_second"]
-        )
+        fixed = FIXED_SECONDS + COMPILE_SECONDS * (task.method == COMPILED)
+        return fixed * self.device.on_gpu + flops / (self.utilisation * self.results["rates"]["flops_per_second"])
 
     def _add(self, found: Measurement, config: PretrainedConfig) -> None:
         figures = found.as_figures() | {"utilisation": None, "planned_bytes": None, "peak_over_plan": None}
