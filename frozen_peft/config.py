@@ -100,6 +100,15 @@ class FrozenContextConfig(SFTConfig):
         default=None,
         metadata={"help": "Directory for frozen contexts kept for later epochs and runs as files; runs may share it."},
     )
+    context_cache_dtype: Literal["auto", "int8"] = field(
+        default="auto",
+        metadata={
+            "help": "'auto': contexts are kept as they were encoded. 'int8': keys and values in 8 bit, float32 "
+            "recurrent states in bfloat16, about half as large. A context that was just encoded is rounded too, also "
+            "in evaluation, so that it gives the same loss as when it is found.",
+            "choices": ["auto", "int8"],
+        },
+    )
     max_context_staleness: int = field(
         default=0,
         metadata={
@@ -260,7 +269,7 @@ class FrozenContextConfig(SFTConfig):
         for name in ("max_context_length", "max_length", "sequence_chunk_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "1 token or more, or None")
-        for name in ("decision_mode", "verify_context", "distill_divergence"):
+        for name in ("decision_mode", "context_cache_dtype", "verify_context", "distill_divergence"):
             choices = next(f for f in fields(self) if f.name == name).metadata["choices"]
             _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
 
@@ -280,9 +289,16 @@ class FrozenContextConfig(SFTConfig):
                 "`invocation` is where an adapter is switched on, and with `context_adapters=True` it is never off. "
                 "Remove `invocation`, or set `context_adapters=False`."
             )
+        if self.context_cache_dtype != "auto" and not keeps:
+            raise ValueError(
+                f"`context_cache_dtype={self.context_cache_dtype!r}` is how contexts are kept, and "
+                "`context_cache_size` and `context_cache_dir` keep none. Set one of them, or leave "
+                "`context_cache_dtype` at 'auto'."
+            )
         without_effect = []
         if keeps and self.gradient_horizon == -1:
-            without_effect.append("`context_cache_size` and `context_cache_dir`: no context is frozen")
+            names = "`context_cache_size`, `context_cache_dir` and `context_cache_dtype`"
+            without_effect.append(f"{names}: no context is frozen")
         if self.max_context_staleness and not self.context_adapters:
             without_effect.append("`max_context_staleness`: with `context_adapters=False` nothing goes stale")
         if self.max_context_staleness and not keeps:
@@ -368,7 +384,8 @@ def make_store(config: FrozenContextConfig) -> ContextStore | None:
     if not max_bytes and folder is None:
         return None
     disk = DiskLevel(ContextFiles(Path(folder).expanduser())) if folder is not None else None
-    return ContextStore(max_bytes, disk, max_staleness=config.max_context_staleness)
+    staleness, dtype = config.max_context_staleness, config.context_cache_dtype
+    return ContextStore(max_bytes, disk, max_staleness=staleness, dtype=dtype)
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from frozen_peft.context import verify_context
+from frozen_peft.context import verify_context, verify_rounding
 from frozen_peft.context.sharding import same_everywhere
 from frozen_peft.gradient import MIN_TOKENS_TO_VERIFY, verify_stretches
 
@@ -44,6 +44,7 @@ class BatchChecks:
         *,
         chunk_size: int,
         adapters: bool,
+        rounded: bool = False,
         name: str = "contexts",
     ) -> None:
         """Compares the decision with the longest context with a plain forward.
@@ -57,10 +58,11 @@ class BatchChecks:
             decision: Gives the token ids of a decision, without padding, by its number.
             chunk_size: See `verify_context`.
             adapters: See `verify_context`.
+            rounded: Whether contexts are kept in 8 bit, and what that does is to be measured as well.
             name: What is checked.
 
         Raises:
-            ContextMismatchError: See `verify_context`.
+            ContextMismatchError: See `verify_context` and `verify_rounding`.
         """
         if not self.is_due(name):
             return
@@ -74,6 +76,9 @@ class BatchChecks:
         boundary, input_ids = sample
         check = verify_context(model, input_ids, boundary, chunk_size=chunk_size, adapters=adapters)
         self.note(name, "The decision over a frozen context agrees with a plain forward", check)
+        if rounded:
+            change = verify_rounding(model, input_ids, boundary, chunk_size=chunk_size, adapters=adapters)
+            logger.info(f"What `context_cache_dtype='int8'` changes in it: {change}")
 
     def check_stretches(self, model: torch.nn.Module, inputs: dict[str, Any], stretch_size: int) -> None:
         """Compares the longest sample of a batch, where one is long enough, with a plain forward and backward.

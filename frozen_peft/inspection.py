@@ -69,6 +69,7 @@ def as_inspected(config: FrozenContextConfig) -> list[str]:
     config.context_adapters, config.invocation = True, None
     # Nothing is kept beyond a sample.
     config.context_cache_size, config.context_cache_dir, config.max_context_staleness = "0", None, 0
+    config.context_cache_dtype = "auto"
     return notes
 
 

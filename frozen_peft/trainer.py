@@ -386,6 +386,7 @@ class FrozenContextTrainer(GroupingTrainer):
                 lambda row: inputs["input_ids"][row][inputs["attention_mask"][row].bool()],
                 chunk_size=self.args.prefill_chunk_size,
                 adapters=self.args.context_adapters,
+                rounded=self.args.context_cache_dtype == "int8",
             )
         with self._context_metrics.prefill(self._mode), self.accelerator.autocast():
             now = {"step": self.state.global_step, "stale": self.model.training}

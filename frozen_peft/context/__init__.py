@@ -21,7 +21,7 @@ from frozen_peft.context.fingerprint import require_untouched_base, trained_base
 from frozen_peft.context.generate import generate_over
 from frozen_peft.context.sizes import format_size, parse_size
 from frozen_peft.context.store import ContextStore
-from frozen_peft.context.verify import ContextCheck, verify_context
+from frozen_peft.context.verify import ContextCheck, RoundingCheck, verify_context, verify_rounding
 
 __all__ = [
     "TAIL",
@@ -34,6 +34,7 @@ __all__ = [
     "DiskLevel",
     "EncoderCounts",
     "FrozenContext",
+    "RoundingCheck",
     "SplitBatch",
     "cut_batch",
     "decision_forward",
@@ -48,4 +49,5 @@ __all__ = [
     "trained_base_weights",
     "use_segmented_attention",
     "verify_context",
+    "verify_rounding",
 ]

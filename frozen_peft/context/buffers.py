@@ -23,7 +23,7 @@ from frozen_peft.context.encoded import AttentionState, EncodedContext, LayerSta
 from frozen_peft.context.handover import Segment, give_segment, mark_contiguous
 from frozen_peft.context.kernel_table import current_capabilities, has_flash_prefill
 
-__all__ = ["can_extend", "frozen_row", "prefill_cache", "resume_linear", "resume_window"]
+__all__ = ["can_extend", "frozen_row", "keeps_all_keys", "prefill_cache", "resume_linear", "resume_window"]
 
 
 class _BufferedLayer(DynamicLayer):
@@ -121,6 +121,12 @@ EXTENDABLE_LAYERS = (
 def can_extend(model: PreTrainedModel) -> bool:
     """Whether an encoded context of this model holds all that going on from it takes."""
     return all(type(layer) in EXTENDABLE_LAYERS for layer in DynamicCache(config=model.config).layers)
+
+
+def keeps_all_keys(model: PreTrainedModel) -> bool:
+    """Whether a layer of this model keeps the keys of every token, be they ever so many."""
+    layers = DynamicCache(config=model.config).layers
+    return any(isinstance(layer, CacheLayerMixin) and not getattr(layer, "sliding_window", None) for layer in layers)
 
 
 def prefill_cache(

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from frozen_peft.context.buffers import can_extend
+from frozen_peft.context.buffers import can_extend, keeps_all_keys
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.encoded import EncodedContext
 from frozen_peft.context.kernels import choose_kernels
@@ -80,7 +80,7 @@ class ContextEncoder:
 
     Raises:
         ValueError: `chunk_size` is negative, or `adapters=False` without a `PeftModel` or with adapters that would
-            meet the context in the decision's forward.
+            meet the context in the decision's forward, or the store keeps 8 bit and the model has no use for it.
         ContextMismatchError: transformers does not continue this architecture exactly from a cache.
         UnsupportedArchitectureError: The model has no cache to continue from.
     """
@@ -101,6 +101,12 @@ class ContextEncoder:
         choose_kernels(self._pretrained)
         if not adapters and decision_adapters:
             require_separable_adapters(self._pretrained)
+        if store is not None and store.dtype == "int8" and not keeps_all_keys(self._pretrained):
+            raise ValueError(
+                f"`context_cache_dtype='int8'` is for keys and values of all context tokens, and no layer of "
+                f"`{self._pretrained.config.get_text_config().model_type}` keeps those: contexts of any length are "
+                "equally small. Leave `context_cache_dtype` at 'auto'."
+            )
         self.model, self.chunk_size, self.adapters, self.store = model, chunk_size, adapters, store
         self.counts = EncoderCounts()
         self._has_said_smaller = False

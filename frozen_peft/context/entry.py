@@ -20,7 +20,7 @@ class Entry:
     Attributes:
         prefix: The context it extends; None: none.
         windows: Sliding window of each layer in tokens, None for any other layer.
-        tensors: `EncodedContext.own_tensors`.
+        tensors: `EncodedContext.own_tensors`, or what `rounding.pack` made of them.
         on_host: The tensors were moved from the model's device to host memory.
     """
 

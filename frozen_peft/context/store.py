@@ -11,6 +11,8 @@
    never older than what extends it and none of its extensions is left without it.
 4. On a GPU, entries stay there as long as it has room to spare, and lie in pinned memory otherwise; both count.
 5. Files are written behind, and read ahead once the next batch is known, by one thread each.
+6. With `dtype="int8"` an entry holds what `rounding.pack` makes of it. A context is rounded as it is put, so that it
+   is the same whether it was just encoded or is found.
 """
 
 import hashlib
@@ -29,6 +31,7 @@ from frozen_peft.context.fingerprint import adapter_fingerprint, base_fingerprin
 from frozen_peft.context.keys import PrefixKey, prefix_keys
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.residence import DeviceCopy, device_room, to_device, to_host
+from frozen_peft.context.rounding import CacheDtype, round_in_place, rounding_name, unpack
 from frozen_peft.context.sharding import reshard
 
 __all__ = ["ContextStore"]
@@ -92,6 +95,7 @@ class ContextStore:
         max_bytes: Budget in memory, of the GPU's and pinned memory together.
         disk: Where entries are written as well; None: nowhere.
         max_staleness: Optimizer steps for which an entry is kept while adapters are active in contexts.
+        dtype: `"int8"`: keep keys and values in 8 bit; `"auto"`: keep everything as it was encoded.
         room: Bytes that entries may still take on a device; by default what a GPU has free beyond a reserve.
     """
 
@@ -101,9 +105,10 @@ class ContextStore:
         disk: DiskLevel | None = None,
         *,
         max_staleness: int = 0,
+        dtype: CacheDtype = "auto",
         room: Callable[[torch.device], int] = device_room,
     ):
-        self.max_staleness = max_staleness
+        self.max_staleness, self.dtype = max_staleness, dtype
         self._memory = _Memory(max_bytes)
         self._disk = disk
         self._room = room
@@ -148,7 +153,7 @@ class ContextStore:
         if self._disk is not None:
             self._disk.pins = self._device.type == "cuda"
         self._adapters = adapters
-        base = f"{self._base} {run_fingerprint(model)}"
+        base = f"{self._base} {run_fingerprint(model)}{rounding_name(self.dtype)}"
         trained = adapter_fingerprint(model) if adapters else "adapters off"
         namespace = hashlib.blake2b(f"{base} {trained}".encode(), digest_size=16).hexdigest()
         if base != self._readable_base or (adapters and self._is_another_training(namespace, step)):
@@ -194,12 +199,17 @@ class ContextStore:
 
         Args:
             key: The context.
-            context: What it was encoded to.
+            context: What it was encoded to. With `dtype="int8"` it is rounded in place: what it adds to its prefix is
+                overwritten by what will be found.
             prefix: The context that it extends; None: none.
+
+        Raises:
+            ValueError: It is not finite, and `dtype="int8"`.
         """
         namespace = self._current if prefix is None else self._origin.get(prefix, self._current)
         self._origin[key] = namespace
-        entry = Entry(prefix, context.windows(), context.own_tensors())
+        tensors = round_in_place(context) if self.dtype == "int8" else context.own_tensors()
+        entry = Entry(prefix, context.windows(), tensors)
         self._remember((namespace, key), entry)
         if self._disk is not None:
             self._disk.write((namespace, key), entry)
@@ -298,7 +308,8 @@ class ContextStore:
             tensors = copying.wait() if copying is not None else to_device(entry.tensors, self._device)
             if is_new:
                 self._remember((namespace, part), replace(entry, tensors=tensors))
-            context = EncodedContext.from_own_tensors(part.num_tokens, tensors, entry.windows, context)
+            own = unpack(tensors) if self.dtype == "int8" else tensors
+            context = EncodedContext.from_own_tensors(part.num_tokens, own, entry.windows, context)
             known[part] = context
             self._origin[part] = namespace
         return context

@@ -5,6 +5,9 @@ Two things are compared with plain forwards over context and decision: the decis
 move when the context is changed. The second catches a lost context also where the model hardly uses it. The sample
 is cut to a bounded length that still exercises every kind of layer, a sliding window included, and logits are
 computed at the compared positions only.
+
+What `context_cache_dtype="int8"` rounds is no part of that check, which is as strict with it as without. A second one
+measures what rounding alone does to the decision's log-probabilities.
 """
 
 from dataclasses import dataclass
@@ -12,16 +15,26 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.compiled import not_compiled
 from frozen_peft.context.decision import decision_forward
 from frozen_peft.context.encoder import encode_context
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
 from frozen_peft.context.modes import adapters_active, without_dropout
+from frozen_peft.context.rounding import round_in_place
 from frozen_peft.context.sharding import run_within_forward
 from frozen_peft.errors import ContextMismatchError
 
-__all__ = ["ContextCheck", "context_tokens_needed", "has_dropout", "has_low_precision", "verify_context"]
+__all__ = [
+    "ContextCheck",
+    "RoundingCheck",
+    "context_tokens_needed",
+    "has_dropout",
+    "has_low_precision",
+    "verify_context",
+    "verify_rounding",
+]
 
 # Mean absolute difference of log-probabilities per token, in nats.
 TOLERANCE_FLOAT32 = 1e-3
@@ -57,6 +70,23 @@ class ContextCheck:
     num_decision_tokens: int
 
 
+@dataclass(frozen=True)
+class RoundingCheck:
+    """What keeping a context in 8 bit does.
+
+    Attributes:
+        error: Mean absolute change of the decision's log-probabilities per token, in nats.
+        tolerance: The largest change allowed.
+        num_context_tokens: Context tokens that were rounded.
+        num_decision_tokens: Decision tokens compared.
+    """
+
+    error: float
+    tolerance: float
+    num_context_tokens: int
+    num_decision_tokens: int
+
+
 @torch.no_grad()
 def verify_context(
     model: torch.nn.Module,
@@ -83,17 +113,10 @@ def verify_context(
             or the decision does not react to its context.
         ValueError: There is no context or no decision to compare.
     """
-    if not 0 < boundary < len(input_ids) - 1:
-        raise ValueError(
-            f"`boundary` must leave at least one context token and two decision tokens, found {boundary} in a sample "
-            f"of {len(input_ids)} tokens."
-        )
     pretrained = get_pretrained_model(model)
+    context, decision = _cut_to_size(pretrained, input_ids, boundary)
     require_exact_continuation(pretrained)
     choose_kernels(pretrained)
-    kept = context_tokens_needed(pretrained)
-    context = input_ids[max(boundary - kept, 0) : boundary]
-    decision = input_ids[boundary : boundary + MAX_DECISION_TOKENS]
     changed = _changed_context(context, pretrained)
     chunk_size = min(chunk_size or len(context), max(len(context) // 2, 1))
 
@@ -109,6 +132,57 @@ def verify_context(
     )
     _require_match(check, pretrained)
     return check
+
+
+@torch.no_grad()
+def verify_rounding(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    boundary: int,
+    *,
+    chunk_size: int = 2048,
+    adapters: bool = True,
+) -> RoundingCheck:
+    """Compares a decision over a context in 8 bit with the same over the context as it was encoded.
+
+    Args:
+        model: See `verify_context`.
+        input_ids: See `verify_context`.
+        boundary: See `verify_context`.
+        chunk_size: Context tokens per prefill forward.
+        adapters: See `verify_context`.
+
+    Raises:
+        ContextMismatchError: The difference is beyond 5e-2, what 16 bit are allowed.
+        ValueError: There is no context or no decision to compare, or the context is not finite.
+    """
+    pretrained = get_pretrained_model(model)
+    context, decision = _cut_to_size(pretrained, input_ids, boundary)
+    with adapters_active(model, adapters):
+        frozen = encode_context(model, [context], chunk_size=chunk_size)
+        exact = _logprobs_over(model, frozen, decision)
+        round_in_place(frozen.rows[0])
+        error = _distance(_logprobs_over(model, frozen, decision), exact)
+    # Negated, so that a NaN is an error as well.
+    if not error <= TOLERANCE_LOW_PRECISION:
+        raise ContextMismatchError(
+            f"`context_cache_dtype='int8'` changes the decision's log-probabilities of "
+            f"`{pretrained.config.get_text_config().model_type}` by {error:.2e} on average over {len(context)} "
+            f"context and {len(decision)} decision tokens, where {TOLERANCE_LOW_PRECISION:.0e} is allowed. Keep "
+            "contexts as they are encoded: `context_cache_dtype: auto`."
+        )
+    return RoundingCheck(error, TOLERANCE_LOW_PRECISION, len(context), len(decision))
+
+
+def _cut_to_size(model: PreTrainedModel, input_ids: torch.Tensor, boundary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Context and decision of a sample, cut to what a check compares."""
+    if not 0 < boundary < len(input_ids) - 1:
+        raise ValueError(
+            f"`boundary` must leave at least one context token and two decision tokens, found {boundary} in a sample "
+            f"of {len(input_ids)} tokens."
+        )
+    context = input_ids[max(boundary - context_tokens_needed(model), 0) : boundary]
+    return context, input_ids[boundary : boundary + MAX_DECISION_TOKENS]
 
 
 def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -184,11 +258,16 @@ def _plain_logprobs(model: torch.nn.Module, context: torch.Tensor, decision: tor
 def _frozen_logprobs(
     model: torch.nn.Module, context: torch.Tensor, decision: torch.Tensor, chunk_size: int
 ) -> torch.Tensor:
-    """The same over the frozen context, with gradient checkpointing as in training where layers have no dropout."""
-    pretrained = get_pretrained_model(model)
+    """The same over the frozen context."""
     # Encoded as a context is that extends another one, the way in which most is carried over.
     frozen = encode_context(model, [context[: len(context) // 2], context], chunk_size=chunk_size).select([1])
-    positions = torch.arange(len(context), len(context) + len(decision), device=context.device)
+    return _logprobs_over(model, frozen, decision)
+
+
+def _logprobs_over(model: torch.nn.Module, frozen: FrozenContext, decision: torch.Tensor) -> torch.Tensor:
+    """The same over one frozen context, with gradient checkpointing as in training where layers have no dropout."""
+    pretrained = get_pretrained_model(model)
+    positions = frozen.lengths[0] + torch.arange(len(decision), device=decision.device)
     # Layers that drop out by themselves (OPT) are compared without checkpointing: both hang on their training flag.
     keep_checkpointing = not has_dropout(pretrained)
 

@@ -228,6 +228,10 @@ def test_sizes_that_are_none(size: str, tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"tier": 1, "context_cache_size": "1GiB"}, "no context is frozen"),
+        (
+            {"tier": 1, "context_cache_size": "1GiB", "context_cache_dtype": "int8"},
+            "`context_cache_dtype`: no context",
+        ),
         ({"max_context_staleness": 2}, "keep nothing"),
         ({"max_context_staleness": 2, "context_adapters": False, "context_cache_size": "1GiB"}, "nothing goes stale"),
         ({"context_cache_dir": "contexts"}, "beyond one optimizer step"),
