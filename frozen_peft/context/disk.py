@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disk level of the store: entries as files, written behind and read ahead by a thread each."""
+"""The disk level of the store: entries as files, written behind and read ahead by a thread each.
+
+On a GPU, what the reading thread has read begins its way there at once, while the thread reads the next file and the
+GPU computes.
+"""
 
 import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from frozen_peft.context.entry import Entry, EntryKey
 from frozen_peft.context.files import ContextFiles
 from frozen_peft.context.keys import PrefixKey
-from frozen_peft.context.residence import pinned, to_host
+from frozen_peft.context.residence import DeviceCopy, pinned, to_host
 
 __all__ = ["DiskLevel"]
 
@@ -42,6 +48,8 @@ class DiskLevel:
         # Whether what is read goes to a GPU: then the reader puts it into pinned memory, from which the copy to the
         # GPU does not hold up the thread that computes.
         self.pins = False
+        # Begins the copy of what was read ahead, where there is room for it; called by the reader.
+        self.copy_ahead: Callable[[dict[str, torch.Tensor]], DeviceCopy | None] = lambda tensors: None
         self._reader, self._writer = (ThreadPoolExecutor(1, f"contexts-{kind}") for kind in ("read", "write"))
         self._reading: dict[EntryKey, Future[dict[EntryKey, Entry]]] = {}
         self._arrived: dict[EntryKey, Entry] = {}
@@ -123,7 +131,7 @@ class DiskLevel:
         chain: dict[EntryKey, Entry] = {}
         while key not in begun and (entry := self._read(key)) is not None:
             begun.add(key)
-            chain[key] = entry
+            chain[key] = replace(entry, copying=self.copy_ahead(entry.tensors))
             if entry.prefix is None or is_at_hand((key[0], entry.prefix)):
                 break
             key = (key[0], entry.prefix)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from frozen_peft.context.keys import PrefixKey
+from frozen_peft.context.residence import DeviceCopy
 
 __all__ = ["Entry", "EntryKey"]
 
@@ -22,12 +23,14 @@ class Entry:
         windows: Sliding window of each layer in tokens, None for any other layer.
         tensors: `EncodedContext.own_tensors`, or what `rounding.pack` made of them.
         on_host: The tensors were moved from the model's device to host memory.
+        copying: They are on their way there, since they were read ahead; never of an entry that is kept.
     """
 
     prefix: PrefixKey | None
     windows: tuple[int | None, ...]
     tensors: dict[str, torch.Tensor]
     on_host: bool = False
+    copying: DeviceCopy | None = None
 
     @property
     def num_bytes(self) -> int:

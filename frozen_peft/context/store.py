@@ -10,7 +10,8 @@
 3. The least recently used entry goes first. Reading an entry also touches all its prefixes, after it, so a prefix is
    never older than what extends it and none of its extensions is left without it.
 4. On a GPU, entries stay there as long as it has room to spare, and lie in pinned memory otherwise; both count.
-5. Files are written behind, and read ahead once the next batch is known, by one thread each.
+5. Files are written behind, and read ahead once the next batch is known, by one thread each. What was read ahead, and
+   what lies in pinned memory and is needed next, is copied to the GPU meanwhile, as far as there is room.
 6. With `dtype="int8"` an entry holds what `rounding.pack` makes of it. A context is rounded as it is put, so that it
    is the same whether it was just encoded or is found.
 """
@@ -30,7 +31,7 @@ from frozen_peft.context.entry import Entry, EntryKey
 from frozen_peft.context.fingerprint import adapter_fingerprint, base_fingerprint, base_state, run_fingerprint
 from frozen_peft.context.keys import PrefixKey, prefix_keys
 from frozen_peft.context.models import get_pretrained_model
-from frozen_peft.context.residence import DeviceCopy, device_room, to_device, to_host
+from frozen_peft.context.residence import DeviceCopy, copy_ahead, device_room, to_device, to_host
 from frozen_peft.context.rounding import CacheDtype, round_in_place, rounding_name, unpack
 from frozen_peft.context.sharding import reshard
 
@@ -111,6 +112,8 @@ class ContextStore:
         self.max_staleness, self.dtype = max_staleness, dtype
         self._memory = _Memory(max_bytes)
         self._disk = disk
+        if disk is not None:
+            disk.copy_ahead = self._copy_ahead
         self._room = room
         self._device = torch.device("cpu")
         self._base = ""
@@ -224,9 +227,8 @@ class ContextStore:
         candidates = (next(iter(self._candidates(tokens, 0, False)), None) for tokens in contexts)
         wanted = dict.fromkeys(key for key in candidates if key is not None)
         on_host = [key for key in wanted if key in self._memory and self._memory[key].on_host]
-        self._copying = {
-            key: self._copying.get(key) or DeviceCopy(self._memory[key].tensors, self._device) for key in on_host
-        }
+        begun = {key: self._copying.get(key) or self._copy_ahead(self._memory[key].tensors) for key in on_host}
+        self._copying = {key: copying for key, copying in begun.items() if copying is not None}
         if self._disk is not None:
             self._disk.read_ahead([key for key in wanted if key not in self._memory], self._memory.__contains__)
 
@@ -304,10 +306,10 @@ class ContextStore:
             missing = entry.prefix
         context = known[missing] if missing is not None else None
         for part, entry, is_new in reversed(chain):
-            copying = self._copying.pop((namespace, part), None)
+            copying = self._copying.pop((namespace, part), None) or entry.copying
             tensors = copying.wait() if copying is not None else to_device(entry.tensors, self._device)
             if is_new:
-                self._remember((namespace, part), replace(entry, tensors=tensors))
+                self._remember((namespace, part), replace(entry, tensors=tensors, copying=None))
             own = unpack(tensors) if self.dtype == "int8" else tensors
             context = EncodedContext.from_own_tensors(part.num_tokens, own, entry.windows, context)
             known[part] = context
@@ -319,6 +321,9 @@ class ContextStore:
         for part, _, is_new in chain:
             if is_new and self._disk is not None:
                 self._disk.remove((namespace, part))
+
+    def _copy_ahead(self, tensors: dict[str, torch.Tensor]) -> DeviceCopy | None:
+        return copy_ahead(tensors, self._device, self._room)
 
     def _remember(self, key: EntryKey, entry: Entry) -> None:
         if self._room(self._device) < 0:
