@@ -146,12 +146,12 @@ def as_many_everywhere(accelerator: Accelerator, parts: list[dict[str, Any]], cu
 
 
 class DistributedTrainer(ResumableTrainer):
-    """`SFTTrainer` whose weights may be in shards (FSDP2).
+    """`SFTTrainer` on several processes, whose weights may be in shards (FSDP2).
 
     Everything is inherited but these hooks and those of `ResumableTrainer`, which add to the parent's:
 
     - `training_step` finishes the stretches of a sequence, which there run backward by themselves.
-    - `evaluation_loop` can there be called before training, and leaves shards behind.
+    - `evaluation_loop` leaves shards behind, and what is evaluated before training is trained on all processes.
     - `_build_accelerator_args` keeps accelerate from compiling the model as one: a compiler would trace how contexts
       are handed over, and compile each of their lengths. `_compile_layers` compiles what can be.
     """
@@ -193,7 +193,8 @@ class DistributedTrainer(ResumableTrainer):
         return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, of a model that is put in shards first."""
+        """TRL's, of a model that is put in shards first, or that training prepares anew."""
+        is_first = not self.accelerator._models
         if self.accelerator.is_fsdp2 and not are_sharded(self.model):
             # transformers 5.23 prepares the model alone for an evaluation before training, which accelerate 1.15
             # refuses: with its weights it replaces those of the optimizer.
@@ -205,3 +206,16 @@ class DistributedTrainer(ResumableTrainer):
         finally:
             # What comes next, a checkpoint or training, reads the weights by name.
             reshard(self.model)
+            if is_first and self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+                self._forget_preparation()
+
+    def _forget_preparation(self) -> None:
+        """Lets training prepare a model that was evaluated before.
+
+        transformers 5.23 has accelerate 1.15 prepare it for an evaluation alone, which marks it as prepared. Training
+        would take it as it is, without DDP, and each process follow its own gradients without a word. This can go when
+        accelerate marks what it prepared in evaluation mode otherwise, or transformers prepares it for training.
+        """
+        if getattr(self.model, "_is_accelerate_prepared", False) and self.accelerator.num_processes > 1:
+            self.model._is_accelerate_prepared = False
+            self.accelerator._models.clear()

@@ -2,7 +2,10 @@
 """Every recipe parses, says what it must, trains for two steps and goes on from its checkpoint."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +125,41 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(assets: tuple[str, st
     assert whole.keys() == resumed.keys()
     for name, weight in whole.items():
         torch.testing.assert_close(resumed[name], weight, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_launch_on_two_processes_trains_what_one_process_does(assets: tuple[str, str], tmp_path: Path) -> None:
+    """By the documented command, on a CPU: held-out loss before training, two steps, the adapter, the report."""
+    from safetensors.torch import load_file
+
+    model_dir, samples = assets
+    arguments = ["train", str(RECIPE_DIR / "tier2_behavior.yaml"), "--model_name_or_path", model_dir]
+    arguments += ["--dataset_name", samples, "--eval_dataset_name", samples, "--use_cpu", "true", "--max_steps", "2"]
+    # Adam would make whole steps of what rounding leaves of a gradient.
+    arguments += ["--optim", "sgd", "--learning_rate", "0.1", "--logging_steps", "1", "--bf16", "false"]
+    single = [*arguments, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]
+    assert main(single) == 0
+
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    launch += ["--config_file", str(RECIPE_DIR / "accelerate" / "ddp.yaml"), "-m", "frozen_peft", *arguments]
+    launch += ["--gradient_accumulation_steps", "1", "--output_dir", str(tmp_path / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    # The summary is written once.
+    assert done.stdout.count("held-out loss") == 1
+
+    states = [json.loads((tmp_path / run / "trainer_state.json").read_text())["log_history"] for run in ("one", "two")]
+    for name in ("loss", "grad_norm", "eval_loss"):
+        one, two = ([entry[name] for entry in state if name in entry] for state in states)
+        assert one, name
+        assert two == pytest.approx(one, rel=1e-4), name
+    one, two = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-6)
+    names = [{file.name for file in (tmp_path / run).iterdir()} for run in ("one", "two")]
+    assert names[0] == names[1]
 
 
 @pytest.mark.slow

@@ -245,6 +245,8 @@ def ragged_cases(num_processes: int, num_batches: int) -> dict[str, Case]:
             total = 0
             for index in range(generator.randrange(1, 5)):
                 before, supervised = max(length(25), min(index, 1)), generator.randrange(1, 7)
+                # A token that nothing comes before is predicted by nothing.
+                supervised = max(supervised, 2 - total - before)
                 supervised += (total + before + supervised + 1) % 2
                 total += before + supervised
                 spans.append((before, supervised))

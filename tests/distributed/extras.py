@@ -22,7 +22,7 @@ from tests.distributed.cases import TWO
 from tests.distributed.engines import engine_fields, whole
 from tests.distributed.shards_on_cpu import shards_on_cpu
 from tests.tiny_models import tiny_model
-from tests.trainer.runs import Run, adapted, as_dataset, config, train, word_tokenizer
+from tests.trainer.runs import Run, adapted, as_dataset, config, train, trained_weights, word_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 ROWS = as_dataset(TWO)
@@ -68,13 +68,19 @@ def resume(folder: Path) -> dict[str, Any]:
 
 
 def evaluate_first(folder: Path) -> dict[str, Any]:
-    """An evaluation before training puts weights in shards that training goes on with."""
-    with shards_on_cpu():
-        args = arguments(folder, "fsdp2")
-        trainer = FrozenContextTrainer(adapted("llama"), args, train_dataset=ROWS, processing_class=word_tokenizer())
-        before = trainer.evaluate(ROWS)["eval_loss"]
-        trainer.train()
-    return {"before": before, "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
+    """Training after an evaluation, which puts weights in shards, or prepares a model as if it were not trained."""
+    results: dict[str, Any] = {}
+    for engine in ("ddp", "fsdp2"):
+        with shards_on_cpu():
+            args = arguments(folder, engine)
+            trainer = FrozenContextTrainer(
+                adapted("llama"), args, train_dataset=ROWS, processing_class=word_tokenizer()
+            )
+            before = trainer.evaluate(ROWS)["eval_loss"]
+            trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        results[engine] = {"before": before, "losses": losses, "weights": whole(trained_weights(trainer.model))}
+    return results
 
 
 def four_bit(folder: Path) -> dict[str, Any]:

@@ -39,11 +39,15 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(engine: str, results
         assert {"adapter_model.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= set(result[engine]["files"])
 
 
-def test_an_evaluation_before_training(results: Callable[[int], Results], losses: list[float]) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_an_evaluation_before_training(engine: str, results: Callable[[int], Results], losses: list[float]) -> None:
     untrained = reference(Case(TWO, model="llama", steps=1, learning_rate=0.0), 2).eval_loss
-    for result in of_ranks(results, "evaluate_first"):
+    found = [result[engine] for result in of_ranks(results, "evaluate_first")]
+    for result in found:
         assert result["before"] == pytest.approx(untrained, rel=1e-5)
         assert result["losses"] == pytest.approx(losses, rel=1e-5)
+    # Where gradients are not reduced, each process ends somewhere else.
+    assert equal(found[0]["weights"], found[1]["weights"])
 
 
 def test_a_base_in_4_bit_is_the_same_whole_and_in_shards(results: Callable[[int], Results]) -> None:
