@@ -78,22 +78,25 @@ def row(tokens: int, sft: dict[str, Any] | None, stretches: dict[str, Any] | Non
 
 
 def _per_token(figures: dict[tuple[str, int], dict[str, Any]]) -> str:
-    """What a further token takes with each method, between its two longest samples."""
-    found = {}
+    """What a further token takes with each method, between its two longest samples, and of what that is made up."""
+    taken: dict[str, float] = {}
     for method in ("sft", "stretches"):
-        short, long = sorted((one for (name, _), one in figures.items() if name == method), key=itemgetter("tokens"))[
-            -2:
-        ]
-        found[method] = [
-            (long[what] - short[what]) / (long["tokens"] - short["tokens"]) for what in ("peak_bytes", "cache_bytes")
-        ]
-    (sft, _), (stretches, cache) = found["sft"], found["stretches"]
+        found = sorted((one for (name, _), one in figures.items() if name == method), key=itemgetter("tokens"))
+        short, long = found[-2:]
+        more = long["tokens"] - short["tokens"]
+        taken[method] = (long["peak_bytes"] - short["peak_bytes"]) / more
+        cache = (long["cache_bytes"] - short["cache_bytes"]) / more
+        states = (long["cache_bytes"] - cache * long["tokens"]) / (long["stretch"] or 1)
+    sft, stretches = taken["sft"], taken["stretches"]
+    rest = stretches - 2 * cache - states
     return (
         f"Between the two longest samples of each, a further token takes {sft / 1024:.1f} KiB with `SFTTrainer` and "
-        f"{stretches / 1024:.2f} KiB in stretches: {stretches / cache:.1f} times its {cache:.0f} bytes of keys and "
-        "values. These and their gradients are twice that in float32; the rest is the last layer's output and its "
-        f"gradient, {2 * 128 * 4} bytes at most, which weigh little beside more keys and values: with the 32 layers "
-        "that `tests/benchmarks/test_stretches.py` measures, all of it is held to 2.5 times."
+        f"{stretches / 1024:.2f} KiB in stretches: {stretches / cache:.2f} times its {cache:.0f} bytes of keys and "
+        f"values. These and their gradient in float32 are {2 * cache:.0f} bytes, the states a stretch starts from "
+        f"{states:.0f} for each of its tokens; {rest:.0f} were not attributed (ids, labels, mask and positions of the "
+        "sample, and the lists that they are made from, are among them). The larger keys and values are, the nearer "
+        "to 2: with the 32 layers of `tests/benchmarks/test_stretches.py`, whose keys and values take 3,072 bytes a "
+        "token, a test holds it to 2.5 times."
     )
 
 
@@ -118,8 +121,7 @@ def markdown(
         "a tenth of its hidden states of all layers, as in Qwen3.5-27B). `SFTTrainer` with gradient checkpointing, "
         "its default, against `tier: 3` with `sequence_chunk_size: 1024` and gradient checkpointing inside a stretch. "
         "Seconds are processor time of a step on one thread, while other work ran on the machine; memory is the peak "
-        "above the loaded model. *Cache* is what keys, values and states of that many tokens take. An empty cell was "
-        "not measured: it would have taken longer than there was.\n\n"
+        "above the loaded model. *Cache* is what keys, values and states of that many tokens take.\n\n"
         f"{table}\n\n"
         f"{_per_token(figures)}\n\n"
         f"The longest sample that fits into an address space of {MORE_BYTES // MEBIBYTE} MiB above the loaded model, "
@@ -152,7 +154,7 @@ def main() -> None:
             path.write_text(json.dumps(results, indent=2) + "\n")
     if "longest" not in results:
         fits = {"sft": longest("sft", [512 * count for count in range(4, 40)])}
-        fits["stretches"] = longest("stretches", [fits["sft"] * count for count in (8, 10)])
+        fits["stretches"] = longest("stretches", [fits["sft"] * count for count in (8, 10, 12, 14, 16)])
         results["longest"] = fits
         path.write_text(json.dumps(results, indent=2) + "\n")
     rows = [row(tokens, figures.get(("sft", tokens)), figures.get(("stretches", tokens))) for tokens in TOKENS]
