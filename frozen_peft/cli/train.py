@@ -14,6 +14,7 @@ from frozen_peft.cli.memory_check import MemoryCheck
 from frozen_peft.cli.run_record import RunRecord
 from frozen_peft.cli.training import (
     build_trainer,
+    is_sharded_run,
     load_base_config,
     load_held_out,
     make_parser,
@@ -56,8 +57,9 @@ def run(arguments: Sequence[str]) -> None:
         record = RunRecord(trainer, report, parser.given(arguments))
         record.begin()
     with reported(raised_in="frozen_peft"):
-        # A run that goes on from a checkpoint has no loss before training to show.
-        before = None if checkpoint else _evaluate(trainer, "eval_before")
+        # A run that goes on from a checkpoint has no loss before training to show, and before it begins transformers
+        # 5.23 evaluates no model of DeepSpeed's but ZeRO-3's.
+        before = None if checkpoint or is_sharded_run("DEEPSPEED") else _evaluate(trainer, "eval_before")
         start = time.monotonic()
         trainer.train(resume_from_checkpoint=checkpoint)
         train_seconds = time.monotonic() - start
