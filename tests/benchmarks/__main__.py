@@ -5,8 +5,8 @@
     python -m tests.benchmarks staleness
 
 Pages: `step` (one training step against `SFTTrainer` and the bare cost), `reuse` (contexts that come again) and, only
-when they are named, `staleness` (what stale contexts save and cost; trains the demo's model many times) and `plan`
-(what the planner says of memory, against what training takes).
+when they are named, `staleness` (what stale contexts save and cost; trains the demo's model many times), `plan`
+(what the planner says of memory, against what training takes) and `rounding` (what contexts in 8 bit change).
 """
 
 import argparse
@@ -14,10 +14,11 @@ from pathlib import Path
 
 from tests.benchmarks.plan_page import plan_page
 from tests.benchmarks.reuse_page import reuse_page
+from tests.benchmarks.rounding_page import rounding_page
 from tests.benchmarks.staleness_page import staleness_page
 from tests.benchmarks.step_page import CONTEXTS, step_page
 
-PAGES = ("step", "reuse", "staleness", "plan")
+PAGES = ("step", "reuse", "staleness", "plan", "rounding")
 DEFAULT_PAGES = ("step", "reuse")
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
@@ -40,6 +41,8 @@ def main() -> None:
             page = reuse_page()
         elif name == "plan":
             page = plan_page()
+        elif name == "rounding":
+            page = rounding_page()
         else:
             page = staleness_page(arguments.assets, arguments.output)
         page.write(arguments.output)
