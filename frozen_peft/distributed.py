@@ -216,6 +216,5 @@ class DistributedTrainer(ResumableTrainer):
         would take it as it is, without DDP, and each process follow its own gradients without a word. This can go when
         accelerate marks what it prepared in evaluation mode otherwise, or transformers prepares it for training.
         """
-        if getattr(self.model, "_is_accelerate_prepared", False) and self.accelerator.num_processes > 1:
-            self.model._is_accelerate_prepared = False
+        if self.accelerator.num_processes > 1 and vars(self.model).pop("_is_accelerate_prepared", False):
             self.accelerator._models.clear()

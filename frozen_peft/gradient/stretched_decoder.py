@@ -274,8 +274,9 @@ class StretchedDecoder:
             return result, None
         stop = start + result.shape[1]
         if stop <= first:
-            # Hooks on weights in shards wait for the backward of the hidden states.
-            return result, None if self.root is None else torch.zeros_like(result)
+            # Zeros, though they add nothing: a backward that skips a part of a layer under a checkpoint leaves what
+            # was recomputed for that part in memory until its end, and hooks on weights in shards would never run.
+            return result, torch.zeros_like(result)
         return result[:, max(first - start, 0) :], gradient[:, max(start - first, 0) : stop - first]
 
     def _by_row(self, results: Sequence[torch.Tensor | None]) -> list[Any]:
