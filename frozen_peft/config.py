@@ -60,16 +60,15 @@ class FrozenContextConfig(SFTConfig):
         default="tail",
         metadata={
             "help": "'tail': everything from the first supervised label on is one decision. 'turns': each supervised "
-            "span of a conversation is a decision of its own, and everything before it its context; the conversation "
-            "is encoded once.",
+            "span of a conversation is a decision of its own, everything before it its context, encoded once.",
             "choices": ["tail", "turns"],
         },
     )
     max_decisions_per_forward: int = field(
         default=16,
         metadata={
-            "help": "Decisions of a micro-batch that run forward and backward together when `decision_mode='turns'`; "
-            "bounds memory and changes nothing else."
+            "help": "Decisions of a micro-batch that run together with `decision_mode='turns'`; bounds memory and "
+            "changes nothing else."
         },
     )
     invocation: str | None = field(
@@ -103,9 +102,8 @@ class FrozenContextConfig(SFTConfig):
     context_cache_dtype: Literal["auto", "int8"] = field(
         default="auto",
         metadata={
-            "help": "'auto': contexts are kept as they were encoded. 'int8': keys and values in 8 bit, float32 "
-            "recurrent states in bfloat16, about half as large. A context that was just encoded is rounded too, also "
-            "in evaluation, so that it gives the same loss as when it is found.",
+            "help": "'auto': contexts are kept as encoded. 'int8': keys and values in 8 bit, about half as large, and "
+            "rounded before use.",
             "choices": ["auto", "int8"],
         },
     )
@@ -140,7 +138,7 @@ class FrozenContextConfig(SFTConfig):
     )
     checkpoint_every: int = field(
         default=1,
-        metadata={"help": "Layers per activation checkpoint, with `gradient_checkpointing`."},
+        metadata={"help": "Layers per checkpoint, with `gradient_checkpointing`."},
     )
     verify_context: str = field(
         default="first_batch",

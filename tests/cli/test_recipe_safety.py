@@ -74,6 +74,8 @@ VALUES = st.recursive(
 )
 
 
+# TRL warns of fields of its own that will go.
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=4))
 @quick(40)
 def test_any_values_of_known_fields(tmp_path: Path, values: dict[str, Any]) -> None:
