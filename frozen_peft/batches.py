@@ -9,6 +9,7 @@ from transformers.trainer_pt_utils import nested_concat
 
 from frozen_peft.context import Cut, Decision, cut_batch, pad_decisions
 from frozen_peft.context.boundary import IGNORED_LABEL
+from frozen_peft.utils.cache_argument import given_cache
 
 __all__ = [
     "CONTEXTS",
@@ -88,7 +89,7 @@ class BatchCutter:
     def _samples(self, inputs: Batch) -> list[list[Decision]]:
         """Decisions of each sample; none where there is nothing to cut, or it was cut already."""
         cuts = self.cut.gradient_horizon != -1 or self.cut.max_context_length is not None
-        if not cuts or "labels" not in inputs or not inputs.keys().isdisjoint({CONTEXTS, "past_key_values"}):
+        if not cuts or "labels" not in inputs or CONTEXTS in inputs or given_cache(inputs) is not None:
             return []
         if FLATTENED_KEYS & inputs.keys():
             _require_no_context(inputs)

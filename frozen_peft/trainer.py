@@ -60,6 +60,7 @@ from frozen_peft.model_setup import (
 )
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
 from frozen_peft.sampling import GroupingTrainer, require_groupable
+from frozen_peft.utils.cache_argument import as_cache_argument, given_cache
 
 __all__ = ["FrozenContextTrainer"]
 
@@ -72,7 +73,7 @@ class FrozenContextTrainer(GroupingTrainer):
     `TimedTrainer` and `DistributedTrainer`, which add to the parent's:
 
     - `compute_loss` and `prediction_step` turn a batch into a batch of decisions that carries its frozen context as
-      `past_key_values`, and let TRL compute the loss, the metrics and the logits from that.
+      the model's cache argument, and let TRL compute the loss, the metrics and the logits from that.
     - `training_step` runs a conversation's decisions in bounded numbers, and makes activation checkpoints span
       `checkpoint_every` layers.
     - `get_batch_samples` and `get_train_dataloader` tell the encoder which contexts an optimizer step needs, and the
@@ -391,7 +392,7 @@ class FrozenContextTrainer(GroupingTrainer):
         with self._context_metrics.prefill(self._mode), self.accelerator.autocast():
             now = {"step": self.state.global_step, "stale": self.model.training}
             if contexts:
-                kept["past_key_values"] = self._encoder.encode(contexts, **now)
+                kept |= as_cache_argument(get_pretrained_model(model), self._encoder.encode(contexts, **now))
             else:
                 self._encoder.encode_elsewhere(**now)
         return kept
@@ -410,7 +411,7 @@ class FrozenContextTrainer(GroupingTrainer):
                 offload=self.args.offload_stretches,
                 pending=self._pending_stretches,
             )
-        return decision_forward(model) if isinstance(inputs.get("past_key_values"), FrozenContext) else nullcontext()
+        return decision_forward(model) if isinstance(given_cache(inputs), FrozenContext) else nullcontext()
 
     def _train_parts(
         self, model: torch.nn.Module, parts: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None

@@ -3,9 +3,10 @@
 
     python recipes/minimal.py
 
-It trains a tiny random Qwen3.5-style hybrid on one made-up sample. `FrozenContextTrainer` gives the same loss and
-gradients, for any batch; a test holds it to that.
+It trains a tiny random hybrid on one made-up sample; a test holds `FrozenContextTrainer` to its loss and gradients.
 """
+
+import inspect
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,6 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # What decides how a context is used: queries, outputs and, in Gated DeltaNet layers, gate, beta and decay.
 RESPONSE_MODULES = ["q_proj", "o_proj", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
+# transformers 5.24 renamed the argument that takes a cache.
+CACHE = "cache" if "cache" in inspect.signature(Qwen3_5ForCausalLM.forward).parameters else "past_key_values"
 
 
 class ReadOnlyAttention(CacheLayerMixin):
@@ -63,7 +66,7 @@ def encode_context(model: PreTrainedModel, context: torch.Tensor) -> Cache:
     """Runs the context (1, tokens) once without gradient, and without logits, into a read-only cache."""
     cache = DynamicCache(config=model.config)
     model.eval()  # no dropout; and checkpointing layers would drop the cache in training mode
-    model.get_decoder()(input_ids=context, past_key_values=cache, use_cache=True)
+    model.get_decoder()(input_ids=context, **{CACHE: cache}, use_cache=True)
     model.train()
     layers = [
         ReadOnlyLinearAttention(layer.conv_states[0], layer.recurrent_states[0])
@@ -77,7 +80,7 @@ def encode_context(model: PreTrainedModel, context: torch.Tensor) -> Cache:
 def decision_loss(model: PreTrainedModel, cache: Cache, decision: torch.Tensor) -> torch.Tensor:
     """Mean negative log-likelihood of a decision (1, tokens) after its first token, over an encoded context."""
     positions = cache.get_seq_length(layer_idx=0) + torch.arange(decision.shape[1])[None]
-    logits = model(input_ids=decision, position_ids=positions, past_key_values=cache, use_cache=False).logits
+    logits = model(input_ids=decision, position_ids=positions, **{CACHE: cache}, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits[0, :-1].float(), decision[0, 1:])
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from frozen_peft.context import FrozenContext, decision_forward, encode_context
-from tests.reference import Sample, negative_log_likelihood, num_labels, token_logprobs
+from tests.reference import CACHE, Sample, negative_log_likelihood, num_labels, token_logprobs
 from tests.tiny_models import STATES
 
 # Padding is an ordinary token: were it attended to or trained on, the result would be another.
@@ -45,7 +45,7 @@ def decision_logits(
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=starts[:, None] + torch.arange(width),
-            past_key_values=frozen,
+            **{CACHE: frozen},
             use_cache=False,
         ).logits
     return [logits[row, :length] for row, length in enumerate(lengths)]

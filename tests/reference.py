@@ -24,10 +24,14 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+import transformers
+from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 IGNORED = -100
+# The argument of a model of transformers that takes a cache.
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
 @dataclass(frozen=True)

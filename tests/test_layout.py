@@ -15,7 +15,7 @@ PACKAGE = Path(frozen_peft.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # What each side knows of the others. `errors` and `data` are leaves that anyone may use.
-LEAVES = {"errors", "data", "installed"}
+LEAVES = {"errors", "data", "installed", "utils"}
 ARROWS = {
     "context": set(),
     # Of adapters, which rows of which projection are adapted, and what they do.

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests.reference import (
+    CACHE,
     Sample,
     closed_form_query_gradient,
     negative_log_likelihood,
@@ -51,9 +52,9 @@ ZEROING: dict[str, Callable[[object], int]] = {
 def cached_logprobs(model: PreTrainedModel, sample: Sample, kind: str | None = None) -> tuple[torch.Tensor, int]:
     """Decision log-probabilities of transformers' own continuation, and how many states were zeroed."""
     cache = DynamicCache(config=model.config.get_text_config())
-    model(input_ids=sample.context[None], past_key_values=cache, use_cache=True)
+    model(input_ids=sample.context[None], **{CACHE: cache}, use_cache=True)
     zeroed = sum(ZEROING[kind](layer) for layer in cache.layers) if kind else 0
-    logits = model(input_ids=sample.decision[None], past_key_values=cache, use_cache=True).logits[0]
+    logits = model(input_ids=sample.decision[None], **{CACHE: cache}, use_cache=True).logits[0]
     return token_logprobs(logits, sample.decision), zeroed
 
 

@@ -41,6 +41,7 @@ from frozen_peft.context import (
 )
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_separable_adapters
 from frozen_peft.context.modes import without_dropout
+from frozen_peft.utils.cache_argument import as_cache_argument
 
 __all__ = ["DecisionScore", "DecisionScorer", "Weights"]
 
@@ -276,7 +277,7 @@ class DecisionScorer:
                 input_ids=split.input_ids.to(device),
                 attention_mask=split.attention_mask.to(device),
                 position_ids=split.position_ids.to(device),
-                past_key_values=frozen,
+                **as_cache_argument(self._decoder, frozen),
                 use_cache=False,
             ).last_hidden_state
 

@@ -159,8 +159,8 @@ def _stacked(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
 class FrozenContext(Cache):
     """A read-only cache of one or more encoded contexts, one row each.
 
-    Pass it as `past_key_values` to a forward of the decisions inside `decision_forward(model)`. Any number of
-    forwards may use it, in any order: its tensors never change.
+    Pass it as the cache (see `as_cache_argument`) to a forward of the decisions inside `decision_forward(model)`. Any
+    number of forwards may use it, in any order: its tensors never change.
 
     Args:
         rows: The contexts, at least one of them with tokens.

@@ -11,6 +11,7 @@ from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.context.modes import without_dropout
 from frozen_peft.context.segments import IMPLEMENTATION, is_segmented
 from frozen_peft.errors import ContextMismatchError
+from frozen_peft.utils.cache_argument import as_cache_argument
 
 __all__ = ["reason_against_segments", "use_segmented_attention"]
 
@@ -72,13 +73,14 @@ def reason_against_segments(model: torch.nn.Module) -> str | None:
 @torch.no_grad()
 def _probe(model: torch.nn.Module) -> None:
     """Runs a decision of two tokens over a context of two: `decision_forward` tells whether all was read."""
-    device = get_pretrained_model(model).get_input_embeddings().weight.device
+    pretrained = get_pretrained_model(model)
+    decoder, device = get_decoder(pretrained), pretrained.get_input_embeddings().weight.device
     tokens = torch.zeros(2, dtype=torch.long, device=device)
     frozen = encode_context(model, [tokens], chunk_size=1)
     with without_dropout(model), decision_forward(model):
-        get_decoder(get_pretrained_model(model))(
+        decoder(
             input_ids=tokens[None],
             position_ids=torch.tensor([[2, 3]], device=device),
-            past_key_values=frozen,
+            **as_cache_argument(decoder, frozen),
             use_cache=False,
         )

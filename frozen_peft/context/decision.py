@@ -14,13 +14,16 @@ from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.handover import counted_forward, current_use, frozen_length, require_all_read, uncompiled
 from frozen_peft.context.models import get_decoder, get_pretrained_model, latent_expansions
 from frozen_peft.context.segments import is_segmented
+from frozen_peft.utils.cache_argument import given_cache
 
 __all__ = ["cache_under_checkpointing", "decision_forward", "freeze_latent_expansions"]
 
 
 @contextmanager
 def decision_forward(model: torch.nn.Module) -> Iterator[None]:
-    """Lets `model(..., past_key_values=frozen_context)` run forward, to be followed by an ordinary backward.
+    """Lets `model(..., cache=frozen_context)` run forward, to be followed by an ordinary backward.
+
+    The argument's name is `past_key_values` up to transformers 5.23; see `as_cache_argument`.
 
     Inside, the model takes decisions padded on the right: `input_ids`, `attention_mask` and `position_ids` of shape
     `(B, D)` with D of 2 or more, positions counted from the start of each context. Forwards without a frozen context
@@ -71,7 +74,7 @@ def cache_under_checkpointing(decoder: PreTrainedModel) -> Iterator[None]:
 def _mask_context_and_decision(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    frozen = kwargs.get("past_key_values")
+    frozen = given_cache(kwargs)
     if not isinstance(frozen, FrozenContext):
         return None
     if (use := current_use()) is not None:

@@ -27,6 +27,7 @@ from frozen_peft.context.growing import growing_cache
 from frozen_peft.context.handover import counted_forward, require_all_read
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.modes import without_dropout
+from frozen_peft.utils.cache_argument import generation_cache
 
 __all__ = ["generate_over"]
 
@@ -111,7 +112,7 @@ def generate_over(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
             position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(device),
-            past_key_values=growing_cache(model, frozen) if frozen is not None else None,
+            **generation_cache(growing_cache(model, frozen) if frozen is not None else None),
             generation_config=config,
             logits_processor=processors,
         )

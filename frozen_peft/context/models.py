@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this side needs to know about a model: its parts, and whether its cache can be trusted."""
 
-import inspect
-
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
+from frozen_peft.utils.cache_argument import CACHE_ARGUMENTS, cache_argument, takes_unknown_cache
 
 __all__ = [
     "get_decoder",
@@ -50,11 +49,16 @@ def require_exact_continuation(model: PreTrainedModel) -> None:
     """
     model_type = model.config.get_text_config().model_type
     ways_out = "Train it with `tier: 1` (or `gradient_horizon: -1`), which needs no cache, or use another architecture"
-    takes_cache = "past_key_values" in inspect.signature(get_decoder(model).forward).parameters
-    if model.config.is_encoder_decoder or not takes_cache:
+    decoder = get_decoder(model)
+    if takes_unknown_cache(decoder):
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} (model type `{model_type}`) takes no `past_key_values`: it has no cache that a "
-            f"frozen context could live in. {ways_out}."
+            f"{type(model).__name__} (model type `{model_type}`) keeps a cache, and takes it under none of the names "
+            f"known here ({', '.join(CACHE_ARGUMENTS)}). {ways_out}, or a version of transformers that was tested."
+        )
+    if model.config.is_encoder_decoder or cache_argument(decoder) is None:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} (model type `{model_type}`) takes no cache that a frozen context could "
+            f"live in. {ways_out}."
         )
     if model_type in INEXACT_ARCHITECTURES:
         raise ContextMismatchError(

@@ -22,6 +22,7 @@ from frozen_peft.context.handover import counted_forward, require_all_read
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.context.segments import is_segmented
 from frozen_peft.context.sharding import run_within_forward
+from frozen_peft.utils.cache_argument import as_cache_argument
 
 __all__ = ["extend_contexts", "num_forwards"]
 
@@ -57,13 +58,14 @@ def extend_contexts(
     input_ids = input_ids.to(device)
     segmented = is_segmented(pretrained)
     cache = prefill_cache(pretrained, prefixes, num_tokens, segmented)
+    cache_argument = as_cache_argument(decoder, cache)
     step = chunk_size or num_tokens
     with counted_forward(segmented) as use:
         for start in range(0, num_tokens, step):
             chunk = input_ids[:, start : start + step]
             positions = torch.arange(first + start, first + start + chunk.shape[1], device=device)
             positions = positions.expand(num_rows, -1)
-            forward = partial(decoder, input_ids=chunk, position_ids=positions, past_key_values=cache, use_cache=True)
+            forward = partial(decoder, input_ids=chunk, position_ids=positions, **cache_argument, use_cache=True)
             run_within_forward(model, forward)
     require_all_read(use, pretrained.config.model_type)
     return [frozen_row(cache, row, first + num_tokens, prefixes[row] if prefixes else None) for row in range(num_rows)]

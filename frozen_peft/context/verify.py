@@ -25,6 +25,7 @@ from frozen_peft.context.modes import adapters_active, without_dropout
 from frozen_peft.context.rounding import round_in_place
 from frozen_peft.context.sharding import run_within_forward
 from frozen_peft.errors import ContextMismatchError
+from frozen_peft.utils.cache_argument import as_cache_argument
 
 __all__ = [
     "ContextCheck",
@@ -267,13 +268,17 @@ def _frozen_logprobs(
 def _logprobs_over(model: torch.nn.Module, frozen: FrozenContext, decision: torch.Tensor) -> torch.Tensor:
     """The same over one frozen context, with gradient checkpointing as in training where layers have no dropout."""
     pretrained = get_pretrained_model(model)
+    decoder = get_decoder(pretrained)
     positions = frozen.lengths[0] + torch.arange(len(decision), device=decision.device)
     # Layers that drop out by themselves (OPT) are compared without checkpointing: both hang on their training flag.
     keep_checkpointing = not has_dropout(pretrained)
 
     def logprobs() -> torch.Tensor:
-        hidden = get_decoder(pretrained)(
-            input_ids=decision[None], position_ids=positions[None], past_key_values=frozen, use_cache=False
+        hidden = decoder(
+            input_ids=decision[None],
+            position_ids=positions[None],
+            **as_cache_argument(decoder, frozen),
+            use_cache=False,
         ).last_hidden_state
         return _logprobs(pretrained, hidden[0], decision)
 

@@ -13,6 +13,7 @@ from frozen_peft.context.modes import prefill_mode
 from frozen_peft.distillation.answers import AnswerStore, decision_key
 from frozen_peft.distillation.divergence import Answers, Divergence, select_answers
 from frozen_peft.distillation.head import LogitHead
+from frozen_peft.utils.cache_argument import as_cache_argument
 
 __all__ = ["Teacher", "TeacherCounts", "predicted_labels"]
 
@@ -96,12 +97,13 @@ class Teacher:
     def _compute(self, decisions: list[Decision]) -> list[Answers]:
         batch = pad_decisions(decisions)
         frozen = self._encoder.encode(batch.contexts) if batch.num_context_tokens else None
+        decoder = get_decoder(get_pretrained_model(self._model))
         with prefill_mode(self._model, adapters=False), decision_forward(self._model):
-            hidden = get_decoder(get_pretrained_model(self._model))(
+            hidden = decoder(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 position_ids=batch.position_ids,
-                past_key_values=frozen,
+                **as_cache_argument(decoder, frozen),
                 use_cache=False,
             ).last_hidden_state
             predicting = batch.labels[:, 1:] != IGNORED_LABEL

@@ -38,6 +38,7 @@ from frozen_peft.context.verify import has_dropout
 from frozen_peft.gradient.attention_mass import observed_attention
 from frozen_peft.gradient.state_reads import observed_rules
 from frozen_peft.gradient.stretches import stretched_forward
+from frozen_peft.utils.cache_argument import as_cache_argument
 
 __all__ = ["FlowMeter", "Part"]
 
@@ -273,7 +274,7 @@ class FlowMeter:
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             position_ids=positions[None],
-            past_key_values=frozen,
+            **as_cache_argument(get_pretrained_model(self.model), frozen),
             use_cache=False,
             logits_to_keep=keep,
         )

@@ -182,7 +182,7 @@ class _StretchHybrid(_StretchLinear, _StretchAttention):
 
 
 class StretchCache(Cache):
-    """Passed as `past_key_values` to the forward of one stretch.
+    """The cache of the forward of one stretch.
 
     Args:
         kinds: Kind of each decoder layer.

@@ -29,6 +29,7 @@ from frozen_peft.gradient.layers import LayerEnd, LayerPast, Piece, layer_kinds
 from frozen_peft.gradient.past import Past
 from frozen_peft.gradient.stretch_cache import StretchCache
 from frozen_peft.gradient.totals import Root, ShardedTotals, Totals
+from frozen_peft.utils.cache_argument import as_cache_argument, take_cache
 
 __all__ = ["MIN_STRETCH_TOKENS", "StretchedDecoder", "stretch_bounds"]
 
@@ -82,7 +83,7 @@ class StretchedDecoder:
         self.device = tokens.device
         self.bounds = stretch_bounds(self.num_tokens, stretch_size)
         self.first_output = first_output
-        self.frozen: FrozenContext | None = arguments.pop("past_key_values", None)
+        self.frozen: FrozenContext | None = take_cache(arguments)
         self.num_frozen = max(self.frozen.lengths) if self.frozen is not None else 0
         self.position_ids = arguments.pop("position_ids", None)
         if self.position_ids is None:
@@ -258,7 +259,7 @@ class StretchedDecoder:
                 input_ids=None if self.input_ids is None else self.input_ids[:, start:stop],
                 inputs_embeds=embeddings,
                 position_ids=self.position_ids[..., start:stop],
-                past_key_values=cache,
+                **as_cache_argument(self.decoder, cache),
                 **options,
             )
         require_all_read(use, self.model_type)

@@ -35,6 +35,7 @@ from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
 from frozen_peft.context.sharding import are_sharded
 from frozen_peft.gradient.stretched_decoder import MIN_STRETCH_TOKENS, StretchedDecoder
+from frozen_peft.utils.cache_argument import given_cache
 
 __all__ = ["finish_stretches", "stretched_forward"]
 
@@ -54,7 +55,7 @@ def stretched_forward(
 ) -> Iterator[None]:
     """Lets `model(...)` run its decoder in stretches of the sequence, forward and backward.
 
-    Inside, the model is called as ever, without a cache or with a `FrozenContext` as `past_key_values`; the backward
+    Inside, the model is called as ever, without a cache or with a `FrozenContext` as its cache; the backward
     pass may run outside. A sequence of at most `stretch_size` tokens without a frozen context runs as ever.
 
     Args:
@@ -89,7 +90,7 @@ def stretched_forward(
     @functools.wraps(forward)
     def in_stretches(*args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
-        frozen = isinstance(arguments.get("past_key_values"), FrozenContext)
+        frozen = isinstance(given_cache(arguments), FrozenContext)
         if not sharded and not frozen and _tokens(arguments).shape[1] <= max(stretch_size, MIN_STRETCH_TOKENS):
             outputs = forward(*args, **kwargs)
             if first_output:
@@ -169,7 +170,7 @@ def _require_stretchable(arguments: dict[str, Any]) -> None:
     for name in ("output_hidden_states", "output_attentions"):
         if arguments.get(name):
             raise ValueError(f"`{name}` would keep what `sequence_chunk_size` is there not to keep; leave one out.")
-    past = arguments.get("past_key_values")
+    past = given_cache(arguments)
     if past is not None and not isinstance(past, FrozenContext):
         raise ValueError(
             f"`sequence_chunk_size` runs without a cache or behind a `FrozenContext`, found a {type(past).__name__}."

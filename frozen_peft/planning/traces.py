@@ -38,6 +38,7 @@ from frozen_peft.planning.blueprint import Blueprint, decoder_layers
 from frozen_peft.planning.kernels import accelerated_kernels
 from frozen_peft.planning.setting import Setting
 from frozen_peft.planning.tracing import LiveBytes, without_storage
+from frozen_peft.utils.cache_argument import as_cache_argument
 
 __all__ = ["Cache", "LayerCache", "Trace", "Tracer"]
 
@@ -137,7 +138,7 @@ class Tracer:
         with self._running(segmented=False), prefill_mode(self.model):
             past = DynamicCache(config=self.pretrained.config)
             tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
-            self.decoder(input_ids=tokens, past_key_values=past, use_cache=True)
+            self.decoder(input_ids=tokens, **as_cache_argument(self.decoder, past), use_cache=True)
             probed = [_layer_cache(layer) for layer in past.layers]
             self._encoded = tuple(_layer_tensors(layer) for layer in past.layers)
         layers = {}
@@ -196,7 +197,7 @@ class Tracer:
         tokens = torch.zeros(self.setting.batch, num_graded, dtype=torch.long)
         arguments: dict[str, Any] = {"input_ids": tokens}
         if frozen is not None:
-            arguments["past_key_values"] = frozen
+            arguments |= as_cache_argument(self.decoder, frozen)
             arguments["position_ids"] = torch.arange(num_frozen, num_frozen + num_graded).expand(len(tokens), -1)
         with self._counted_layers(count) as kept_by_layer:
             hidden = self.decoder(**arguments, use_cache=False).last_hidden_state

