@@ -9,7 +9,6 @@ from transformers.trainer_pt_utils import nested_concat
 
 from frozen_peft.context import Cut, Decision, cut_batch, pad_decisions
 from frozen_peft.context.boundary import IGNORED_LABEL
-from frozen_peft.utils.cache_argument import given_cache
 
 __all__ = [
     "CONTEXTS",
@@ -87,9 +86,9 @@ class BatchCutter:
         return [decision.context for sample in self._samples(inputs) for decision in sample if len(decision.context)]
 
     def _samples(self, inputs: Batch) -> list[list[Decision]]:
-        """Decisions of each sample; none where there is nothing to cut, or it was cut already."""
+        """Decisions of each sample; none where there is nothing to cut."""
         cuts = self.cut.gradient_horizon != -1 or self.cut.max_context_length is not None
-        if not cuts or "labels" not in inputs or CONTEXTS in inputs or given_cache(inputs) is not None:
+        if not cuts or "labels" not in inputs:
             return []
         if FLATTENED_KEYS & inputs.keys():
             _require_no_context(inputs)
@@ -134,7 +133,7 @@ def from_first_label(batch: Batch) -> tuple[Batch, int]:
 def without_labels(batch: Batch) -> Batch:
     """Two tokens of a batch's first decision, without context and labels: a forward and backward that add nothing."""
     tokens = {name: batch[name][:1, :2] for name in ("input_ids", "attention_mask")}
-    return {**tokens, "labels": torch.full_like(tokens["input_ids"], IGNORED_LABEL)}
+    return {**tokens, "labels": torch.full_like(tokens["input_ids"], IGNORED_LABEL), CONTEXTS: []}
 
 
 def join_predictions(predictions: list[Prediction], weights: list[int]) -> Prediction:

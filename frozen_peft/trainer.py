@@ -5,7 +5,8 @@ import copy
 import inspect
 import itertools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,11 +34,12 @@ from frozen_peft.batches import (
     num_labels,
 )
 from frozen_peft.config import FrozenContextConfig, make_store
-from frozen_peft.context import TAIL, ContextEncoder, FrozenContext, decision_forward, use_segmented_attention
+from frozen_peft.context import TAIL, ContextEncoder, carried_context, decision_forward, use_segmented_attention
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
 from frozen_peft.distillation import (
     TEACHER_COLUMNS,
+    Answers,
     Distiller,
     TeacherCollator,
     check_teacher,
@@ -47,7 +49,7 @@ from frozen_peft.distillation import (
 )
 from frozen_peft.distributed import as_many_everywhere, check_engine, require_same_machines
 from frozen_peft.first_batch import BatchChecks
-from frozen_peft.gradient import group_checkpoints, stretched_forward
+from frozen_peft.gradient import Stretching, group_checkpoints, stretched_forward
 from frozen_peft.metrics import ContextMetrics, Mode
 from frozen_peft.model_setup import (
     check_model,
@@ -65,6 +67,27 @@ from frozen_peft.utils.cache_argument import as_cache_argument, given_cache
 __all__ = ["FrozenContextTrainer"]
 
 
+@dataclass
+class _LiveBatch:
+    """A batch of decisions on its way through `compute_loss`.
+
+    Attributes:
+        inputs: What the model can be called with, a frozen context included.
+        target: What the teacher says about each label, with distillation.
+        stretching: How stretches are run, where there are any.
+    """
+
+    inputs: dict[str, Any]
+    target: Answers | None
+    stretching: Stretching | None = None
+
+    def is_of(self, inputs: dict[str, Any]) -> bool:
+        """Whether `inputs` is this batch, perhaps with something added or changed."""
+        frozen = given_cache(self.inputs)
+        is_same_context = frozen is not None and given_cache(inputs) is frozen
+        return is_same_context or inputs.get("input_ids") is self.inputs["input_ids"]
+
+
 class FrozenContextTrainer(GroupingTrainer):
     """`SFTTrainer` that encodes each sample's context without gradient and trains the decision behind it.
 
@@ -72,10 +95,12 @@ class FrozenContextTrainer(GroupingTrainer):
     `TrainingArguments`, which is converted. Everything is inherited but these hooks and those of `GroupingTrainer`,
     `TimedTrainer` and `DistributedTrainer`, which add to the parent's:
 
-    - `compute_loss` and `prediction_step` turn a batch into a batch of decisions that carries its frozen context as
-      the model's cache argument, and let TRL compute the loss, the metrics and the logits from that.
-    - `training_step` runs a conversation's decisions in bounded numbers, and makes activation checkpoints span
-      `checkpoint_every` layers.
+    - `training_step` and `prediction_step` cut a batch into decisions, a conversation's in bounded numbers, and hand
+      each part to TRL. The former makes activation checkpoints span `checkpoint_every` layers.
+    - `_prepare_inputs` gives a part its frozen context, as the cache that a model can be called with: what reaches
+      `compute_loss`, TRL's or one that overrides it, is what the loss is to be computed from.
+    - `compute_loss_context_manager` has the model's forwards run as such a batch needs it.
+    - `compute_loss` takes batches of samples too, as `SFTTrainer`'s does.
     - `get_batch_samples` and `get_train_dataloader` tell the encoder which contexts an optimizer step needs, and the
       store which ones are next.
     - `_prepare_dataset` cuts contexts where TRL would cut decisions, and checks every sample.
@@ -123,6 +148,9 @@ class FrozenContextTrainer(GroupingTrainer):
         self.current_gradient_accumulation_steps: int
         # Contexts of the micro-batches to come: of this step, and as far as it is known of the next.
         self._upcoming: list[list[torch.Tensor]] = []
+        # The batch that was prepared last, until its loss is computed, and the one whose loss is being computed.
+        self._prepared: _LiveBatch | None = None
+        self._live: _LiveBatch | None = None
         self._next_contexts: list[torch.Tensor] = []
         self.aux_loss_enabled: bool
         self._signature_columns: list[str] | None
@@ -176,37 +204,30 @@ class FrozenContextTrainer(GroupingTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """TRL's loss of the decisions in a batch, over their frozen contexts."""
-        parts = self._parts(inputs)
-        if len(parts) > 1:
-            if return_outputs:
-                raise ValueError(
-                    f"A batch of more than `max_decisions_per_forward={self.args.max_decisions_per_forward}` "
-                    "decisions has no outputs in one piece. Raise it, or pass fewer samples."
-                )
-            if num_items_in_batch is None:
-                num_items_in_batch = sum(map(num_labels, parts))
-            return sum(self.compute_loss(model, part, num_items_in_batch=num_items_in_batch) for part in parts)
-        unwrapped = self.accelerator.unwrap_model(model)
-        inputs = self._freeze_contexts(parts[0], unwrapped)
-        teachers = inputs.pop(TEACHERS, ())
-        with ExitStack() as stack:
-            if self._distiller is not None:
-                # Before the student's modes: the teacher has its own.
-                with self.accelerator.autocast():
-                    target = self._distiller.target(teachers, inputs["labels"], self._mode)
-                stack.enter_context(self._distiller.distilled_loss(unwrapped, target))
-            first_output = 0
-            if self.args.sequence_chunk_size is not None and not return_outputs:
-                inputs, first_output = from_first_label(inputs)
-            stack.enter_context(self._decoder_mode(unwrapped, inputs, first_output))
-            if not self.args.context_adapters:
-                stack.enter_context(active_everywhere(unwrapped))
+        if self._live is None or not self._live.is_of(inputs):
+            return self._loss_of_samples(model, inputs, return_outputs, num_items_in_batch)
+        self._require_own_model(self.accelerator.unwrap_model(model), inputs)
+        stretching = self._live.stretching
+        if stretching is not None and not return_outputs:
+            inputs, stretching.first_output = from_first_label(inputs)
+        try:
             loss = super().compute_loss(
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
+        finally:
+            if stretching is not None:
+                stretching.first_output = 0
         if self._distiller is not None:
             self._distiller.note_figures(self._metrics[self._mode], self.accelerator)
         return loss
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """TRL's, and what forwards of the batch that `_prepare_inputs` made last have to run in."""
+        stack: ExitStack = super().compute_loss_context_manager()
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None:
+            stack.enter_context(self._running(prepared))
+        return stack
 
     def prediction_step(
         self,
@@ -216,15 +237,15 @@ class FrozenContextTrainer(GroupingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """TRL's, on decisions, so that the logits and labels it returns belong to each other."""
+        self._require_own_model(self.accelerator.unwrap_model(model), inputs)
         own = self._parts(self._prepare_inputs(inputs))
-        unwrapped = self.accelerator.unwrap_model(model)
         if len(own) > 1:
             contexts = [context for part in own for context in part.get(CONTEXTS, ())]
             self._encoder.expect(contexts, step=self.state.global_step)
         with self._context_metrics.step("eval") if self._freezes_context else nullcontext():
             steps = [
                 super(FrozenContextTrainer, self).prediction_step(
-                    model, self._freeze_contexts(part, unwrapped), prediction_loss_only, ignore_keys=ignore_keys
+                    model, part, prediction_loss_only, ignore_keys=ignore_keys
                 )
                 for part in as_many_everywhere(self.accelerator, own, self._cut)
             ]
@@ -242,10 +263,9 @@ class FrozenContextTrainer(GroupingTrainer):
         if self.args.checkpoint_every > 1:
             # They exist from the first step on.
             group_checkpoints(get_decoder(get_pretrained_model(self.model)), self.args.checkpoint_every)
-        if not self._freezes_context:
-            return super().training_step(model, inputs, num_items_in_batch)
-        with self._context_metrics.step("train"):
-            self._read_ahead()
+        with self._context_metrics.step("train") if self._freezes_context else nullcontext():
+            if self._freezes_context:
+                self._read_ahead()
             parts = self._parts(self._prepare_inputs(inputs))
             parts = as_many_everywhere(self.accelerator, parts, self._cut)
             self._count_context_tokens(parts[0])
@@ -360,26 +380,77 @@ class FrozenContextTrainer(GroupingTrainer):
             dataset = check_teacher(dataset, name, self._cut.mode, self._max_positions)
         return dataset
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if CONTEXTS not in inputs:
+            return inputs
+        inputs = self._freeze_contexts(inputs)
+        teachers = inputs.pop(TEACHERS, ())
+        target = None
+        if self._distiller is not None:
+            with self.accelerator.autocast():
+                target = self._distiller.target(teachers, inputs["labels"], self._mode)
+        self._prepared = _LiveBatch(inputs, target)
+        return inputs
+
     def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """Batches of decisions, of a batch of samples or of one that was cut before."""
-        return self._cutter.parts(inputs if self._distiller is None else self._distiller.attach(inputs))
+        """Batches of decisions, whose contexts are still to be encoded, of a batch of samples."""
+        parts = self._cutter.parts(inputs if self._distiller is None else self._distiller.attach(inputs))
+        return [{CONTEXTS: [], **part} for part in parts]
+
+    def _loss_of_samples(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> Any:
+        """The loss of a batch as the collator made it, which did not come through `training_step`."""
+        if self._live is not None and self.args.sequence_chunk_size is not None:
+            raise ValueError(
+                "`sequence_chunk_size` runs the batch of a step alone, and `compute_loss` was called with another one "
+                "inside of it. Leave `sequence_chunk_size` out, or mix what is in the other batch into the dataset."
+            )
+        self._require_own_model(self.accelerator.unwrap_model(model), inputs)
+        parts = self._parts(self._prepare_inputs(inputs))
+        if len(parts) > 1:
+            if return_outputs:
+                raise ValueError(
+                    f"A batch of more than `max_decisions_per_forward={self.args.max_decisions_per_forward}` "
+                    "decisions has no outputs in one piece. Raise it, or pass fewer samples."
+                )
+            if num_items_in_batch is None:
+                num_items_in_batch = sum(map(num_labels, parts))
+        losses = []
+        for part in parts:
+            batch = self._prepare_inputs(part)
+            with self.compute_loss_context_manager():
+                losses.append(
+                    FrozenContextTrainer.compute_loss(self, model, batch, return_outputs, num_items_in_batch)
+                )
+        return losses[0] if len(losses) == 1 else sum(losses)
 
     @property
     def _mode(self) -> Mode:
         """Under which TRL keeps the metrics of what runs now."""
         return "train" if self.model.training else "eval"
 
-    def _freeze_contexts(self, inputs: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
-        """A batch of decisions with a frozen context in place of their contexts."""
-        kept = {name: value for name, value in inputs.items() if name not in (CONTEXTS, NUM_CONTEXT_TOKENS)}
-        if not self._freezes_context:
-            return kept
-        contexts = inputs.get(CONTEXTS, ())
-        if contexts and get_pretrained_model(model) is not get_pretrained_model(self._encoder.model):
+    def _require_own_model(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+        """Refuses to compute over contexts that another model encodes."""
+        if not self._freezes_context or get_pretrained_model(model) is get_pretrained_model(self._encoder.model):
+            return
+        if given_cache(inputs) is not None or self._cutter.contexts(inputs):
             raise ValueError(
                 "The decisions' model is not the one that encodes their contexts, which is the one that this trainer "
                 "was made with. Make a trainer for the other model."
             )
+
+    def _freeze_contexts(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch of decisions with a frozen context in place of their contexts."""
+        kept = {name: value for name, value in inputs.items() if name not in (CONTEXTS, NUM_CONTEXT_TOKENS)}
+        if not self._freezes_context:
+            return kept
+        contexts = inputs[CONTEXTS]
         with self.accelerator.autocast():
             self._checks.check_contexts(
                 self._encoder.model,
@@ -392,26 +463,38 @@ class FrozenContextTrainer(GroupingTrainer):
         with self._context_metrics.prefill(self._mode), self.accelerator.autocast():
             now = {"step": self.state.global_step, "stale": self.model.training}
             if contexts:
-                kept |= as_cache_argument(get_pretrained_model(model), self._encoder.encode(contexts, **now))
+                frozen = self._encoder.encode(contexts, **now)
+                kept |= as_cache_argument(get_pretrained_model(self._encoder.model), frozen)
             else:
                 self._encoder.encode_elsewhere(**now)
         return kept
 
-    def _decoder_mode(
-        self, model: torch.nn.Module, inputs: dict[str, Any], first_output: int
-    ) -> AbstractContextManager[None]:
-        """What the forward of a batch has to run in, by what it carries and how its gradient is to be had."""
+    @contextmanager
+    def _running(self, live: "_LiveBatch") -> Iterator[None]:
+        """What the forwards of a batch run in, by what it carries and how its gradient is to be had."""
         if self.args.sequence_chunk_size is not None:
             with self.accelerator.autocast():
-                self._checks.check_stretches(model, inputs, self.args.sequence_chunk_size)
-            return stretched_forward(
-                model,
-                self.args.sequence_chunk_size,
-                first_output=first_output,
-                offload=self.args.offload_stretches,
-                pending=self._pending_stretches,
-            )
-        return decision_forward(model) if isinstance(given_cache(inputs), FrozenContext) else nullcontext()
+                self._checks.check_stretches(self.model, live.inputs, self.args.sequence_chunk_size)
+        outer, self._live = self._live, live
+        try:
+            with ExitStack() as stack:
+                if self._distiller is not None:
+                    stack.enter_context(self._distiller.distilled_loss(self.model, live.target))
+                stack.enter_context(carried_context(self.model, live.inputs))
+                if self.args.sequence_chunk_size is not None:
+                    live.stretching = stack.enter_context(self._stretched(self.args.sequence_chunk_size))
+                elif given_cache(live.inputs) is not None:
+                    stack.enter_context(decision_forward(self.model))
+                if not self.args.context_adapters:
+                    stack.enter_context(active_everywhere(self.model))
+                yield
+        finally:
+            self._live = outer
+
+    def _stretched(self, stretch_size: int) -> AbstractContextManager[Stretching]:
+        return stretched_forward(
+            self.model, stretch_size, offload=self.args.offload_stretches, pending=self._pending_stretches
+        )
 
     def _train_parts(
         self, model: torch.nn.Module, parts: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None
@@ -422,8 +505,10 @@ class FrozenContextTrainer(GroupingTrainer):
         steps = self.current_gradient_accumulation_steps
         losses = []
         for index, part in enumerate(parts):
-            # TRL averages the auxiliary loss of a mixture of experts over this many forwards.
-            self.current_gradient_accumulation_steps = steps * (len(parts) if self.aux_loss_enabled else 1)
+            # TRL averages the auxiliary loss of a mixture of experts over this many forwards, and transformers a loss
+            # of the user's own that is a mean.
+            is_mean = self.aux_loss_enabled or self.loss_is_scaled_for_ga is False
+            self.current_gradient_accumulation_steps = steps * (len(parts) if is_mean else 1)
             is_last = index == len(parts) - 1
             try:
                 # Gradients of several processes are reduced after the last backward.

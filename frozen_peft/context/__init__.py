@@ -13,6 +13,7 @@ from frozen_peft.context.boundary import (
 )
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.capability import use_segmented_attention
+from frozen_peft.context.carried import carried_context
 from frozen_peft.context.decision import decision_forward
 from frozen_peft.context.disk import DiskLevel
 from frozen_peft.context.encoder import ContextEncoder, EncoderCounts, encode_context
@@ -36,6 +37,7 @@ __all__ = [
     "FrozenContext",
     "RoundingCheck",
     "SplitBatch",
+    "carried_context",
     "cut_batch",
     "decision_forward",
     "encode_context",

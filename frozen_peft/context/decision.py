@@ -11,7 +11,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frozen_peft.context.boundary import MIN_DECISION_TOKENS
 from frozen_peft.context.cache import FrozenContext
-from frozen_peft.context.handover import counted_forward, current_use, frozen_length, require_all_read, uncompiled
+from frozen_peft.context.handover import (
+    counted_forward,
+    current_use,
+    frozen_length,
+    is_counted,
+    require_all_read,
+    uncompiled,
+)
 from frozen_peft.context.models import get_decoder, get_pretrained_model, latent_expansions
 from frozen_peft.context.segments import is_segmented
 from frozen_peft.utils.cache_argument import given_cache
@@ -26,8 +33,8 @@ def decision_forward(model: torch.nn.Module) -> Iterator[None]:
     The argument's name is `past_key_values` up to transformers 5.23; see `as_cache_argument`.
 
     Inside, the model takes decisions padded on the right: `input_ids`, `attention_mask` and `position_ids` of shape
-    `(B, D)` with D of 2 or more, positions counted from the start of each context. Forwards without a frozen context
-    are not affected. The backward pass may run outside.
+    `(B, D)` with D of 2 or more, positions counted from the start of each context (the default). Forwards without a
+    frozen context are not affected. The backward pass may run outside.
 
     What it changes for that time, and why:
 
@@ -42,10 +49,14 @@ def decision_forward(model: torch.nn.Module) -> Iterator[None]:
     """
     pretrained = get_pretrained_model(model)
     decoder = get_decoder(pretrained)
+    if is_counted(decoder):
+        # Inside of another one, which sees to all of this.
+        yield
+        return
     freeze_latent_expansions(decoder)
     handle = decoder.register_forward_pre_hook(_mask_context_and_decision, with_kwargs=True)
     try:
-        with cache_under_checkpointing(decoder), counted_forward(is_segmented(pretrained)) as use:
+        with cache_under_checkpointing(decoder), counted_forward(is_segmented(pretrained), decoder) as use:
             yield
             require_all_read(use, pretrained.config.model_type)
     finally:
@@ -91,7 +102,11 @@ def _mask_context_and_decision(
     decision_mask = kwargs.get("attention_mask")
     if decision_mask is None:
         decision_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-    return args, {**kwargs, "attention_mask": frozen.attention_mask(decision_mask)}
+    kwargs = {**kwargs, "attention_mask": frozen.attention_mask(decision_mask)}
+    if kwargs.get("position_ids") is None:
+        lengths = torch.tensor(frozen.lengths, device=tokens.device)
+        kwargs = {**kwargs, "position_ids": lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)}
+    return args, kwargs
 
 
 def freeze_latent_expansions(decoder: torch.nn.Module) -> None:

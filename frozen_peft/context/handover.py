@@ -26,6 +26,7 @@ __all__ = [
     "frozen_length",
     "get_segment",
     "give_segment",
+    "is_counted",
     "mark_contiguous",
     "mark_frozen_length",
     "note_update",
@@ -70,6 +71,8 @@ class CacheUse:
         num_updated: Layer states that they did continue from.
         num_given: Segments given by the cache.
         num_read: Segments read by attention.
+        decoder: Whose decisions are counted; None: something else is.
+        outer: What counts the forwards around these.
     """
 
     segmented: bool
@@ -77,15 +80,17 @@ class CacheUse:
     num_updated: int = 0
     num_given: int = 0
     num_read: int = 0
+    decoder: torch.nn.Module | None = None
+    outer: "CacheUse | None" = None
 
 
 _use: ContextVar[CacheUse | None] = ContextVar("frozen_peft_cache_use", default=None)
 
 
 @contextmanager
-def counted_forward(segmented: bool) -> Iterator[CacheUse]:
+def counted_forward(segmented: bool, decoder: torch.nn.Module | None = None) -> Iterator[CacheUse]:
     """Counts the use of caches in the forwards inside."""
-    use = CacheUse(segmented)
+    use = CacheUse(segmented, decoder=decoder, outer=_use.get())
     token = _use.set(use)
     try:
         yield use
@@ -96,6 +101,14 @@ def counted_forward(segmented: bool) -> Iterator[CacheUse]:
 def current_use() -> CacheUse | None:
     """The counts of the forward that is running, None outside of one."""
     return _use.get()
+
+
+def is_counted(decoder: torch.nn.Module) -> bool:
+    """Whether a decoder's decisions are being counted."""
+    use = _use.get()
+    while use is not None and use.decoder is not decoder:
+        use = use.outer
+    return use is not None
 
 
 def note_update() -> None:

@@ -17,9 +17,11 @@ at whose supervised tokens the two distributions are compared.
 
 from frozen_peft.distillation.dataset import TEACHER_COLUMNS, TeacherCollator, check_teacher, prepare_with_teacher
 from frozen_peft.distillation.distiller import Distiller, known_loss_type, require_distillable
+from frozen_peft.distillation.divergence import Answers
 
 __all__ = [
     "TEACHER_COLUMNS",
+    "Answers",
     "Distiller",
     "TeacherCollator",
     "check_teacher",

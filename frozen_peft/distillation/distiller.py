@@ -107,13 +107,19 @@ class Distiller:
         Args:
             model: The student.
             target: What the teacher says about each label of the batch.
+
+        Raises:
+            ValueError: Nobody asked the model for it.
         """
         pretrained = get_pretrained_model(model)
         forward = pretrained.forward
+        is_asked = False
 
         def with_divergence(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_asked
             if not kwargs.get("fused_lm_head"):
                 return forward(*args, **kwargs)
+            is_asked = True
             states: list[torch.Tensor] = []
             handle = pretrained.base_model.register_forward_hook(
                 lambda module, inputs, output: states.append(output.last_hidden_state)
@@ -131,6 +137,11 @@ class Distiller:
         finally:
             # The one that TRL gave the model, its own too.
             pretrained.forward = forward
+        if not is_asked:
+            raise ValueError(
+                "`loss_type='distill'` is the loss, and a `compute_loss` of your own computed another one. Begin it "
+                "with `super().compute_loss(...)`, or set `loss_type: nll`."
+            )
 
     def note_figures(self, metrics: dict[str, list[float]], accelerator: Accelerator) -> None:
         """Adds figures of the last batch, of all processes, to those that are to be logged.

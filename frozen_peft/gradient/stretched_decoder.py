@@ -87,8 +87,9 @@ class StretchedDecoder:
         self.num_frozen = max(self.frozen.lengths) if self.frozen is not None else 0
         self.position_ids = arguments.pop("position_ids", None)
         if self.position_ids is None:
-            positions = torch.arange(self.num_frozen, self.num_frozen + self.num_tokens, device=self.device)
-            self.position_ids = positions.expand(self.num_rows, -1)
+            lengths = self.frozen.lengths if self.frozen is not None else [0] * self.num_rows
+            starts = torch.tensor(lengths, device=self.device)
+            self.position_ids = starts[:, None] + torch.arange(self.num_tokens, device=self.device)
         self.options = arguments | {"attention_mask": None, "use_cache": False}
         self.root, self.pending = root, pending
         trained = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]

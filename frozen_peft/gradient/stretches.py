@@ -23,6 +23,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,11 +38,22 @@ from frozen_peft.context.sharding import are_sharded
 from frozen_peft.gradient.stretched_decoder import MIN_STRETCH_TOKENS, StretchedDecoder
 from frozen_peft.utils.cache_argument import given_cache
 
-__all__ = ["finish_stretches", "stretched_forward"]
+__all__ = ["Stretching", "finish_stretches", "stretched_forward"]
 
 # What a decoder may be called with; any other tensor would have to be cut into stretches in a way that only the model
 # knows.
 KNOWN_TENSORS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}
+
+
+@dataclass
+class Stretching:
+    """How the forwards to come are run.
+
+    Attributes:
+        first_output: See `stretched_forward`.
+    """
+
+    first_output: int = 0
 
 
 @contextmanager
@@ -52,7 +64,7 @@ def stretched_forward(
     first_output: int = 0,
     offload: bool = False,
     pending: list[StretchedDecoder] | None = None,
-) -> Iterator[None]:
+) -> Iterator[Stretching]:
     """Lets `model(...)` run its decoder in stretches of the sequence, forward and backward.
 
     Inside, the model is called as ever, without a cache or with a `FrozenContext` as its cache; the backward
@@ -67,6 +79,9 @@ def stretched_forward(
         offload: Keep keys, values, their gradients and starting states in host memory, and copy them to the model's
             device as they are needed.
         pending: Where weights are in shards, gets the stretches that a backward pass leaves for `finish_stretches`.
+
+    Yields:
+        What may still be changed for the forwards to come.
 
     Raises:
         ContextMismatchError: The architecture does not continue exactly from a cache, or lost it on the way.
@@ -84,6 +99,7 @@ def stretched_forward(
     freeze_latent_expansions(decoder)
     forward = decoder.forward
     had_own = "forward" in vars(decoder)
+    stretching = Stretching(first_output)
     # With shards, a short sequence runs in step with the longer ones of other processes.
     sharded = are_sharded(model)
 
@@ -93,8 +109,8 @@ def stretched_forward(
         frozen = isinstance(given_cache(arguments), FrozenContext)
         if not sharded and not frozen and _tokens(arguments).shape[1] <= max(stretch_size, MIN_STRETCH_TOKENS):
             outputs = forward(*args, **kwargs)
-            if first_output:
-                outputs.last_hidden_state = outputs.last_hidden_state[:, first_output:]
+            if stretching.first_output:
+                outputs.last_hidden_state = outputs.last_hidden_state[:, stretching.first_output :]
             return outputs
         _require_adapters_everywhere(model)
         _require_stretchable(arguments)
@@ -105,7 +121,7 @@ def stretched_forward(
             forward,
             arguments,
             stretch_size,
-            first_output=first_output,
+            first_output=stretching.first_output,
             offload=offload,
             root=model if sharded else None,
             pending=pending,
@@ -113,7 +129,7 @@ def stretched_forward(
 
     decoder.forward = in_stretches
     try:
-        yield
+        yield stretching
     finally:
         if had_own:
             decoder.forward = forward

@@ -7,6 +7,7 @@ a loss stands a fixed random direction in the hidden states of all tokens, so th
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -91,9 +92,7 @@ def verify_stretches(model: torch.nn.Module, input_ids: torch.Tensor, stretch_si
 
 
 @torch.no_grad()
-def _hidden(
-    model: torch.nn.Module, input_ids: torch.Tensor, mode: AbstractContextManager[None]
-) -> tuple[torch.Tensor]:
+def _hidden(model: torch.nn.Module, input_ids: torch.Tensor, mode: AbstractContextManager[Any]) -> tuple[torch.Tensor]:
     """Hidden states `(1, tokens, E)` alone."""
     decoder = get_decoder(get_pretrained_model(model))
     positions = torch.arange(len(input_ids), device=input_ids.device)[None]
@@ -106,7 +105,7 @@ def _hidden(
 
 
 def _hidden_and_gradient(
-    model: torch.nn.Module, input_ids: torch.Tensor, mode: AbstractContextManager[None]
+    model: torch.nn.Module, input_ids: torch.Tensor, mode: AbstractContextManager[Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states `(1, tokens, E)`, and the gradient of all trainable weights of the decoder as one vector."""
     pretrained = get_pretrained_model(model)
