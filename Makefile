@@ -9,10 +9,10 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast check format bench bench-gpu clean
+.PHONY: help demo test fast newest oldest check format bench bench-gpu clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 demo: $(STAMP)  ## Train a tiny hybrid on real text, then its responses over frozen contexts
 	$(BIN)/frozen-peft demo
@@ -24,7 +24,11 @@ test: check  ## Lint, then every test that needs no accelerator
 	$(TEST_ENV) $(BIN)/python -m pytest -m "benchmark and not long" -n $(WORKERS)
 
 fast: $(STAMP)  ## The tests that take seconds
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not slow" -n $(WORKERS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not slow and not benchmark and not long" -n $(WORKERS)
+
+newest oldest: %: .venv-%/.installed  ## The same with the newest and oldest releases that the bounds allow
+	@.venv-$@/bin/python -c 'from importlib.metadata import version; print("==", *(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")))'
+	$(TEST_ENV) .venv-$@/bin/python -m pytest -m "not gpu and not slow and not benchmark and not long" -n $(WORKERS)
 
 check: $(STAMP)  ## Style, spelling, types
 	@echo "== ruff"
@@ -50,8 +54,17 @@ bench-gpu: $(STAMP)  ## Models of true shape on one GPU, in under eight minutes,
 	$(BIN)/python -m tests.benchmarks.gpu
 
 clean:  ## Remove the environment, caches and outputs
-	rm -rf $(VENV) build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment of its own, since the two ends cannot stand in one. constraints.txt may be older than what they hold.
+.venv-%/.installed: pyproject.toml constraints.txt tests/bounds.py
+	@echo "== installing into .venv-$*"
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python tests/bounds.py $* > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --progress-bar off --disable-pip-version-check --upgrade \
+	  -c .venv-$*/constraints.txt -e '.[dev]'
+	@touch $@
 
 # The stamp is newer than both files exactly while the environment matches them.
 $(STAMP): pyproject.toml constraints.txt

@@ -4,6 +4,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from frozen_peft.utils.versions import warn_of_untested_versions
+
 if TYPE_CHECKING:
     from frozen_peft.adapters import lora_config, merge_adapter, quantization_config
     from frozen_peft.config import FrozenContextConfig
@@ -33,6 +35,9 @@ _MODULES = {
     "merge_adapter": "adapters",
     "quantization_config": "adapters",
 }
+
+
+warn_of_untested_versions()
 
 
 def __getattr__(name: str) -> Any:
