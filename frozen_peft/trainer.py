@@ -5,8 +5,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +17,6 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 
 from frozen_peft.adapters import (
-    active_everywhere,
     keep_linear4bit_trainable,
     log_quantization,
     restrict_adapter_rows,
@@ -34,12 +32,11 @@ from frozen_peft.batches import (
     num_labels,
 )
 from frozen_peft.config import FrozenContextConfig, make_store
-from frozen_peft.context import TAIL, ContextEncoder, carried_context, decision_forward, use_segmented_attention
+from frozen_peft.context import TAIL, ContextEncoder, use_segmented_attention
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
 from frozen_peft.distillation import (
     TEACHER_COLUMNS,
-    Answers,
     Distiller,
     TeacherCollator,
     check_teacher,
@@ -49,7 +46,8 @@ from frozen_peft.distillation import (
 )
 from frozen_peft.distributed import as_many_everywhere, check_engine, require_same_machines
 from frozen_peft.first_batch import BatchChecks
-from frozen_peft.gradient import Stretching, group_checkpoints, stretched_forward
+from frozen_peft.forwards import DecisionForwards, LiveBatch
+from frozen_peft.gradient import group_checkpoints
 from frozen_peft.metrics import ContextMetrics, Mode
 from frozen_peft.model_setup import (
     check_model,
@@ -65,27 +63,6 @@ from frozen_peft.sampling import GroupingTrainer, require_groupable
 from frozen_peft.utils.cache_argument import as_cache_argument, given_cache
 
 __all__ = ["FrozenContextTrainer"]
-
-
-@dataclass
-class _LiveBatch:
-    """A batch of decisions on its way through `compute_loss`.
-
-    Attributes:
-        inputs: What the model can be called with, a frozen context included.
-        target: What the teacher says about each label, with distillation.
-        stretching: How stretches are run, where there are any.
-    """
-
-    inputs: dict[str, Any]
-    target: Answers | None
-    stretching: Stretching | None = None
-
-    def is_of(self, inputs: dict[str, Any]) -> bool:
-        """Whether `inputs` is this batch, perhaps with something added or changed."""
-        frozen = given_cache(self.inputs)
-        is_same_context = frozen is not None and given_cache(inputs) is frozen
-        return is_same_context or inputs.get("input_ids") is self.inputs["input_ids"]
 
 
 class FrozenContextTrainer(GroupingTrainer):
@@ -148,9 +125,8 @@ class FrozenContextTrainer(GroupingTrainer):
         self.current_gradient_accumulation_steps: int
         # Contexts of the micro-batches to come: of this step, and as far as it is known of the next.
         self._upcoming: list[list[torch.Tensor]] = []
-        # The batch that was prepared last, until its loss is computed, and the one whose loss is being computed.
-        self._prepared: _LiveBatch | None = None
-        self._live: _LiveBatch | None = None
+        # The batch that was prepared last, until its loss is computed.
+        self._prepared: LiveBatch | None = None
         self._next_contexts: list[torch.Tensor] = []
         self.aux_loss_enabled: bool
         self._signature_columns: list[str] | None
@@ -195,6 +171,9 @@ class FrozenContextTrainer(GroupingTrainer):
             require_distillable(self.model, self.accelerator, has_loss_function=self.compute_loss_func is not None)
             self._distiller = Distiller(self.model, self.args, self._cut, self._checks)
             self.data_collator = TeacherCollator(self.data_collator)
+        self._forwards = DecisionForwards(
+            self.model, self.args, self._checks, self.accelerator, self._distiller, self._pending_stretches
+        )
 
     def compute_loss(
         self,
@@ -204,10 +183,11 @@ class FrozenContextTrainer(GroupingTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """TRL's loss of the decisions in a batch, over their frozen contexts."""
-        if self._live is None or not self._live.is_of(inputs):
+        live = self._forwards.live
+        if live is None or not live.is_of(inputs):
             return self._loss_of_samples(model, inputs, return_outputs, num_items_in_batch)
         self._require_own_model(self.accelerator.unwrap_model(model), inputs)
-        stretching = self._live.stretching
+        stretching = live.stretching
         if stretching is not None and not return_outputs:
             inputs, stretching.first_output = from_first_label(inputs)
         try:
@@ -226,7 +206,7 @@ class FrozenContextTrainer(GroupingTrainer):
         stack: ExitStack = super().compute_loss_context_manager()
         prepared, self._prepared = self._prepared, None
         if prepared is not None:
-            stack.enter_context(self._running(prepared))
+            stack.enter_context(self._forwards.of(prepared))
         return stack
 
     def prediction_step(
@@ -390,7 +370,7 @@ class FrozenContextTrainer(GroupingTrainer):
         if self._distiller is not None:
             with self.accelerator.autocast():
                 target = self._distiller.target(teachers, inputs["labels"], self._mode)
-        self._prepared = _LiveBatch(inputs, target)
+        self._prepared = LiveBatch(inputs, target)
         return inputs
 
     def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -406,7 +386,7 @@ class FrozenContextTrainer(GroupingTrainer):
         num_items_in_batch: torch.Tensor | int | None,
     ) -> Any:
         """The loss of a batch as the collator made it, which did not come through `training_step`."""
-        if self._live is not None and self.args.sequence_chunk_size is not None:
+        if self._forwards.live is not None and self.args.sequence_chunk_size is not None:
             raise ValueError(
                 "`sequence_chunk_size` runs the batch of a step alone, and `compute_loss` was called with another one "
                 "inside of it. Leave `sequence_chunk_size` out, or mix what is in the other batch into the dataset."
@@ -468,33 +448,6 @@ class FrozenContextTrainer(GroupingTrainer):
             else:
                 self._encoder.encode_elsewhere(**now)
         return kept
-
-    @contextmanager
-    def _running(self, live: "_LiveBatch") -> Iterator[None]:
-        """What the forwards of a batch run in, by what it carries and how its gradient is to be had."""
-        if self.args.sequence_chunk_size is not None:
-            with self.accelerator.autocast():
-                self._checks.check_stretches(self.model, live.inputs, self.args.sequence_chunk_size)
-        outer, self._live = self._live, live
-        try:
-            with ExitStack() as stack:
-                if self._distiller is not None:
-                    stack.enter_context(self._distiller.distilled_loss(self.model, live.target))
-                stack.enter_context(carried_context(self.model, live.inputs))
-                if self.args.sequence_chunk_size is not None:
-                    live.stretching = stack.enter_context(self._stretched(self.args.sequence_chunk_size))
-                elif given_cache(live.inputs) is not None:
-                    stack.enter_context(decision_forward(self.model))
-                if not self.args.context_adapters:
-                    stack.enter_context(active_everywhere(self.model))
-                yield
-        finally:
-            self._live = outer
-
-    def _stretched(self, stretch_size: int) -> AbstractContextManager[Stretching]:
-        return stretched_forward(
-            self.model, stretch_size, offload=self.args.offload_stretches, pending=self._pending_stretches
-        )
 
     def _train_parts(
         self, model: torch.nn.Module, parts: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None

@@ -27,6 +27,7 @@ ARROWS = {
     "metrics": {"context"},
     "sampling": {"config", "context", "samples", "timing"},
     "first_batch": {"context", "gradient"},
+    "forwards": {"adapters", "config", "context", "distillation", "first_batch", "gradient"},
     "model_setup": {"config", "context", "adapters"},
     # Of behaviour, what puts stripped instructions back.
     "distributed": {"batches", "config", "context", "gradient", "resuming"},
@@ -44,6 +45,7 @@ ARROWS = {
         "distillation",
         "distributed",
         "first_batch",
+        "forwards",
         "gradient",
         "metrics",
         "model_setup",
