@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the forwards of a batch run while its loss is computed, by what the batch carries."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from frozen_peft.adapters import active_everywhere
 from frozen_peft.config import FrozenContextConfig
-from frozen_peft.context import carried_context, decision_forward
+from frozen_peft.context import FrozenContext, carried_context, decision_forward
 from frozen_peft.distillation import Answers, Distiller
 from frozen_peft.first_batch import BatchChecks
 from frozen_peft.gradient import StretchedDecoder, Stretching, stretched_forward
@@ -27,11 +27,13 @@ class LiveBatch:
     Attributes:
         inputs: What the model can be called with, a frozen context included.
         target: What the teacher says about each label, with distillation.
+        encode_again: See `carried_context`.
         stretching: How stretches are run, where there are any.
     """
 
     inputs: dict[str, Any]
     target: Answers | None
+    encode_again: Callable[[], FrozenContext] | None = None
     stretching: Stretching | None = None
 
     def is_of(self, inputs: dict[str, Any]) -> bool:
@@ -80,7 +82,7 @@ class DecisionForwards:
             with ExitStack() as stack:
                 if self.distiller is not None:
                     stack.enter_context(self.distiller.distilled_loss(self.model, batch.target))
-                stack.enter_context(carried_context(self.model, batch.inputs))
+                stack.enter_context(carried_context(self.model, batch.inputs, batch.encode_again))
                 if stretch_size is not None:
                     offload = self.args.offload_stretches
                     stretched = stretched_forward(self.model, stretch_size, offload=offload, pending=self.pending)

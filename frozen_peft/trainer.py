@@ -6,6 +6,7 @@ import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +33,7 @@ from frozen_peft.batches import (
     num_labels,
 )
 from frozen_peft.config import FrozenContextConfig, make_store
-from frozen_peft.context import TAIL, ContextEncoder, use_segmented_attention
+from frozen_peft.context import TAIL, ContextEncoder, FrozenContext, use_segmented_attention
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
 from frozen_peft.distillation import (
@@ -364,13 +365,15 @@ class FrozenContextTrainer(GroupingTrainer):
         inputs = super()._prepare_inputs(inputs)
         if CONTEXTS not in inputs:
             return inputs
+        contexts = inputs[CONTEXTS]
         inputs = self._freeze_contexts(inputs)
         teachers = inputs.pop(TEACHERS, ())
         target = None
         if self._distiller is not None:
             with self.accelerator.autocast():
                 target = self._distiller.target(teachers, inputs["labels"], self._mode)
-        self._prepared = LiveBatch(inputs, target)
+        encode_again = partial(self._encode_as_now, contexts) if self.args.context_adapters else None
+        self._prepared = LiveBatch(inputs, target, encode_again)
         return inputs
 
     def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -448,6 +451,11 @@ class FrozenContextTrainer(GroupingTrainer):
             else:
                 self._encoder.encode_elsewhere(**now)
         return kept
+
+    def _encode_as_now(self, contexts: list[torch.Tensor]) -> FrozenContext:
+        """Contexts for a forward in which the adapters are not what they are in training."""
+        with self.accelerator.autocast():
+            return ContextEncoder(self.model, chunk_size=self.args.prefill_chunk_size).encode(contexts)
 
     def _train_parts(
         self, model: torch.nn.Module, parts: list[dict[str, Any]], num_items_in_batch: torch.Tensor | int | None

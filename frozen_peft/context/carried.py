@@ -6,11 +6,12 @@ that they know by name. Forgotten, a context would leave a loss that looks fine 
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.models import get_decoder, get_pretrained_model
@@ -21,7 +22,9 @@ __all__ = ["carried_context"]
 
 
 @contextmanager
-def carried_context(model: torch.nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
+def carried_context(
+    model: torch.nn.Module, batch: Mapping[str, Any], encode_again: Callable[[], FrozenContext] | None = None
+) -> Iterator[None]:
     """Has forwards of a batch's tokens continue from its frozen context, however the model is called inside.
 
     A forward that is given the batch's `input_ids` gets its cache and `position_ids`, where they are not given. One
@@ -31,6 +34,10 @@ def carried_context(model: torch.nn.Module, batch: Mapping[str, Any]) -> Iterato
         model: A causal language model of transformers, or a `PeftModel` of one.
         batch: What the model is called with: `input_ids` and `position_ids` of shape `(decisions, tokens)`, and a
             `FrozenContext` as its cache; without one, nothing is to be seen to.
+        encode_again: Encodes the batch's contexts with the adapters as they are. Called, once for each setting, for
+            forwards inside which adapters are off, or other ones on, than when the batch's context was encoded: what
+            the base says, or a reference adapter, is said over a context of its own. None: contexts are the base's
+            whatever is on.
 
     Raises:
         ContextMismatchError: No forward inside continued from the context, or one was called with other tokens in the
@@ -43,6 +50,15 @@ def carried_context(model: torch.nn.Module, batch: Mapping[str, Any]) -> Iterato
     pretrained = get_pretrained_model(model)
     name = cache_argument(pretrained)
     was_read = False
+    encoded = {_adapter_state(pretrained): frozen}
+
+    def context_now() -> FrozenContext:
+        if encode_again is None:
+            return frozen
+        state = _adapter_state(pretrained)
+        if state not in encoded:
+            encoded[state] = encode_again()
+        return encoded[state]
 
     def carry(
         module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -51,8 +67,11 @@ def carried_context(model: torch.nn.Module, batch: Mapping[str, Any]) -> Iterato
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         arguments = dict(zip(names, args, strict=False)) | kwargs
         if not arguments.keys().isdisjoint(CACHE_ARGUMENTS):
-            was_read = was_read or given_cache(arguments) is frozen
-            return None
+            if given_cache(arguments) is not frozen:
+                return None
+            context = context_now()
+            was_read = was_read or context is frozen
+            return (), {**arguments, **as_cache_argument(module, context)}
         tokens = arguments.get("input_ids")
         if tokens is not batch["input_ids"]:
             if tokens is not None and tokens.shape == batch["input_ids"].shape:
@@ -62,8 +81,9 @@ def carried_context(model: torch.nn.Module, batch: Mapping[str, Any]) -> Iterato
                     f"behind the same contexts, or `{name}=None` if they stand behind none."
                 )
             return None
-        was_read = True
-        return (), {"position_ids": batch["position_ids"], **arguments, **as_cache_argument(module, frozen)}
+        context = context_now()
+        was_read = was_read or context is frozen
+        return (), {"position_ids": batch["position_ids"], **arguments, **as_cache_argument(module, context)}
 
     # The decoder too, which a loss over hidden states may call by itself.
     modules = {pretrained, get_decoder(pretrained)}
@@ -79,3 +99,11 @@ def carried_context(model: torch.nn.Module, batch: Mapping[str, Any]) -> Iterato
             "stood at the beginning of a text. In a `compute_loss` of your own, call the model with `**inputs`, or "
             f"with the `input_ids` and the `{name}` that are in `inputs`."
         )
+
+
+def _adapter_state(model: torch.nn.Module) -> tuple[bool, tuple[str, ...]]:
+    """Whether a model's adapters are off, and which ones are active."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            return module.disable_adapters, tuple(module.active_adapters)
+    return True, ()

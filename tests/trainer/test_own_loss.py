@@ -197,6 +197,29 @@ def test_a_second_batch_inside_of_it_has_its_own_contexts(tmp_path: Path) -> Non
         torch.testing.assert_close(gradient, sum(one.gradients[0][name] for one in alone), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_text", "llama"])
+def test_what_the_base_says_is_said_over_a_context_of_its_own(name: str, tmp_path: Path) -> None:
+    """A penalty on the divergence from the base, as with `SFTTrainer`: the base read the context too."""
+    model = adapted(name)
+
+    def against_base(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        with torch.no_grad(), model.disable_adapter():
+            base = with_all(model, inputs)
+            again = by_name(model, inputs)
+        assert torch.equal(base, again)
+        return with_all(model, inputs) - base
+
+    run = train(
+        margin_trainer(against_base), copy.deepcopy(model), config(tmp_path, tier=2, max_steps=1), as_dataset(ROWS)
+    )
+    loss = torch.zeros(())
+    for row in ROWS:
+        with torch.no_grad(), model.disable_adapter():
+            base = model(input_ids=row.input_ids[None], use_cache=False).logits
+        loss = loss + margin(stopped_forward(model, row).logits - base, row.labels[None])
+    assert run.losses == pytest.approx([loss.item() / num_labels(ROWS)], abs=TOLERANCE)
+
+
 def altered(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     return model(input_ids=inputs["input_ids"].clone(), attention_mask=inputs["attention_mask"]).logits
 
