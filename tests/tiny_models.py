@@ -266,12 +266,83 @@ _BUILDERS: dict[str, _Architecture] = {
     ),
 }
 
+_MLA: dict[str, Any] = {
+    "intermediate_size": 48,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "rope_parameters": _ROPE,
+}
+_MLA_MOE: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+}
+_OTHERS: dict[str, _Architecture] = {
+    "deepseek_v3": _architecture("DeepseekV3", _MLA, _MLA_MOE, unadaptable=_TAKEN_FOR_EXPERTS),
+    "deepseek_v2": _architecture(
+        "DeepseekV2", _MLA, _MLA_MOE, {"head_dim": 8, "topk_method": "greedy"}, unadaptable=_TAKEN_FOR_EXPERTS
+    ),
+    "glm4_moe_lite": _architecture("Glm4MoeLite", _MLA, _MLA_MOE, unadaptable=_TAKEN_FOR_EXPERTS),
+    "mistral4": _architecture(
+        "Mistral4",
+        _MLA,
+        _MLA_MOE,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 1024,
+                "partial_rotary_factor": 8 / 24,
+                "llama_4_scaling_beta": 0.1,
+            }
+        },
+        unadaptable=_TAKEN_FOR_EXPERTS,
+    ),
+    "longcat_flash": _architecture(
+        "LongcatFlash",
+        _MLA,
+        _MLA_MOE,
+        {
+            "head_dim": 8,
+            "num_layers": 2,
+            "moe_topk": 2,
+            "ffn_hidden_size": 48,
+            "expert_ffn_hidden_size": 24,
+            "zero_expert_num": 1,
+        },
+        # The router's choice has no gradient in transformers.
+        unadaptable=(*_TAKEN_FOR_EXPERTS, "classifier"),
+    ),
+    "minicpm3": _architecture("MiniCPM3", _MLA),
+    "youtu": _architecture("Youtu", _MLA),
+    "axk1": _architecture("AXK1", _MLA, _MLA_MOE, unadaptable=_TAKEN_FOR_EXPERTS),
+    "bailing_hybrid": _architecture(
+        "BailingHybrid",
+        _MLA,
+        _MLA_MOE,
+        {"head_dim": 16, "layer_group_size": 2, "num_local_experts": 4, "num_mtp_layers": 0, "q_lora_rank": None},
+        unadaptable=_TAKEN_FOR_EXPERTS,
+    ),
+}
+
 REFUSABLE: tuple[str, ...] = ("bamba", "jamba", "recurrent_gemma")
 """Architectures that transformers itself continues inexactly: exact or refused, never silently wrong."""
 
 ARCHITECTURES: tuple[str, ...] = tuple(name for name in _BUILDERS if name not in REFUSABLE)
 """Architectures whose continuation from a frozen context has to be exact."""
 
+
+LATENT_ATTENTION: tuple[str, ...] = tuple(name for name in _OTHERS if "kv_lora_rank" in _OTHERS[name].fields)
+"""Architectures beside those that keep latents in their cache; of the others, kimi_linear does."""
 
 _ATTENTION_ONLY = ("llama", "qwen3", "mistral", "gemma3_text", "gpt_oss", "glm4_moe", "gpt2")
 STATES: dict[str, tuple[str, ...]] = {
@@ -287,7 +358,7 @@ def tiny_model(
     """Build a tiny random model in which every kind of state matters.
 
     Args:
-        name: One of `ARCHITECTURES` or `REFUSABLE`.
+        name: One of `ARCHITECTURES`, `LATENT_ATTENTION` or `REFUSABLE`.
         seed: Fixes every weight; the caller's random state is left as it was.
         dtype: Type of the floating-point weights.
         config_overrides: Fields of the (text) configuration to replace.
@@ -295,9 +366,10 @@ def tiny_model(
     Raises:
         ValueError: `name` is unknown.
     """
-    if name not in _BUILDERS:
-        raise ValueError(f"`name` must be one of {sorted(_BUILDERS)}, got {name!r}.")
-    architecture = _BUILDERS[name]
+    builders = _BUILDERS | _OTHERS
+    if name not in builders:
+        raise ValueError(f"`name` must be one of {sorted(builders)}, got {name!r}.")
+    architecture = builders[name]
     fields = {**architecture.fields, **config_overrides}
     if name == "qwen3_5":
         fields = {
@@ -373,7 +445,7 @@ def to_double(model: PeftModel) -> PeftModel:
 
 
 def _unadaptable(model: PreTrainedModel) -> tuple[str, ...]:
-    for architecture in _BUILDERS.values():
+    for architecture in (_BUILDERS | _OTHERS).values():
         if type(model).__name__ == architecture.model_class:
             return architecture.unadaptable
     return ()

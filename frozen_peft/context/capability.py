@@ -7,6 +7,7 @@ import torch
 
 from frozen_peft.context.decision import decision_forward
 from frozen_peft.context.encoder import encode_context
+from frozen_peft.context.latents import hand_on_latents
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.context.modes import without_dropout
 from frozen_peft.context.segments import IMPLEMENTATION, is_segmented
@@ -43,6 +44,7 @@ def use_segmented_attention(model: torch.nn.Module) -> bool:
     reason = reason_against_segments(pretrained)
     if reason is None:
         decoder.set_attn_implementation(IMPLEMENTATION)
+        hand_on_latents(decoder)
         try:
             _probe(model)
         except ContextMismatchError:

@@ -11,19 +11,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frozen_peft.context.boundary import MIN_DECISION_TOKENS
 from frozen_peft.context.cache import FrozenContext
-from frozen_peft.context.handover import (
-    counted_forward,
-    current_use,
-    frozen_length,
-    is_counted,
-    require_all_read,
-    uncompiled,
-)
-from frozen_peft.context.models import get_decoder, get_pretrained_model, latent_expansions
+from frozen_peft.context.handover import counted_forward, current_use, is_counted, require_all_read
+from frozen_peft.context.latents import freeze_latent_expansions
+from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.context.segments import is_segmented
 from frozen_peft.utils.cache_argument import given_cache
 
-__all__ = ["cache_under_checkpointing", "decision_forward", "freeze_latent_expansions"]
+__all__ = ["cache_under_checkpointing", "decision_forward"]
 
 
 @contextmanager
@@ -107,22 +101,3 @@ def _mask_context_and_decision(
         lengths = torch.tensor(frozen.lengths, device=tokens.device)
         kwargs = {**kwargs, "position_ids": lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)}
     return args, kwargs
-
-
-def freeze_latent_expansions(decoder: torch.nn.Module) -> None:
-    """Stops the gradient of `kv_b_proj` at context positions.
-
-    The hook stays on the module, since the backward pass may run the layer again; it acts only on latents that come
-    out of a frozen context.
-    """
-    for module in latent_expansions(decoder):
-        if _detach_context not in module._forward_hooks.values():
-            module.register_forward_hook(_detach_context)
-
-
-@uncompiled
-def _detach_context(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-    length = frozen_length(args[0])
-    if not length:
-        return None
-    return torch.cat([output[..., :length, :].detach(), output[..., length:, :]], dim=-2)

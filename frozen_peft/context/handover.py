@@ -9,7 +9,7 @@ therefore count what was given and what was read.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "is_counted",
     "mark_contiguous",
     "mark_frozen_length",
+    "move_segment",
     "note_update",
     "require_all_read",
     "uncompiled",
@@ -53,12 +54,15 @@ class Segment:
         padded_length: Columns that a mask for this layer has before the tokens at hand.
         gradients: Gradient of each piece's keys and values, which the backward pass adds to, in float32 or more; None
             for a piece that is constant. Without any (the default), all pieces are constants.
+        expand: Makes keys and values of any part of the tokens of a piece, where `keys` and `values` are what a model
+            keeps in their place (see `latents`); None: they are keys and values.
     """
 
     keys: tuple[tuple[torch.Tensor, ...], ...]
     values: tuple[tuple[torch.Tensor, ...], ...]
     padded_length: int
     gradients: tuple[tuple[KeyValueGradient | None, ...], ...] = ()
+    expand: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 @dataclass
@@ -149,6 +153,18 @@ def give_segment(key_states: torch.Tensor, segment: Segment) -> None:
     setattr(key_states, SEGMENT_ATTRIBUTE, segment)
     if (use := _use.get()) is not None:
         use.num_given += 1
+
+
+def move_segment(
+    source: torch.Tensor,
+    key_states: torch.Tensor,
+    expand: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """Attaches what rides on `source` to the keys that were made of it, a segment with how to make the others."""
+    segment = get_segment(source)
+    if isinstance(segment, Segment):
+        segment = replace(segment, expand=expand)
+    setattr(key_states, SEGMENT_ATTRIBUTE, segment)
 
 
 def mark_contiguous(key_states: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from frozen_peft.utils.cache_argument import CACHE_ARGUMENTS, cache_argument, ta
 __all__ = [
     "get_decoder",
     "get_pretrained_model",
+    "latent_attentions",
     "latent_expansions",
     "require_exact_continuation",
     "require_separable_adapters",
@@ -71,6 +72,11 @@ def require_exact_continuation(model: PreTrainedModel) -> None:
 def latent_expansions(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     """Modules that compute the context's keys and values again in each forward, from latents."""
     return [module for name, module in decoder.named_modules() if name.rsplit(".", 1)[-1] in LATENT_EXPANSIONS]
+
+
+def latent_attentions(decoder: torch.nn.Module) -> list[torch.nn.Module]:
+    """Attention modules that expand what they take out of the cache by a method of their own."""
+    return [module for module in decoder.modules() if hasattr(module, "expand_kv")]
 
 
 def require_separable_adapters(model: PreTrainedModel) -> None:

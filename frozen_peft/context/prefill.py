@@ -20,7 +20,7 @@ from frozen_peft.context.buffers import frozen_row, prefill_cache
 from frozen_peft.context.encoded import EncodedContext
 from frozen_peft.context.handover import counted_forward, require_all_read
 from frozen_peft.context.models import get_decoder, get_pretrained_model
-from frozen_peft.context.segments import is_segmented
+from frozen_peft.context.segments import continues_in_segments
 from frozen_peft.context.sharding import run_within_forward
 from frozen_peft.utils.cache_argument import as_cache_argument
 
@@ -56,7 +56,7 @@ def extend_contexts(
     first = prefixes[0].num_tokens if prefixes else 0
     device = pretrained.get_input_embeddings().weight.device
     input_ids = input_ids.to(device)
-    segmented = is_segmented(pretrained)
+    segmented = continues_in_segments(pretrained)
     cache = prefill_cache(pretrained, prefixes, num_tokens, segmented)
     cache_argument = as_cache_argument(decoder, cache)
     step = chunk_size or num_tokens

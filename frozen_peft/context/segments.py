@@ -37,9 +37,9 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from frozen_peft.context.handover import CONTIGUOUS, KeyValueGradient, Segment, current_use, get_segment, uncompiled
 from frozen_peft.context.kernel_table import has_16_bit_products
-from frozen_peft.context.models import get_decoder
+from frozen_peft.context.models import get_decoder, latent_expansions
 
-__all__ = ["IMPLEMENTATION", "is_segmented"]
+__all__ = ["IMPLEMENTATION", "continues_in_segments", "is_segmented"]
 
 IMPLEMENTATION = "frozen_peft_segments"
 # Scores held at a time, in numbers: 4 MiB in float32 on a CPU, 64 MiB elsewhere.
@@ -51,8 +51,17 @@ COARSE_PIECE_TOKENS = 1024
 
 
 def is_segmented(model: PreTrainedModel) -> bool:
-    """Whether the model's attention reads two segments."""
+    """Whether the model's attention reads two segments in a decision."""
     return get_decoder(model).config._attn_implementation == IMPLEMENTATION
+
+
+def continues_in_segments(model: PreTrainedModel) -> bool:
+    """Whether it does so in prefill and in stretches of a sequence too.
+
+    Not where it makes keys and values of latents: there a chunk has many blocks of queries, each of which would expand
+    all that lies before it again, and a stretch needs the gradient of what expands them.
+    """
+    return is_segmented(model) and not latent_expansions(get_decoder(model))
 
 
 @uncompiled
@@ -154,7 +163,7 @@ def _flash_on_cpu(
         keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
         decision, decision_sum = _flash_with_logsumexp(queries, keys, values, scale, is_causal=True)
         folded = queries.reshape(1, num_kv_heads, -1, queries.shape[-1])
-        for piece_keys, piece_values in _coarse_pieces(context_keys, context_values):
+        for piece_keys, piece_values in _expanded_pieces(context_keys, context_values, segment):
             if piece_keys.shape[-2]:
                 piece, piece_sum = _flash_with_logsumexp(folded, piece_keys, piece_values, scale)
                 difference = piece_sum.reshape(decision_sum.shape) - decision_sum
@@ -208,7 +217,11 @@ def _blocks(
     Pieces of the context may lie on another device; they are read block by block.
     """
     num_queries = queries.stop - queries.start
-    size = max(_score_block(key) // (key.shape[1] * num_groups * num_queries), MIN_KEY_BLOCK)
+    per_key = num_groups * num_queries
+    if segment.expand is not None:
+        # Expanded keys and values are held beside the scores.
+        per_key = max(per_key, key.shape[-1] + value.shape[-1])
+    size = max(_score_block(key) // (key.shape[1] * per_key), MIN_KEY_BLOCK)
     column = segment.padded_length - sum(piece.shape[-2] for piece in segment.keys[row])
     pieces: Iterable[tuple[torch.Tensor, torch.Tensor, KeyValueGradient | None]]
     if segment.gradients:
@@ -218,7 +231,10 @@ def _blocks(
     for piece_keys, piece_values, piece_gradient in pieces:
         for start in range(0, piece_keys.shape[-2], size):
             tokens = slice(start, start + size)
-            keys, values = piece_keys[0, :, tokens].to(key.device), piece_values[0, :, tokens].to(key.device)
+            keys, values = piece_keys[:, :, tokens].to(key.device), piece_values[:, :, tokens].to(key.device)
+            if segment.expand is not None:
+                keys, values = segment.expand(keys, values)
+            keys, values = keys[0], values[0]
             hidden = None if mask is None else ~mask[row, 0, queries, column : column + keys.shape[-2]]
             column += keys.shape[-2]
             yield _Block(keys, values, hidden, _part(piece_gradient, 0, tokens))
@@ -231,6 +247,18 @@ def _blocks(
             hidden = ~mask[row, 0, queries, columns]
         tokens = slice(start, stop)
         yield _Block(key[row, :, tokens], value[row, :, tokens], hidden, _part(gradient, row, tokens))
+
+
+def _expanded_pieces(
+    keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...], segment: Segment
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Pieces of keys and values; of latents, some tokens at a time."""
+    if segment.expand is None:
+        yield from _coarse_pieces(keys, values)
+        return
+    for piece in zip(keys, values, strict=True):
+        for some in zip(*(tensor.split(COARSE_PIECE_TOKENS, dim=-2) for tensor in piece), strict=True):
+            yield segment.expand(*some)
 
 
 def _coarse_pieces(

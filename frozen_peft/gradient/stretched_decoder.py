@@ -23,7 +23,7 @@ from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.decision import cache_under_checkpointing
 from frozen_peft.context.handover import counted_forward, require_all_read
 from frozen_peft.context.models import get_decoder
-from frozen_peft.context.segments import is_segmented
+from frozen_peft.context.segments import continues_in_segments
 from frozen_peft.context.sharding import num_missing_forwards, run_within_forward
 from frozen_peft.gradient.layers import LayerEnd, LayerPast, Piece, layer_kinds
 from frozen_peft.gradient.past import Past
@@ -75,7 +75,7 @@ class StretchedDecoder:
         pending: "list[StretchedDecoder] | None" = None,
     ):
         self.decoder, self.forward, self.model_type = get_decoder(model), forward, model.config.model_type
-        self.segmented = is_segmented(model)
+        self.segmented = continues_in_segments(model)
         arguments = dict(arguments)
         self.input_ids, self.embeddings = arguments.pop("input_ids", None), arguments.pop("inputs_embeds", None)
         tokens = self.embeddings if self.input_ids is None else self.input_ids

@@ -31,8 +31,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from frozen_peft.context.cache import FrozenContext
-from frozen_peft.context.decision import freeze_latent_expansions
 from frozen_peft.context.kernels import choose_kernels
+from frozen_peft.context.latents import freeze_latent_expansions
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
 from frozen_peft.context.sharding import are_sharded
 from frozen_peft.gradient.stretched_decoder import MIN_STRETCH_TOKENS, StretchedDecoder

@@ -292,7 +292,7 @@ class Estimator:
         value = self._sampled(
             tracer, ("prefill", num_chunks), chunk, points, lambda size: tracer.prefill(num_chunks * size, size)
         )
-        if tracer.can_segment or num_tokens <= 2 * chunk:
+        if tracer.continues_in_segments or num_tokens <= 2 * chunk:
             return value
         size = min(chunk, points[0])
 

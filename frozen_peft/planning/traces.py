@@ -28,6 +28,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, ChunkedLogProbFunction
 from frozen_peft.context import FrozenContext, decision_forward
 from frozen_peft.context.capability import reason_against_segments
 from frozen_peft.context.encoded import AttentionState, EncodedContext, LayerState, LinearState
+from frozen_peft.context.latents import hand_on_latents
 from frozen_peft.context.models import get_decoder, get_pretrained_model, latent_expansions
 from frozen_peft.context.modes import prefill_mode
 from frozen_peft.context.prefill import extend_contexts
@@ -123,8 +124,11 @@ class Tracer:
         without_storage(self.model)
         self.layers = decoder_layers(self.pretrained)
         self.decoder = get_decoder(self.pretrained)
-        # As use_segmented_attention decides: latents are expanded between the cache and attention.
-        self.can_segment = reason_against_segments(self.pretrained) is None and not latent_expansions(self.decoder)
+        # As `use_segmented_attention` decides.
+        self.can_segment = reason_against_segments(self.pretrained) is None
+        hand_on_latents(self.decoder)
+        # As `continues_in_segments` does.
+        self.continues_in_segments = self.can_segment and not latent_expansions(self.decoder)
         self.model.train()
         if self.setting.gradient_checkpointing:
             self.pretrained.activation_checkpointing_enable({"use_reentrant": False})
@@ -158,7 +162,7 @@ class Tracer:
         """
         batch = self.setting.batch
         self.cache  # noqa: B018  (probed by itself, not while something is counted)
-        with self._running(segmented=self.can_segment) as count, prefill_mode(self.model):
+        with self._running(segmented=self.continues_in_segments) as count, prefill_mode(self.model):
             tokens = torch.zeros(batch, num_tokens, dtype=torch.long)
             encoded = extend_contexts(self.model, [], tokens, chunk_size=chunk_size)
         del encoded
@@ -175,9 +179,10 @@ class Tracer:
 
     def stretched(self, num_graded: int, num_frozen: int, stretch: int) -> Trace:
         """The same in stretches; what is handed on from one to the next is counted for the layers that are run."""
-        frozen = self._frozen(num_frozen, self.can_segment) if num_frozen else None
+        segmented = self.continues_in_segments
+        frozen = self._frozen(num_frozen, segmented) if num_frozen else None
         num_before = stretch_bounds(num_graded, stretch)[-1][0]
-        with self._running(self.can_segment, frozen) as count, stretched_forward(self.model, stretch):
+        with self._running(segmented, frozen) as count, stretched_forward(self.model, stretch):
             return self._step(count, num_graded, frozen, num_frozen, num_before)
 
     def head(self, num_tokens: int) -> int:

@@ -9,6 +9,8 @@ from frozen_peft import lora_config
 from frozen_peft.context import encode_context
 from frozen_peft.planning import Setting, make_plan
 from frozen_peft.planning.estimating import estimator_of
+from frozen_peft.planning.blueprint import Blueprint
+from frozen_peft.planning.traces import Tracer
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 # Short of a sliding window of 16 tokens, at it, and well beyond several chunks of 64.
@@ -52,3 +54,10 @@ def test_a_horizon_is_no_part_of_the_cache() -> None:
     config = tiny_model("llama").config
     plan = make_plan(config, setting(40, gradient_horizon=10))
     assert plan.terms["cache"] == make_plan(config, setting(30)).terms["cache"]
+
+
+def test_of_latents_a_decision_keeps_nothing_that_grows_with_the_context() -> None:
+    plain = setting(64, gradient_checkpointing=False)
+    tracer = Tracer(Blueprint(tiny_model("deepseek_v3").config, plain), plain)
+    short, long = (tracer.graded(9, num_frozen).kept for num_frozen in (64, 1024))
+    assert short == long > 0
