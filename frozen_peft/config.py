@@ -215,6 +215,7 @@ class FrozenContextConfig(SFTConfig):
         if self.checkpoint_every > 1:
             self._check_checkpointing()
         self._check_stretches()
+        self._check_noise()
         if self.group_by_context:
             self._check_grouping()
         self._check_distillation()
@@ -244,6 +245,12 @@ class FrozenContextConfig(SFTConfig):
                 )
                 values["max_length"] = None
         return cls(**values)
+
+    @property
+    def runs_in_parts(self) -> bool:
+        """Whether a sample is run in parts: a context and its decision, stretches, or a teacher's and a student's."""
+        frozen = self.gradient_horizon != -1
+        return frozen or self.sequence_chunk_size is not None or self.loss_type == "distill"
 
     def _apply_tier(self) -> None:
         if self.tier is not None and self.tier not in TIERS:
@@ -308,6 +315,16 @@ class FrozenContextConfig(SFTConfig):
             )
         for reason in without_effect:
             logger.warning(f"No effect of {reason}.")
+
+    def _check_noise(self) -> None:
+        if self.neftune_noise_alpha and (self.gradient_horizon != -1 or self.sequence_chunk_size is not None):
+            raise ValueError(
+                f"`neftune_noise_alpha={self.neftune_noise_alpha}` adds noise to the embeddings of a forward, the "
+                "more the shorter it is. A frozen context, encoded once and shared, would get none and its decision "
+                "that of a short text; so would a stretch of a sequence (`sequence_chunk_size`). Leave it out, or "
+                "train with `tier: 1` (or `tier: 3`) without `sequence_chunk_size`, where a sample is one forward and "
+                "the noise is that of SFTTrainer."
+            )
 
     def _check_checkpointing(self) -> None:
         kwargs = self.gradient_checkpointing_kwargs or {}

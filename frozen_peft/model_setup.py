@@ -4,16 +4,19 @@
 from typing import Any, TypeAlias
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from frozen_peft.adapters import activate_at_invocation, find_invocation, require_always_active
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut, require_untouched_base
+from frozen_peft.context.adapter_kinds import require_adapter_by_position, require_adapters_by_position
+from frozen_peft.context.dropout import require_all_layers
 from frozen_peft.context.models import get_pretrained_model, require_exact_continuation
 
 __all__ = [
     "check_model",
+    "check_parts",
     "given_invocation",
     "has_auxiliary_loss",
     "make_config",
@@ -33,18 +36,39 @@ def make_config(model: Model, args: TrainingArguments | None) -> FrozenContextCo
     return args if isinstance(args, FrozenContextConfig) else FrozenContextConfig.from_training_arguments(args)
 
 
-def check_model(model: Model, args: FrozenContextConfig, *, adapters_come: bool) -> None:
+def check_model(
+    model: Model, args: FrozenContextConfig, *, adapters_come: bool, peft_config: PeftConfig | None = None
+) -> None:
     """Refuses, before data is prepared, a model that cannot be trained as asked.
 
     Args:
         model: The model, or its name, of which nothing is known yet.
         args: The configuration.
         adapters_come: The model is, or may be, given adapters.
+        peft_config: Those adapters, as far as they are known.
     """
     if not args.context_adapters:
         _require_adapters(isinstance(model, PeftModel) or adapters_come)
-    if (args.gradient_horizon != -1 or args.sequence_chunk_size is not None) and not isinstance(model, str):
-        require_exact_continuation(get_pretrained_model(model))
+    if peft_config is not None and args.runs_in_parts:
+        require_adapter_by_position(peft_config)
+    if not isinstance(model, str):
+        check_parts(model, args)
+
+
+def check_parts(model: torch.nn.Module, args: FrozenContextConfig) -> None:
+    """Refuses a model that does not compute for the parts of a sample what it computes for the whole.
+
+    Raises:
+        ContextMismatchError: The architecture is known to continue inexactly.
+        UnsupportedArchitectureError: The architecture has no cache to continue from.
+        ValueError: Its adapters act on the sequence as a whole, or whole layers are dropped at random.
+    """
+    if not args.runs_in_parts:
+        return
+    pretrained = get_pretrained_model(model)
+    require_exact_continuation(pretrained)
+    require_all_layers(pretrained)
+    require_adapters_by_position(model)
 
 
 def given_invocation(model: Model, peft_config: Any, args: FrozenContextConfig) -> tuple[int, ...]:

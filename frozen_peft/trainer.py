@@ -35,7 +35,7 @@ from frozen_peft.batches import (
 from frozen_peft.config import FrozenContextConfig, make_store
 from frozen_peft.context import TAIL, ContextEncoder, FrozenContext, use_segmented_attention
 from frozen_peft.context.kernels import choose_kernels
-from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
+from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.distillation import (
     TEACHER_COLUMNS,
     Distiller,
@@ -52,6 +52,7 @@ from frozen_peft.gradient import group_checkpoints
 from frozen_peft.metrics import ContextMetrics, Mode
 from frozen_peft.model_setup import (
     check_model,
+    check_parts,
     given_invocation,
     has_auxiliary_loss,
     make_config,
@@ -115,7 +116,7 @@ class FrozenContextTrainer(GroupingTrainer):
         if args.group_by_context:
             require_groupable(train_dataset)
         peft_config = kwargs.get("peft_config")
-        check_model(model, args, adapters_come=peft_config is not None or bool(positional))
+        check_model(model, args, adapters_come=peft_config is not None or bool(positional), peft_config=peft_config)
         self._max_positions: int | None = None
         self._distills = args.loss_type == "distill"
         self._distiller: Distiller | None = None
@@ -138,6 +139,7 @@ class FrozenContextTrainer(GroupingTrainer):
         pretrained = get_pretrained_model(self.model)
         require_same_machines(self.accelerator, self.args.device, pretrained.dtype)
         check_engine(self.accelerator, self.model, self.args)
+        check_parts(self.model, self.args)
         self._freezes_context = self.args.gradient_horizon != -1
         self._max_positions = getattr(pretrained.config.get_text_config(), "max_position_embeddings", None)
         self._cut = make_cut(self.args, self._tokenizer, self._invocation)
@@ -155,7 +157,6 @@ class FrozenContextTrainer(GroupingTrainer):
             log_quantization(pretrained)
         choose_kernels(pretrained)
         if self._freezes_context:
-            require_exact_continuation(pretrained)
             settle_context_adapters(self.model, active=self.args.context_adapters, invocation=self._cut.invocation)
         if self._freezes_context or self.args.sequence_chunk_size is not None:
             use_segmented_attention(self.model)

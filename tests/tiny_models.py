@@ -322,6 +322,8 @@ _OTHERS: dict[str, _Architecture] = {
         # The router's choice has no gradient in transformers.
         unadaptable=(*_TAKEN_FOR_EXPERTS, "classifier"),
     ),
+    # Two attentions over each half of the values, which SDPA's segments do not know.
+    "diffllama": _architecture("DiffLlama", _ATTENTION),
     "minicpm3": _architecture("MiniCPM3", _MLA),
     "youtu": _architecture("Youtu", _MLA),
     "axk1": _architecture("AXK1", _MLA, _MLA_MOE, unadaptable=_TAKEN_FOR_EXPERTS),
@@ -358,7 +360,7 @@ def tiny_model(
     """Build a tiny random model in which every kind of state matters.
 
     Args:
-        name: One of `ARCHITECTURES`, `LATENT_ATTENTION` or `REFUSABLE`.
+        name: One of `ARCHITECTURES`, `LATENT_ATTENTION` or `REFUSABLE`, or "diffllama".
         seed: Fixes every weight; the caller's random state is left as it was.
         dtype: Type of the floating-point weights.
         config_overrides: Fields of the (text) configuration to replace.

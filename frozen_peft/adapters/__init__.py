@@ -7,7 +7,7 @@ from frozen_peft.adapters.activated import (
     find_invocation,
     require_always_active,
 )
-from frozen_peft.adapters.lora import PRESETS, RoleLoraConfig, lora_config
+from frozen_peft.adapters.lora import PRESETS, RoleLoraConfig, is_lora, lora_config
 from frozen_peft.adapters.merge import (
     REPORT,
     MergeMismatchError,
@@ -54,6 +54,7 @@ __all__ = [
     "find_folder",
     "find_invocation",
     "find_roles",
+    "is_lora",
     "keep_linear4bit_trainable",
     "load_merged",
     "log_quantization",

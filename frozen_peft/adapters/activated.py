@@ -17,6 +17,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import ALoraLinearVariant
 from transformers import PreTrainedTokenizerBase
 
+from frozen_peft.adapters.lora import is_lora
+
 __all__ = ["activate_at_invocation", "active_everywhere", "find_invocation", "require_always_active"]
 
 CANNOT_MERGE = (
@@ -93,7 +95,7 @@ def activate_at_invocation(model: PeftModel, invocation: Sequence[int]) -> None:
         ValueError: The adapter is of a kind that PEFT cannot activate by tokens.
     """
     config = model.peft_config[model.active_adapter]
-    if not isinstance(config, LoraConfig):
+    if not is_lora(config):
         raise ValueError(
             f"`context_adapters=False` needs a LoRA adapter, and `peft_config` is a {type(config).__name__}: PEFT has "
             "no other adapter that is switched on by tokens. Set `context_adapters=True`, or use `lora_config`."

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig, PeftConfig
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PretrainedConfig
@@ -24,7 +24,15 @@ from frozen_peft.adapters.roles import (
 )
 from frozen_peft.adapters.table import ROLES
 
-__all__ = ["PRESETS", "RoleLoraConfig", "check_partial", "lora_config", "matches_by_module", "partial_problem"]
+__all__ = [
+    "PRESETS",
+    "RoleLoraConfig",
+    "check_partial",
+    "is_lora",
+    "lora_config",
+    "matches_by_module",
+    "partial_problem",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +58,11 @@ _BREAKS_PARTIAL = {
     "kasa_config": "KaSA changes the base weight",
     "layer_replication": "replicated layers no longer have the names the roles were found under",
 }
+
+
+def is_lora(config: PeftConfig) -> bool:
+    """Whether an adapter is LoRA. AdaLoRA is not: its configuration derives from LoRA's, its layers are others."""
+    return isinstance(config, LoraConfig) and not isinstance(config, AdaLoraConfig)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from frozen_peft.adapters.lora import RoleLoraConfig, check_partial, matches_by_module, partial_problem
+from frozen_peft.adapters.lora import RoleLoraConfig, check_partial, is_lora, matches_by_module, partial_problem
 from frozen_peft.adapters.roles import RoleMatch, find_roles, linear_modules, rows_of_roles
 from frozen_peft.adapters.table import ROLES
 from frozen_peft.errors import UnsupportedArchitectureError
@@ -122,7 +122,7 @@ def adapted_projections(model: nn.Module) -> list[AdaptedProjection]:
     """Every LoRA adapter on a linear module of the text model, with the rows it adapts."""
     if not isinstance(model, PeftModel):
         return []
-    configs = {name: config for name, config in model.peft_config.items() if isinstance(config, LoraConfig)}
+    configs = {name: config for name, config in model.peft_config.items() if is_lora(config)}
     base = model.get_base_model()
     try:
         grouped = matches_by_module(find_roles(base))

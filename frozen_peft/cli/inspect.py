@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraConfig
 
-from frozen_peft.adapters import RoleLoraConfig, require_no_pickle, restrict_adapter_rows
+from frozen_peft.adapters import RoleLoraConfig, is_lora, require_no_pickle, restrict_adapter_rows
 from frozen_peft.behavior import put_adapter_weights, whole_file
 from frozen_peft.cli.errors import reported
 from frozen_peft.cli.training import (
@@ -191,7 +191,7 @@ def _output(given: str | None, output_dir: str) -> Path:
 def _read_adapter(name: str) -> LoraConfig:
     """The configuration of a trained adapter, with the roles that PEFT's own reading drops."""
     config = PeftConfig.from_pretrained(name)
-    if not isinstance(config, LoraConfig):
+    if not is_lora(config):
         raise ValueError(f"adapter {name} is of the kind {config.peft_type}, and only LoRA's gradient is measured")
     config = RoleLoraConfig.from_pretrained(name)
     config.inference_mode = False

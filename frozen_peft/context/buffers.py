@@ -55,7 +55,7 @@ class _BufferedLayer(DynamicLayer):
         self.keys[:, :, start : self.num_filled] = key_states
         self.values[:, :, start : self.num_filled] = value_states
         if self.segmented and self.num_past + start and not _can_read_as_one(key_states, value_states):
-            give_segment(key_states, self._segment(start))
+            give_segment(key_states, value_states, self._segment(start))
             return key_states, value_states
         keys, values = self.keys[:, :, : self.num_filled], self.values[:, :, : self.num_filled]
         if self.past:

@@ -58,7 +58,7 @@ class _FrozenAttention(CacheLayerMixin):
         keys = tuple(state.keys for state in self.attention_states)
         values = tuple(state.values for state in self.attention_states)
         if self.segmented:
-            give_segment(key_states, Segment(keys, values, self.padded_length))
+            give_segment(key_states, value_states, Segment(keys, values, self.padded_length))
             return key_states, value_states
         key_states = torch.cat([padded_pieces(keys), key_states], dim=-2)
         value_states = torch.cat([padded_pieces(values), value_states], dim=-2)

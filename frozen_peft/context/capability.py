@@ -6,10 +6,11 @@ import logging
 import torch
 
 from frozen_peft.context.decision import decision_forward
+from frozen_peft.context.dropout import attention_dropout
 from frozen_peft.context.encoder import encode_context
 from frozen_peft.context.latents import hand_on_latents
 from frozen_peft.context.models import get_decoder, get_pretrained_model
-from frozen_peft.context.modes import without_dropout
+from frozen_peft.context.modes import attention_in_training
 from frozen_peft.context.segments import IMPLEMENTATION, is_segmented
 from frozen_peft.errors import ContextMismatchError
 from frozen_peft.utils.cache_argument import as_cache_argument
@@ -47,9 +48,9 @@ def use_segmented_attention(model: torch.nn.Module) -> bool:
         hand_on_latents(decoder)
         try:
             _probe(model)
-        except ContextMismatchError:
+        except ContextMismatchError as error:
             decoder.set_attn_implementation("sdpa")
-            reason = "its attention computes new keys from those of the cache"
+            reason = f"a trial failed ({str(error).partition('. ')[0]})"
     if reason is not None:
         logger.info(
             "%s keeps its own attention, because %s. Each layer copies the context's keys and values while it runs.",
@@ -64,8 +65,8 @@ def reason_against_segments(model: torch.nn.Module) -> str | None:
     config = get_decoder(model).config
     if config._attn_implementation != "sdpa":
         return f"it was loaded with attn_implementation={config._attn_implementation!r} and not 'sdpa'"
-    if getattr(config, "attention_dropout", 0.0):
-        return f"attention_dropout is {config.attention_dropout}"
+    if (dropout := attention_dropout(config)) is not None:
+        return dropout
     unknown = set(getattr(config, "layer_types", None) or ()) - SEGMENTED_LAYER_TYPES
     if unknown:
         return f"it has layers of type {', '.join(sorted(unknown))}"
@@ -74,12 +75,12 @@ def reason_against_segments(model: torch.nn.Module) -> str | None:
 
 @torch.no_grad()
 def _probe(model: torch.nn.Module) -> None:
-    """Runs a decision of two tokens over a context of two: `decision_forward` tells whether all was read."""
+    """Runs a decision of two tokens over one of two, as in training: what attention cannot read is an error."""
     pretrained = get_pretrained_model(model)
     decoder, device = get_decoder(pretrained), pretrained.get_input_embeddings().weight.device
     tokens = torch.zeros(2, dtype=torch.long, device=device)
     frozen = encode_context(model, [tokens], chunk_size=1)
-    with without_dropout(model), decision_forward(model):
+    with attention_in_training(model), decision_forward(model):
         decoder(
             input_ids=tokens[None],
             position_ids=torch.tensor([[2, 3]], device=device),

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from frozen_peft.context.adapter_kinds import require_adapters_by_position
 from frozen_peft.context.buffers import can_extend, keeps_all_keys
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.encoded import EncodedContext
@@ -80,7 +81,8 @@ class ContextEncoder:
 
     Raises:
         ValueError: `chunk_size` is negative, or `adapters=False` without a `PeftModel` or with adapters that would
-            meet the context in the decision's forward, or the store keeps 8 bit and the model has no use for it.
+            meet the context in the decision's forward, or adapters that act on parts of a sequence otherwise than on
+            the whole, or the store keeps 8 bit and the model has no use for it.
         ContextMismatchError: transformers does not continue this architecture exactly from a cache.
         UnsupportedArchitectureError: The model has no cache to continue from.
     """
@@ -99,6 +101,8 @@ class ContextEncoder:
         self._pretrained = get_pretrained_model(model)
         require_exact_continuation(self._pretrained)
         choose_kernels(self._pretrained)
+        if adapters or decision_adapters:
+            require_adapters_by_position(model)
         if not adapters and decision_adapters:
             require_separable_adapters(self._pretrained)
         if store is not None and store.dtype == "int8" and not keeps_all_keys(self._pretrained):

@@ -48,7 +48,7 @@ class _GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         num_own = self.get_seq_length() - self.num_past
-        give_segment(key_states, self._segment(num_own))
+        give_segment(key_states, value_states, self._segment(num_own))
         own_keys = [self.keys, key_states] if num_own else [key_states]
         own_values = [self.values, value_states] if num_own else [value_states]
         self.keys, self.values = torch.cat(own_keys, dim=-2), torch.cat(own_values, dim=-2)

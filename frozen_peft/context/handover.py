@@ -148,9 +148,10 @@ def uncompiled(function: Function) -> Function:
     return torch.compiler.disable(function)
 
 
-def give_segment(key_states: torch.Tensor, segment: Segment) -> None:
-    """Attaches the context's part to the decision's keys."""
-    setattr(key_states, SEGMENT_ATTRIBUTE, segment)
+def give_segment(key_states: torch.Tensor, value_states: torch.Tensor, segment: Segment) -> None:
+    """Attaches the context's part to the decision's keys and values."""
+    for states in (key_states, value_states):
+        setattr(states, SEGMENT_ATTRIBUTE, segment)
     if (use := _use.get()) is not None:
         use.num_given += 1
 
@@ -158,13 +159,15 @@ def give_segment(key_states: torch.Tensor, segment: Segment) -> None:
 def move_segment(
     source: torch.Tensor,
     key_states: torch.Tensor,
+    value_states: torch.Tensor,
     expand: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
-    """Attaches what rides on `source` to the keys that were made of it, a segment with how to make the others."""
+    """Attaches the segment on `source` to the keys and values that were made of it, and how to make the segment's."""
     segment = get_segment(source)
     if isinstance(segment, Segment):
         segment = replace(segment, expand=expand)
-    setattr(key_states, SEGMENT_ATTRIBUTE, segment)
+        for states in (key_states, value_states):
+            setattr(states, SEGMENT_ATTRIBUTE, segment)
 
 
 def mark_contiguous(key_states: torch.Tensor) -> None:
@@ -172,9 +175,9 @@ def mark_contiguous(key_states: torch.Tensor) -> None:
     setattr(key_states, SEGMENT_ATTRIBUTE, CONTIGUOUS)
 
 
-def get_segment(key_states: torch.Tensor) -> object | None:
-    """The `Segment` that rides on these keys, `CONTIGUOUS`, or None."""
-    return getattr(key_states, SEGMENT_ATTRIBUTE, None)
+def get_segment(states: torch.Tensor) -> object | None:
+    """The `Segment` that rides on these keys or values, `CONTIGUOUS` (on keys alone), or None."""
+    return getattr(states, SEGMENT_ATTRIBUTE, None)
 
 
 def mark_frozen_length(states: torch.Tensor, length: int) -> None:

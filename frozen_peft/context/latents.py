@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from frozen_peft.context.handover import frozen_length, get_segment, move_segment, uncompiled
+from frozen_peft.context.handover import Segment, frozen_length, get_segment, move_segment, uncompiled
 from frozen_peft.context.models import latent_attentions, latent_expansions
 from frozen_peft.context.modes import without_dropout
 
@@ -47,10 +47,10 @@ def _expand_own(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of the latents at hand, `(B, H, D, E)`; what lies before them goes on as latents."""
     keys, values = expand(latents, rotary)
-    if get_segment(latents) is not None:
+    if isinstance(get_segment(latents), Segment):
         device_type = latents.device.type
         autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-        move_segment(latents, keys, partial(_expand_frozen, attention, expand, autocast))
+        move_segment(latents, keys, values, partial(_expand_frozen, attention, expand, autocast))
     return keys, values
 
 

@@ -4,7 +4,15 @@
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
 from frozen_peft.utils.cache_argument import CACHE_ARGUMENTS, cache_argument, takes_unknown_cache
@@ -20,7 +28,26 @@ __all__ = [
 
 # Architectures that transformers itself continues inexactly from a cache, with the error seen in the decision's
 # log-probabilities of a tiny random model (transformers 5.23.0). An entry goes when transformers continues it exactly.
-INEXACT_ARCHITECTURES = {"jamba": 1e-1, "recurrent_gemma": 5e-2}
+INEXACT_ARCHITECTURES = {"jamba": 1e-1, "moshi": 4e-1, "recurrent_gemma": 5e-2, "zamba": 1e-1}
+# Architectures whose cache is another, or is used in another way, than a frozen context can stand in for.
+UNSUPPORTED_ARCHITECTURES = {
+    "cpmant": "puts its prompt tokens in front of every forward, of a decision too",
+    "doge": "computes its attention mask from the cached values of the whole sequence again in each forward, with "
+    "weights that are trained (`dt_proj`)",
+    "minimax": "takes no other cache than one of a class of its own (MiniMaxCache)",
+    "roformer": "counts positions from the length of its cache, in a batch from the longest context",
+    "xlm": "masks the tokens at hand alone, whatever its cache holds before them",
+    "xlstm": "takes no other cache than one of a class of its own (xLSTMCache)",
+}
+# What a frozen context can hold of a layer.
+KNOWN_LAYERS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    DummyLayer,
+)
 # Modules that expand cached latents into keys and values (multi-head latent attention) in each forward, at context
 # positions too.
 LATENT_EXPANSIONS = ("kv_b_proj",)
@@ -60,6 +87,19 @@ def require_exact_continuation(model: PreTrainedModel) -> None:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} (model type `{model_type}`) takes no cache that a frozen context could "
             f"live in. {ways_out}."
+        )
+    if model_type in UNSUPPORTED_ARCHITECTURES:
+        raise UnsupportedArchitectureError(
+            f"`{model_type}` {UNSUPPORTED_ARCHITECTURES[model_type]}, so it cannot continue from a frozen context. "
+            f"{ways_out}."
+        )
+    unknown = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers} - {
+        known.__name__ for known in KNOWN_LAYERS
+    }
+    if unknown:
+        raise UnsupportedArchitectureError(
+            f"`{model_type}` has layers that keep a `{', '.join(sorted(unknown))}` of what is before them, which a "
+            f"frozen context cannot hold. {ways_out}."
         )
     if model_type in INEXACT_ARCHITECTURES:
         raise ContextMismatchError(

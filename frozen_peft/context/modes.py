@@ -13,7 +13,7 @@ from peft import PeftModel
 from frozen_peft.context.compiled import not_compiled
 from frozen_peft.context.models import get_pretrained_model
 
-__all__ = ["adapters_active", "prefill_mode", "without_dropout"]
+__all__ = ["adapters_active", "attention_in_training", "prefill_mode", "without_dropout"]
 
 
 @contextmanager
@@ -55,6 +55,31 @@ def without_dropout(model: torch.nn.Module, *, keep_checkpointing: bool = False)
     finally:
         for module in changed:
             module.training = True
+
+
+@contextmanager
+def attention_in_training(model: torch.nn.Module) -> Iterator[None]:
+    """Sets the training flag of every module but decoder layers and 4-bit layers, and gives back what was drawn.
+
+    So attention asks for the dropout that it has in training, and gradient checkpointing stays off.
+    """
+    changed = [
+        module
+        for module in model.modules()
+        if not module.training
+        and type(module).__name__ != "Linear4bit"
+        and not hasattr(module, "gradient_checkpointing")
+    ]
+    device = get_pretrained_model(model).get_input_embeddings().weight.device
+    devices = [device] if device.type == "cuda" else []
+    for module in changed:
+        module.training = True
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module in changed:
+            module.training = False
 
 
 def adapters_active(model: torch.nn.Module, active: bool) -> AbstractContextManager[None]:

@@ -38,6 +38,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from frozen_peft.context.handover import CONTIGUOUS, KeyValueGradient, Segment, current_use, get_segment, uncompiled
 from frozen_peft.context.kernel_table import has_16_bit_products
 from frozen_peft.context.models import get_decoder, latent_expansions
+from frozen_peft.errors import ContextMismatchError
 
 __all__ = ["IMPLEMENTATION", "continues_in_segments", "is_segmented"]
 
@@ -89,6 +90,9 @@ def segmented_attention_forward(
 
     Returns:
         Shape `(B, D, H, V)`, and None for the attention weights, which are never built.
+
+    Raises:
+        ContextMismatchError: A segment would be read for something else than plain attention over keys and values.
     """
     segment = get_segment(key)
     if segment is CONTIGUOUS and attention_mask is None and query.shape[-2] < key.shape[-2]:
@@ -97,7 +101,7 @@ def segmented_attention_forward(
         query, key, value = (_autocast(tensor) for tensor in (query, key, value))
         output = attend(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True)
     elif isinstance(segment, Segment):
-        assert dropout == 0.0, "segments are only used where attention has no dropout"
+        _require_plain_attention(module, value, attention_mask, segment, dropout, kwargs)
         if (use := current_use()) is not None:
             use.num_read += 1
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -113,6 +117,31 @@ def segmented_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     return output.transpose(1, 2).contiguous(), None
+
+
+def _require_plain_attention(
+    module: torch.nn.Module,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    segment: Segment,
+    dropout: float,
+    options: dict[str, Any],
+) -> None:
+    """Refuses what two segments do not know; `use_segmented_attention` tries it out before a model is trained."""
+    if dropout:
+        problem = f"drops out with a probability of {dropout}"
+    elif get_segment(value) is not segment:
+        problem = "attends to other values than those of the cache"
+    elif mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1):
+        problem = "has a mask of numbers, or one for each head"
+    elif options.get("position_bias") is not None or options.get("softcap") is not None:
+        problem = "changes its scores by a bias or a cap"
+    else:
+        return
+    raise ContextMismatchError(
+        f"{type(module).__name__} {problem}, which attention over two segments cannot do. Load the model with "
+        "`attn_implementation='eager'`."
+    )
 
 
 def segmented_mask(*, mask_function: Any, allow_is_causal_skip: bool = True, **kwargs: Any) -> torch.Tensor | None:

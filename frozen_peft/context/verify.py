@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.compiled import not_compiled
 from frozen_peft.context.decision import decision_forward
+from frozen_peft.context.dropout import has_dropout
 from frozen_peft.context.encoder import encode_context
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
@@ -31,7 +32,6 @@ __all__ = [
     "ContextCheck",
     "RoundingCheck",
     "context_tokens_needed",
-    "has_dropout",
     "has_low_precision",
     "verify_context",
     "verify_rounding",
@@ -245,10 +245,9 @@ def _plain_logprobs(model: torch.nn.Module, context: torch.Tensor, decision: tor
     pretrained = get_pretrained_model(model)
 
     def logprobs() -> torch.Tensor:
+        # Without positions, as SFTTrainer calls it: some architectures (RoBERTa) count otherwise than from 0.
         hidden = get_decoder(pretrained)(
-            input_ids=torch.cat([context, decision])[None],
-            position_ids=torch.arange(len(context) + len(decision), device=context.device)[None],
-            use_cache=False,
+            input_ids=torch.cat([context, decision])[None], use_cache=False
         ).last_hidden_state
         return _logprobs(pretrained, hidden[0, len(context) :], decision)
 
@@ -284,12 +283,6 @@ def _logprobs_over(model: torch.nn.Module, frozen: FrozenContext, decision: torc
 
     with without_dropout(model, keep_checkpointing=keep_checkpointing), decision_forward(model):
         return run_within_forward(model, logprobs)
-
-
-def has_dropout(model: PreTrainedModel) -> bool:
-    """Whether the configuration asks for dropout anywhere."""
-    values = model.config.get_text_config().to_dict()
-    return any(isinstance(value, float) and value > 0.0 for name, value in values.items() if "drop" in name)
 
 
 def _logprobs(model: PreTrainedModel, hidden: torch.Tensor, decision: torch.Tensor) -> torch.Tensor:

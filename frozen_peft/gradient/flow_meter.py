@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 
 from frozen_peft.adapters import ROLES, adapted_projections
@@ -32,9 +33,9 @@ from frozen_peft.context import (
     use_segmented_attention,
 )
 from frozen_peft.context.boundary import IGNORED_LABEL
+from frozen_peft.context.dropout import has_dropout
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.modes import without_dropout
-from frozen_peft.context.verify import has_dropout
 from frozen_peft.gradient.attention_mass import observed_attention
 from frozen_peft.gradient.state_reads import observed_rules
 from frozen_peft.gradient.stretches import stretched_forward
@@ -341,7 +342,8 @@ def _adapted_parts(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], li
     # Routed experts, a head: what is no linear module of a layer.
     pretrained = get_pretrained_model(model)
     for name, module in pretrained.named_modules():
-        if not isinstance(module, LoraLayer) or id(module) in layers:
+        # AdaLoRA's layers derive from LoRA's and keep their weights otherwise.
+        if not isinstance(module, LoraLayer) or isinstance(module, AdaLoraLayer) or id(module) in layers:
             continue
         for adapter in module.active_adapters:
             if adapter in module.lora_B:

@@ -76,7 +76,7 @@ class _StretchAttention(CacheLayerMixin):
         needs_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         gradients = [piece.add_gradient_to() if needs_gradient else None for piece in self.past.pieces]
         if self.segmented:
-            give_segment(key_states, self._segment(key_states.shape[0], gradients))
+            give_segment(key_states, value_states, self._segment(key_states.shape[0], gradients))
             return key_states, value_states
         keys, values = (self._joined(own, index, gradients) for index, own in enumerate((key_states, value_states)))
         for tensor in (keys, values):

@@ -30,6 +30,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from frozen_peft.context.adapter_kinds import require_adapters_by_position
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.latents import freeze_latent_expansions
@@ -86,13 +87,15 @@ def stretched_forward(
     Raises:
         ContextMismatchError: The architecture does not continue exactly from a cache, or lost it on the way.
         UnsupportedArchitectureError: The architecture has no cache, or one that stretches cannot hand on.
-        ValueError: Reentrant checkpoints, samples that are padded on the left or flattened into one row, or
-            arguments that cannot be cut into stretches.
+        ValueError: Reentrant checkpoints, adapters that act on parts of a sequence otherwise than on the whole,
+            samples that are padded on the left or flattened into one row, or arguments that cannot be cut into
+            stretches.
     """
     if stretch_size < 1:
         raise ValueError(f"`sequence_chunk_size` must be 1 token or more, found {stretch_size}.")
     pretrained = get_pretrained_model(model)
     require_exact_continuation(pretrained)
+    require_adapters_by_position(model)
     _require_plain_checkpoints(pretrained)
     choose_kernels(pretrained)
     decoder = get_decoder(pretrained)

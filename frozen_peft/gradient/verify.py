@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from frozen_peft.context.compiled import not_compiled
+from frozen_peft.context.dropout import has_dropout
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.context.modes import without_dropout
 from frozen_peft.context.sharding import are_sharded, run_within_forward
-from frozen_peft.context.verify import context_tokens_needed, has_dropout, has_low_precision
+from frozen_peft.context.verify import context_tokens_needed, has_low_precision
 from frozen_peft.errors import ContextMismatchError
 from frozen_peft.gradient.stretches import stretched_forward
 

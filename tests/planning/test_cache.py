@@ -8,8 +8,8 @@ from peft import get_peft_model
 from frozen_peft import lora_config
 from frozen_peft.context import encode_context
 from frozen_peft.planning import Setting, make_plan
-from frozen_peft.planning.estimating import estimator_of
 from frozen_peft.planning.blueprint import Blueprint
+from frozen_peft.planning.estimating import estimator_of
 from frozen_peft.planning.traces import Tracer
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
