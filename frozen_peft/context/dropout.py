@@ -8,7 +8,6 @@ model is without.
 """
 
 from collections.abc import Iterator, Mapping
-from numbers import Real
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -48,15 +47,14 @@ def require_all_layers(model: PreTrainedModel) -> None:
             )
 
 
-def _dropouts(config: PretrainedConfig) -> dict[str, Real]:
+def _dropouts(config: PretrainedConfig) -> dict[str, float]:
     """Every probability above 0, by its name; those of a part of the configuration as `part.name`."""
     return {
         name: value
         for name, value in _flat(config.to_dict())
         if "drop" in name.rpartition(".")[2]
         and not name.rpartition(".")[2].startswith(OF_OTHER_HEADS)
-        and isinstance(value, Real)
-        and not isinstance(value, bool)
+        and type(value) in (int, float)
         and value > 0
     }
 

@@ -15,6 +15,7 @@ A context is expanded as it was encoded: without dropout.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -26,19 +27,21 @@ __all__ = ["freeze_latent_expansions", "hand_on_latents"]
 
 Expand = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
+# The method of transformers (5.23, 5.24) between an attention module's cache and its attention.
+EXPAND = "expand_kv"
 CONTEXT_ATTRIBUTE = "_frozen_peft_context_latents"
 
 
 def hand_on_latents(decoder: torch.nn.Module) -> None:
     """Lets the segments that ride on latents reach attention, for the life of the model.
 
-    transformers (5.23, 5.24) calls `expand_kv` on each attention module between its cache and attention. It is
-    replaced on the modules at hand, since the tensors that it makes carry nothing of those it was given.
+    `expand_kv` is replaced on the modules at hand: the tensors that it makes carry nothing of those it was given.
     """
     for attention in latent_attentions(decoder):
-        if "expand_kv" not in vars(attention):
+        if EXPAND not in vars(attention):
             # Partials, unlike closures, are copied with the model that they belong to.
-            attention.expand_kv = partial(_expand_own, attention, attention.expand_kv)
+            expand: Any = attention.expand_kv
+            setattr(attention, EXPAND, partial(_expand_own, attention, expand))
 
 
 @uncompiled

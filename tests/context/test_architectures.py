@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Architectures that need more than keys and values as they are: computed right, or refused by name and with reason."""
+"""Architectures that need more than keys and values as they are: right, or refused by name and with the reason."""
 
 import copy
 

@@ -4,6 +4,7 @@
 Of the context these are constants, and a decision holds no more of the context than the cache does.
 """
 
+import copy
 from functools import cache
 
 import pytest
@@ -25,7 +26,7 @@ from tests.reference import (
 from tests.tiny_models import LATENT_ATTENTION, add_lora, tiny_model
 
 TOLERANCE = 1e-5
-# One of each kind: plain, without ropes beside linear attention, two attentions in a layer.
+# Plain, and with two attentions in a layer; kimi_linear has it beside linear attention.
 FAST = ("deepseek_v3", "longcat_flash")
 NAMES = [
     "kimi_linear",
@@ -99,7 +100,7 @@ def test_a_context_is_expanded_without_dropout(segmented: bool) -> None:
     expected = _without_adapters_in_the_decision(model, layers, sample)
     frozen = encode(model, [sample])
     model.train()
-    assert relative_error(decision_logits(model, [sample], frozen)[0], expected) <= TOLERANCE
+    assert relative_error(decision_logits(model, [sample], frozen)[0].detach(), expected) <= TOLERANCE
     assert relative_error(_plain_logits(model, sample), expected) > 100 * TOLERANCE
 
 
@@ -119,6 +120,18 @@ def _without_adapters_in_the_decision(model: PeftModel, layers: list[LoraLayer],
     finally:
         for handle in handles:
             handle.remove()
+
+
+def test_a_copy_of_the_model_expands_with_weights_of_its_own() -> None:
+    model = add_lora(tiny_model("deepseek_v3"))
+    assert use_segmented_attention(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            if "kv_b_proj" in name:
+                weight *= 1.5
+    expected = reference_logprobs(other, SAMPLES[0].input_ids, SAMPLES[0].boundary)
+    assert relative_error(frozen_logprobs(other, SAMPLES[:1], encode(other, SAMPLES[:1])), expected) <= TOLERANCE
 
 
 def test_autocast_expands_a_context_as_the_forward_does_and_leaves_weights_their_gradient() -> None:
