@@ -64,6 +64,10 @@ class Segment:
     gradients: tuple[tuple[KeyValueGradient | None, ...], ...] = ()
     expand: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
+    def num_tokens(self, row: int) -> int:
+        """Tokens of one sample."""
+        return sum(piece.shape[-2] for piece in self.keys[row])
+
 
 @dataclass
 class CacheUse:

@@ -251,7 +251,7 @@ def _blocks(
         # Expanded keys and values are held beside the scores.
         per_key = max(per_key, key.shape[-1] + value.shape[-1])
     size = max(_score_block(key) // (key.shape[1] * per_key), MIN_KEY_BLOCK)
-    column = segment.padded_length - sum(piece.shape[-2] for piece in segment.keys[row])
+    column = segment.padded_length - segment.num_tokens(row)
     pieces: Iterable[tuple[torch.Tensor, torch.Tensor, KeyValueGradient | None]]
     if segment.gradients:
         pieces = zip(segment.keys[row], segment.values[row], segment.gradients[row], strict=True)

@@ -29,6 +29,8 @@ __all__ = ["context_mass", "observed_attention"]
 # Scores that exist at a time: 16 MiB in float32.
 NUM_SCORES = 1 << 22
 MIN_KEYS = 256
+# Latents that are expanded into keys at a time.
+TOKENS_EXPANDED = 1024
 
 # Options that modeling files pass on and these implementations make nothing of.
 _UNREAD = dict.fromkeys(("sdpa", IMPLEMENTATION), ("softcap", "s_aux"))
@@ -107,7 +109,8 @@ def context_mass(
     mask = attention_mask[0] if attention_mask is not None and attention_mask.ndim == 4 else None
     num_tokens = query.shape[-2]
     segment = get_segment(key)
-    context = list(_pieces(segment)) if isinstance(segment, Segment) else [key[0, :, : key.shape[-2] - num_tokens]]
+    before = key[0, :, : key.shape[-2] - num_tokens]
+    num_context = segment.num_tokens(row=0) if isinstance(segment, Segment) else before.shape[-2]
     own = key[0, :, -num_tokens:]
     scores = _Scores(
         query[0],
@@ -116,10 +119,10 @@ def context_mass(
         softcap,
         mask,
         sliding_window,
-        sum(keys.shape[-2] for keys in context),
+        num_context,
     )
     of_context, position = [], 0
-    for keys in context:
+    for keys in _pieces(segment) if isinstance(segment, Segment) else [before]:
         of_context.append(scores.logsumexp(keys, position))
         position += keys.shape[-2]
     whole = scores.logsumexp(own, position)
@@ -132,7 +135,12 @@ def context_mass(
 
 def _pieces(segment: Segment) -> Iterator[torch.Tensor]:
     """Keys of the only row, shapes `(K, tokens of the piece, E)`."""
-    yield from (keys[0] for keys in segment.keys[0])
+    for piece in zip(segment.keys[0], segment.values[0], strict=True):
+        if segment.expand is None:
+            yield piece[0][0]
+            continue
+        for latents in zip(*(tensor.split(TOKENS_EXPANDED, dim=-2) for tensor in piece), strict=True):
+            yield segment.expand(*latents)[0][0]
 
 
 @dataclass(frozen=True)

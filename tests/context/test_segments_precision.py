@@ -42,13 +42,13 @@ def _expected() -> list[torch.Tensor]:
 def _actual(device: str, autocast: bool) -> list[torch.Tensor]:
     query, key, value, context_key, context_value, grad = _inputs(device)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    # As out of modeling code: the segment rides on a tensor that has a graph.
-    key = leaves[1] * 1
+    # As out of modeling code: the segment rides on tensors that have a graph.
+    key, value = leaves[1] * 1, leaves[2] * 1
     half = CONTEXT // 3
     pieces = [tuple(tensor.split([half, CONTEXT - half], dim=2)) for tensor in (context_key, context_value)]
-    give_segment(key, Segment((pieces[0],), (pieces[1],), CONTEXT))
+    give_segment(key, value, Segment((pieces[0],), (pieces[1],), CONTEXT))
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        output, _ = segments.segmented_attention_forward(nn.Module(), leaves[0], key, leaves[2], None)
+        output, _ = segments.segmented_attention_forward(nn.Module(), leaves[0], key, value, None)
     output = output.transpose(1, 2)
     return [output.detach().cpu(), *(part.cpu() for part in torch.autograd.grad(output, leaves, grad))]
 

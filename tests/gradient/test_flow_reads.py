@@ -44,8 +44,8 @@ def _layers(model: nn.Module) -> Sequence[nn.Module]:
     return model.get_base_model().get_decoder().layers
 
 
-# gpt_oss has sinks and concatenates, gemma3 slides in every second layer.
-@pytest.mark.parametrize("name", ["llama", "qwen3_5_text", "gemma3_text", "gpt_oss"])
+# gpt_oss has sinks and concatenates, gemma3 slides in every second layer, deepseek_v3 has latents in its segments.
+@pytest.mark.parametrize("name", ["llama", "qwen3_5_text", "gemma3_text", "gpt_oss", "deepseek_v3"])
 def test_attention_mass_equals_eager_attention_before_and_after_a_step(name: str) -> None:
     model = add_lora(tiny_model(name))
     flow = gradient_flow(model, collated(SEEN), sequence_chunk_size=STRETCH, learning_rate=0.02)
@@ -111,7 +111,7 @@ def test_blocks_of_keys_give_the_mass_of_one_softmax(
     }
     own = keys[:, :, num_context:].clone()
     parts = keys[:, :, :num_context].split(pieces, dim=2)
-    give_segment(own, Segment((parts,), (parts,), num_context))
+    give_segment(own, own, Segment((parts,), (parts,), num_context))
     with pytest.MonkeyPatch.context() as patch:
         # So that blocks end within pieces and queries.
         patch.setattr(attention_mass, "NUM_SCORES", 4 * num_heads)
