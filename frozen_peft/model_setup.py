@@ -5,9 +5,16 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils.other import TrainableTokensWrapper
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from frozen_peft.adapters import activate_at_invocation, find_invocation, require_always_active
+from frozen_peft.adapters import (
+    BaseSamples,
+    activate_at_invocation,
+    find_invocation,
+    require_always_active,
+    require_base,
+)
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut, require_untouched_base
 from frozen_peft.context.adapter_kinds import require_adapter_by_position, require_adapters_by_position
@@ -15,13 +22,17 @@ from frozen_peft.context.dropout import require_all_layers
 from frozen_peft.context.models import get_pretrained_model, require_exact_continuation
 
 __all__ = [
+    "base_needed_for",
     "check_model",
     "check_parts",
+    "complete_head",
     "given_invocation",
     "has_auxiliary_loss",
     "make_config",
     "make_cut",
     "named_datasets",
+    "require_kept_base",
+    "sample_base",
     "settle_context_adapters",
 ]
 
@@ -49,6 +60,9 @@ def check_model(
     """
     if not args.context_adapters:
         _require_adapters(isinstance(model, PeftModel) or adapters_come)
+    if needed_for := base_needed_for(args):
+        comes = {"default": peft_config} if peft_config is not None else {}
+        require_base(model.peft_config if isinstance(model, PeftModel) else comes, needed_for)
     if peft_config is not None and args.runs_in_parts:
         require_adapter_by_position(peft_config)
     if not isinstance(model, str):
@@ -69,6 +83,37 @@ def check_parts(model: torch.nn.Module, args: FrozenContextConfig) -> None:
     require_exact_continuation(pretrained)
     require_all_layers(pretrained)
     require_adapters_by_position(model)
+
+
+def base_needed_for(args: FrozenContextConfig) -> str | None:
+    """What a configuration has the model without its adapters for; None: nothing."""
+    if not args.context_adapters:
+        return "`context_adapters=False` encodes contexts by the base model"
+    return "`loss_type='distill'` has the base model for a teacher" if args.loss_type == "distill" else None
+
+
+def sample_base(model: Model, args: FrozenContextConfig) -> BaseSamples | None:
+    """What to compare a model with that PEFT has put adapters into; None where it has them, or nothing needs that."""
+    return BaseSamples(model) if isinstance(model, PreTrainedModel) and base_needed_for(args) else None
+
+
+def require_kept_base(model: torch.nn.Module, args: FrozenContextConfig, before: BaseSamples | None) -> None:
+    """Refuses a model that with its adapters off is not its base, where the configuration needs it to be.
+
+    Args:
+        model: The model with its adapters.
+        args: The configuration.
+        before: What `sample_base` returned before it had them.
+
+    Raises:
+        ValueError: It is another model.
+    """
+    needed_for = base_needed_for(args)
+    if needed_for is None:
+        return
+    require_base(model, needed_for)
+    if before is not None:
+        before.require_kept(model, needed_for)
 
 
 def given_invocation(model: Model, peft_config: Any, args: FrozenContextConfig) -> tuple[int, ...]:
@@ -108,6 +153,17 @@ def settle_context_adapters(model: torch.nn.Module, *, active: bool, invocation:
     _require_adapters(isinstance(model, PeftModel))
     require_untouched_base(model)
     activate_at_invocation(model, invocation)
+
+
+def complete_head(model: torch.nn.Module) -> None:
+    """Lets TRL read a head whose rows are trained together with the embedding's (`trainable_token_indices`, tied).
+
+    trl 1.16 asks every head for its `bias`, and PEFT's wrapper of it (0.21) passes on the weight alone. It can go when
+    either does without.
+    """
+    head = get_pretrained_model(model).get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper) and getattr(head.original_module, "bias", None) is None:
+        head.bias = None
 
 
 def _require_adapters(present: bool) -> None:

@@ -53,11 +53,14 @@ from frozen_peft.metrics import ContextMetrics, Mode
 from frozen_peft.model_setup import (
     check_model,
     check_parts,
+    complete_head,
     given_invocation,
     has_auxiliary_loss,
     make_config,
     make_cut,
     named_datasets,
+    require_kept_base,
+    sample_base,
     settle_context_adapters,
 )
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
@@ -117,6 +120,7 @@ class FrozenContextTrainer(GroupingTrainer):
             require_groupable(train_dataset)
         peft_config = kwargs.get("peft_config")
         check_model(model, args, adapters_come=peft_config is not None or bool(positional), peft_config=peft_config)
+        base_before = sample_base(model, args)
         self._max_positions: int | None = None
         self._distills = args.loss_type == "distill"
         self._distiller: Distiller | None = None
@@ -137,6 +141,7 @@ class FrozenContextTrainer(GroupingTrainer):
             super().__init__(model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
 
         pretrained = get_pretrained_model(self.model)
+        complete_head(self.model)
         require_same_machines(self.accelerator, self.args.device, pretrained.dtype)
         check_engine(self.accelerator, self.model, self.args)
         check_parts(self.model, self.args)
@@ -158,6 +163,7 @@ class FrozenContextTrainer(GroupingTrainer):
         choose_kernels(pretrained)
         if self._freezes_context:
             settle_context_adapters(self.model, active=self.args.context_adapters, invocation=self._cut.invocation)
+        require_kept_base(self.model, self.args, base_before)
         if self._freezes_context or self.args.sequence_chunk_size is not None:
             use_segmented_attention(self.model)
         if self._freezes_context:

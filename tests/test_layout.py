@@ -17,7 +17,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # What each side knows of the others. `errors` and `data` are leaves that anyone may use.
 LEAVES = {"errors", "data", "installed", "utils"}
 ARROWS = {
-    "context": set(),
+    # Of adapters, whether the model without them is its base.
+    "context": {"adapters"},
     # Of adapters, which rows of which projection are adapted, and what they do.
     "gradient": {"adapters", "context"},
     "adapters": set(),

@@ -8,6 +8,7 @@ from frozen_peft.adapters.activated import (
     require_always_active,
 )
 from frozen_peft.adapters.lora import PRESETS, RoleLoraConfig, is_lora, lora_config
+from frozen_peft.adapters.initialisation import BaseSamples, change_of_base, require_base
 from frozen_peft.adapters.merge import (
     REPORT,
     MergeMismatchError,
@@ -15,6 +16,8 @@ from frozen_peft.adapters.merge import (
     find_folder,
     load_merged,
     merge_adapter,
+    require_repeatable,
+    require_repeated_change,
     save_base_record,
 )
 from frozen_peft.adapters.pickles import require_no_pickle
@@ -40,6 +43,7 @@ __all__ = [
     "REPORT",
     "ROLES",
     "AdaptedProjection",
+    "BaseSamples",
     "MergeMismatchError",
     "QuantizationReport",
     "Role",
@@ -50,6 +54,7 @@ __all__ = [
     "active_everywhere",
     "adapted_projections",
     "adapted_weights_summary",
+    "change_of_base",
     "export_adapter",
     "find_folder",
     "find_invocation",
@@ -63,7 +68,10 @@ __all__ = [
     "quantization_config",
     "quantization_report",
     "require_always_active",
+    "require_base",
     "require_no_pickle",
+    "require_repeatable",
+    "require_repeated_change",
     "restrict_adapter_rows",
     "save_base_record",
 ]

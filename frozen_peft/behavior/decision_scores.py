@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from frozen_peft.adapters import activate_at_invocation
+from frozen_peft.adapters import activate_at_invocation, require_base
 from frozen_peft.behavior.probe_tokens import TokenizedDecision
 from frozen_peft.context import (
     ContextEncoder,
@@ -158,10 +158,13 @@ class DecisionScorer:
             By weights, one score per decision, in their order.
 
         Raises:
-            ValueError: A decision cannot be cut at the adapter's invocation, none of its tokens is predicted, or the
-                model gives no probabilities for it (NaN or infinite logits).
+            ValueError: A decision cannot be cut at the adapter's invocation, none of its tokens is predicted, the
+                model gives no probabilities for it (NaN or infinite logits), or the base is wanted, and the model is
+                not it with its adapters off.
             ContextMismatchError: A decision over a frozen context is not what a plain forward gives.
         """
+        if "base" in weights or self._cut.invocation:
+            require_base(self.model, "The base model's figures are wanted")
         if any(with_kl) and set(weights) != {"base", "adapted"}:
             raise ValueError("KL to the base needs both the base's and the adapted weights")
         wanted = list(with_kl) or [False] * len(decisions)

@@ -2,15 +2,23 @@
 """Loads a model to measure: a checkpoint as training loads it, with an adapter of which nothing is left behind."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
-from frozen_peft.adapters import find_folder, keep_linear4bit_trainable, quantization_config, require_no_pickle
+from frozen_peft.adapters import (
+    find_folder,
+    keep_linear4bit_trainable,
+    quantization_config,
+    require_no_pickle,
+    require_repeatable,
+    require_repeated_change,
+)
 
 __all__ = ["load_model", "put_adapter_weights"]
 
@@ -47,6 +55,7 @@ def load_model(
     if adapter is not None:
         # Of the hub's files, a pickle is downloaded where it is allowed.
         adapter = str(find_folder(adapter, what="the adapter", allow_pickle=allow_pickle))
+        require_repeatable(PeftConfig.from_pretrained(adapter), Path(adapter), in_4_bit=load_in_4bit)
     for folder in (name, adapter):
         if folder is not None and not allow_pickle:
             require_no_pickle(folder)
@@ -68,6 +77,7 @@ def _with_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
         warnings.filterwarnings("ignore", "Found missing adapter keys")
         adapted = PeftModel.from_pretrained(model, adapter)
     put_adapter_weights(adapted, adapter)
+    require_repeated_change(adapted, Path(adapter))
     return adapted
 
 

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from peft import PeftModel
 
+from frozen_peft.adapters import require_base
 from frozen_peft.context.compiled import not_compiled
 from frozen_peft.context.models import get_pretrained_model
 
@@ -83,7 +84,11 @@ def attention_in_training(model: torch.nn.Module) -> Iterator[None]:
 
 
 def adapters_active(model: torch.nn.Module, active: bool) -> AbstractContextManager[None]:
-    """Runs a model with its adapters on, or switched off."""
+    """Runs a model with its adapters on, or switched off.
+
+    Raises:
+        ValueError: They are to be off, and the model has none, or is not its base model without them.
+    """
     if active:
         return nullcontext()
     if not isinstance(model, PeftModel):
@@ -91,6 +96,7 @@ def adapters_active(model: torch.nn.Module, active: bool) -> AbstractContextMana
             "`context_adapters=False` encodes contexts with the adapters switched off, but the model is a "
             f"{type(model).__name__} without adapters. Pass `peft_config`, or leave `context_adapters=True`."
         )
+    require_base(model, "Contexts are to be encoded by the base model")
     return model.disable_adapter()
 
 

@@ -33,6 +33,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from frozen_peft.adapters import change_of_base
 from frozen_peft.behavior import LocalSampler, PromptRow, SamplingSettings, message_texts, restore_instructions
 from frozen_peft.behavior.conversation import Context, split_sample
 from frozen_peft.behavior.decision_tokens import prompt_tokens, stop_tokens
@@ -118,6 +119,9 @@ def make_examples(
     variants["trained"] = variants["base"]
     if chosen and not isinstance(model, PeftModel):
         notes.append("base: the weights themselves were trained, so the base is no longer there")
+        variants |= {"base": [], "base_instructed": []}
+    elif chosen and (change := change_of_base(model)):
+        notes.append(f"base: it is no longer there: {change}")
         variants |= {"base": [], "base_instructed": []}
     elif chosen and not variants["base_instructed"]:
         notes.append("base with instructions: no sample has the column `stripped`, which says what they were")

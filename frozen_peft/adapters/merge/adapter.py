@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from frozen_peft.adapters.activated import CANNOT_MERGE
+from frozen_peft.adapters.initialisation import CONVERT, initial_change
 from frozen_peft.adapters.merge.checkpoint import find_folder, load_tensors, read_json
 from frozen_peft.adapters.merge.layout import adapted_modules, change_layout, layout_of_keys, layout_of_model
 from frozen_peft.adapters.merge.patterns import require_quick_patterns
@@ -88,8 +89,6 @@ _NOT_MERGED = {
     "layer_replication": "replicated layers",
     "megatron_config": "Megatron's layers",
 }
-# Initialisations that leave the base weight as it is.
-_KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -135,12 +134,10 @@ def open_adapter(name: str | Path, *, allow_pickle: bool = False, activated: boo
     for field, meaning in _NOT_MERGED.items():
         if config.get(field):
             raise ValueError(f"{path} has {field!r}: {config[field]!r}. An adapter with {meaning} is not merged here.")
-    initialisation = config.get("init_lora_weights", True)
-    if not any(initialisation is known or initialisation == known for known in _KEEPS_BASE):
+    if change := initial_change(config):
         raise ValueError(
-            f"{path} has 'init_lora_weights': {initialisation!r}, which changes the base weights before training, so "
-            "that the adapter belongs to weights the checkpoint does not hold. Save it with PEFT's "
-            "`path_initial_model_for_weight_conversion` first."
+            f"{path} has {change}, which changes the base weights before training, so that the adapter belongs to "
+            f"weights the checkpoint does not hold. {CONVERT}"
         )
     tensors = load_tensors(folder, "adapter_model", allow_pickle=allow_pickle)
     if not tensors:

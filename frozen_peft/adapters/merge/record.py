@@ -25,6 +25,7 @@ __all__ = [
     "RECORD",
     "BaseRecord",
     "describe_base",
+    "difference_from",
     "read_record",
     "relative_names",
     "require_same_base",
@@ -204,11 +205,31 @@ def require_same_base(
         found = _values(checkpoint, tensor, indices)
         compared += 1
         for index, now, value in zip(indices, found, values, strict=True):
-            if not abs(now - value) <= _ROUNDING * max(abs(now), abs(value)) + _SMALLEST:
+            if not _is_same(now, value):
                 raise _other_base(
                     record, checkpoint, f"value {index} of `{tensor}` is {now:g}, and was {value:g} in training"
                 )
     return compared
+
+
+def difference_from(record: BaseRecord, model: PeftModel) -> str | None:
+    """What sampled value of the base is another one in a loaded model than it was in training; None where none is."""
+    parameters = dict(_base_parameters(model))
+    for name, (indices, values) in record.samples.items():
+        parameter = parameters.get(name)
+        if parameter is None or parameter.numel() <= max(indices, default=-1):
+            return f"`{name}` was there in training"
+        flat = parameter.detach().reshape(-1)
+        found = flat[torch.tensor(indices, device=flat.device)].float().tolist()
+        for index, now, value in zip(indices, found, values, strict=True):
+            if not _is_same(now, value):
+                return f"value {index} of `{name}` is {now:g}, and was {value:g} in training"
+    return None
+
+
+def _is_same(now: float, then: float) -> bool:
+    """Whether two values are one, up to rounding."""
+    return abs(now - then) <= _ROUNDING * max(abs(now), abs(then)) + _SMALLEST
 
 
 def _other_base(record: BaseRecord, checkpoint: Checkpoint, difference: str) -> ValueError:
