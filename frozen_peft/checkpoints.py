@@ -44,6 +44,12 @@ MANIFEST = "whole.json"
 UNFINISHED = ".unfinished"
 _STATE = "trainer_state.json"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+# What a run writes to under the name that is there, in its folder or in that of one trial of a search: checkpoints in
+# the making, logs, and files that TRL, transformers (5.23) and its callbacks open. All else gets its name by renaming.
+_WRITTEN_IN_PLACE = re.compile(
+    rf"(?:run-[^/]*/)?(?:{re.escape(UNFINISHED)}|run-[^/]*|runs|completions|README\.md|trainer_state\.json"
+    r"|[^/]*_results\.json|emissions\.csv)"
+)
 
 
 def publish_checkpoint(part: Path, final: Path, *, resumable: bool) -> None:
@@ -60,7 +66,7 @@ def publish_checkpoint(part: Path, final: Path, *, resumable: bool) -> None:
     for path in part.rglob("*"):
         _sync(path)
     _sync(part)
-    if final.exists():
+    if os.path.lexists(final):
         # A folder cannot be renamed onto one that holds something.
         old = part.with_name(f"{final.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
@@ -73,10 +79,11 @@ def publish_checkpoint(part: Path, final: Path, *, resumable: bool) -> None:
 def whole_files(folder: Path) -> Iterator[Path]:
     """A hidden folder to write files to, each of which appears in `folder`, whole, when the block ends.
 
-    What has a file's name already is replaced. Weights come last, after what describes them.
+    What has a file's name already is replaced, and so is a link in place of its folder, which may lead anywhere.
+    Weights come last, after what describes them.
     """
+    clear_unfinished(folder)
     part = folder / UNFINISHED / "files"
-    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
@@ -84,6 +91,9 @@ def whole_files(folder: Path) -> Iterator[Path]:
         for path in sorted(written, key=lambda path: (path.suffix == ".safetensors", path)):
             _sync(path)
             target = folder / path.relative_to(part)
+            for parent in list(path.relative_to(part).parents)[-2::-1]:
+                if (folder / parent).is_symlink():
+                    (folder / parent).unlink()
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
     finally:
@@ -96,14 +106,17 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def require_no_way_out(folder: str | Path) -> None:
-    """Refuses a run folder with a link that leads out of it: a run folder may have come from anywhere.
+    """Refuses a run folder with a link through which the run would write elsewhere: it may have come from anywhere.
+
+    What is only read, such as checkpoints that lie on another disk, may be behind links.
 
     Raises:
-        ValueError: There is one, through which the run would write elsewhere.
+        ValueError: There is such a link.
     """
     inside = Path(folder).resolve()
     for path in Path(folder).rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+        is_written = _WRITTEN_IN_PLACE.fullmatch(path.relative_to(folder).as_posix())
+        if is_written and path.is_symlink() and not path.resolve().is_relative_to(inside):
             raise ValueError(
                 f"`output_dir`: {path} leads to {path.readlink()}, outside of {folder}, and a run that writes there "
                 "would change that. Remove it or name another folder."

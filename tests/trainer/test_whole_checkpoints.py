@@ -186,13 +186,13 @@ def test_a_saved_model_appears_file_by_file(tmp_path: Path, monkeypatch: pytest.
     assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", [UNFINISHED, "trainer_state.json", "checkpoint-1/adapter_model.safetensors"])
+@pytest.mark.parametrize("name", [UNFINISHED, "trainer_state.json", "README.md", "eval_before_results.json", "runs"])
 def test_a_link_out_of_the_run_is_not_written_through(name: str, run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious").write_text("mine")
     link = run_dir / name
     link.unlink(missing_ok=True)
-    link.symlink_to(tmp_path / "elsewhere" / ("" if name == UNFINISHED else "precious"))
+    link.symlink_to(tmp_path / "elsewhere" / ("" if name in (UNFINISHED, "runs") else "precious"))
     with pytest.raises(ValueError, match=f"{link.name} leads to .*elsewhere.*, outside of"):
         train(FrozenContextTrainer, adapted("llama"), config(run_dir, **SAVING), as_dataset(ROWS), resume="auto")
     assert (tmp_path / "elsewhere" / "precious").read_text() == "mine"
@@ -200,6 +200,47 @@ def test_a_link_out_of_the_run_is_not_written_through(name: str, run_dir: Path, 
     link.unlink()
     (run_dir / "latest").symlink_to("checkpoint-2")
     require_no_way_out(run_dir)
+
+
+def test_links_that_a_run_reads_or_replaces_may_lead_out(run_dir: Path, tmp_path: Path) -> None:
+    """Checkpoints on another disk are resumed from as if they lay in the run; nothing behind a link changes."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(run_dir, tmp_path / "plain")
+    elsewhere.mkdir()
+    (elsewhere / "data").mkdir()
+    (elsewhere / "data" / "precious").write_text("mine")
+    shutil.rmtree(run_dir / "checkpoint-3")
+    shutil.rmtree(tmp_path / "plain" / "checkpoint-3")
+    shutil.move(run_dir / "checkpoint-2", elsewhere / "checkpoint-2")
+    shutil.move(run_dir / "checkpoint-1" / "adapter_model.safetensors", elsewhere / "weights")
+    links = {
+        "checkpoint-2": "checkpoint-2",
+        "checkpoint-1/adapter_model.safetensors": "weights",
+        # A name that the run gives anew, twice; data; and where a second adapter is saved.
+        "checkpoint-3": "data",
+        "adapter_model.safetensors": "data/precious",
+        "data": "data",
+        "second": "data",
+    }
+    for name, target in links.items():
+        (run_dir / name).unlink(missing_ok=True)
+        (run_dir / name).symlink_to(elsewhere / target)
+    before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
+    runs = []
+    for folder in (run_dir, tmp_path / "plain"):
+        model = adapted("llama")
+        model.add_adapter("second", model.peft_config["default"])
+        fields = config(folder, **SAVING | {"save_total_limit": 1})
+        runs.append(train(FrozenContextTrainer, model, fields, as_dataset(ROWS), resume="auto"))
+        runs[-1].trainer.save_model()
+    assert len(runs[0].gradients) == 1
+    assert runs[0].losses == runs[1].losses
+    for name, weight in runs[1].weights.items():
+        assert torch.equal(runs[0].weights[name], weight)
+    assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
+    assert why_not_whole(run_dir / "checkpoint-3") is None
+    for name in ("checkpoint-3", "adapter_model.safetensors", "second"):
+        assert not (run_dir / name).is_symlink()
 
 
 def test_a_run_that_had_ended_is_not_trained_further(run_dir: Path) -> None:
