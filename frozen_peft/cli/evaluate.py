@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from frozen_peft.behavior import CONDITIONS, read_probes, whole_file
+from frozen_peft.cli.dtypes import LOADED_DTYPES, full_name
 from frozen_peft.cli.errors import reported
 
 __all__ = ["run"]
@@ -119,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--dtype",
         default="auto",
-        choices=["auto", "bfloat16", "float16", "float32"],
+        type=full_name,
+        choices=LOADED_DTYPES,
         help="type of the loaded weights (default: the checkpoint's own)",
     )
     model.add_argument("--load_in_4bit", "--load-in-4bit", action="store_true", help="quantize the base to 4 bit")

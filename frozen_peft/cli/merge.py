@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a base on the hub")
     parser.add_argument(
-        "--dtype", choices=["bf16", "fp16", "fp32"], help="type of the weights (default: each keeps its own)"
+        "--dtype",
+        choices=["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"],
+        help="type of the weights (default: each keeps its own)",
     )
     parser.add_argument(
         "--onto",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from frozen_peft.behavior import RetrySettings, SamplingSettings
+from frozen_peft.cli.dtypes import LOADED_DTYPES, full_name
 
 __all__ = ["make_parser", "underscored"]
 
@@ -73,7 +74,8 @@ def _add_model(group: Any) -> None:
     group.add_argument(
         "--dtype",
         default="auto",
-        choices=["auto", "bfloat16", "float16", "float32"],
+        type=full_name,
+        choices=LOADED_DTYPES,
         help="type of the loaded weights; auto: the checkpoint's own",
     )
     group.add_argument("--load_in_4bit", action="store_true", help="quantize the base to 4 bit")

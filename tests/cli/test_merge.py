@@ -56,7 +56,8 @@ def test_takes_the_base_that_the_adapter_names(made, tmp_path: Path, capsys) -> 
     assert "say which with `base`" in capsys.readouterr().err
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
-    assert main(["merge", str(adapter), str(tmp_path / "merged"), "--no-verify"]) == 0
+    assert main(["merge", str(adapter), str(tmp_path / "merged"), "--no-verify", "--dtype", "bfloat16"]) == 0
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_writes_the_adapter_for_the_other_class(made, tmp_path: Path, capsys) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from frozen_peft.adapters.merge.adapter import AdapterFolder, open_adapter, updates_of
@@ -25,7 +26,7 @@ from frozen_peft.adapters.merge.files import copy_files, highest_token, write_co
 from frozen_peft.adapters.merge.homes import load_config, make_meta_model, parameters_of_tensors, require_layers
 from frozen_peft.adapters.merge.layout import layout_of_model
 from frozen_peft.adapters.merge.output import require_free, require_space, whole_folder
-from frozen_peft.adapters.merge.plan import DTYPES, plan_shards
+from frozen_peft.adapters.merge.plan import DTYPES, dtype_name, plan_shards
 from frozen_peft.adapters.merge.quantized import requantizer, training_config
 from frozen_peft.adapters.merge.record import read_record, require_same_base
 from frozen_peft.adapters.merge.updates import COMBINATIONS, Combination, Combined, Update, seed_of
@@ -69,7 +70,7 @@ def merge_adapter(
     base: str | Path | None = None,
     *,
     revision: str | None = None,
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    dtype: Literal["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"] | torch.dtype | None = None,
     onto: Literal["original", "quantized"] = "original",
     weights: Sequence[float] | None = None,
     combination: Combination = "linear",
@@ -93,7 +94,8 @@ def merge_adapter(
         output: The folder to write; it must not exist, or be empty.
         base: The model's folder or hub id, in 16 or 32 bit; by default the one that the adapter's configuration names.
         revision: Branch, tag or commit of a base on the hub.
-        dtype: Type of the weights; by default each keeps its own.
+        dtype: Type of the weights, `bf16` or `bfloat16`, `fp16`, `float32`, `torch.float32`, ...; by default each
+            keeps its own.
         onto: Of an adapter that was trained on a 4-bit base: whether to add it to the base's own weights, or to the
             de-quantized ones that it saw in training.
         weights: A factor for each adapter; 1 by default.
@@ -120,7 +122,11 @@ def merge_adapter(
     """
     output = Path(output)
     names = [adapter] if isinstance(adapter, str | Path) else list(adapter)
-    weights = _check_choices(names, weights, combination, density, dtype, onto)
+    written = None if dtype is None else dtype_name(dtype)
+    if dtype is not None and written is None:
+        known = [*DTYPES, "bfloat16", "float16", "float32"]
+        raise ValueError(f"`dtype` must be one of {known} or a dtype of torch of that name, got {dtype!r}.")
+    weights = _check_choices(names, weights, combination, density, onto)
     require_free(output)
     adapters = [open_adapter(name, allow_pickle=allow_pickle) for name in names]
     found = _open_base(adapters, base, revision, trust_remote_code, allow_pickle)
@@ -129,7 +135,7 @@ def merge_adapter(
     _require_same_vocabulary(adapters, found)
     quantized = requantizer(read_record(adapters[0].folder), model) if onto == "quantized" else None
     updates = _combine(adapters, found, weights, combination, density or 1.0, seed)
-    shards, untied = plan_shards(found.checkpoint, model, updates, dtype, quantized)
+    shards, untied = plan_shards(found.checkpoint, model, updates, written, quantized)
     num_bytes = sum(shard.num_bytes for shard in shards)
     require_space(output.absolute().parent, num_bytes)
     report: dict[str, Any] = {
@@ -140,7 +146,7 @@ def merge_adapter(
         "density": density,
         "seed": seed if combination.startswith("dare") else None,
         "onto": onto if quantized is None or quantized.recorded else "quantized, by this package's own settings",
-        "dtype": dtype,
+        "dtype": written,
         "merged_parameters": len(updates),
         "tensors": sum(len(shard.tensors) for shard in shards),
         "bytes": num_bytes,
@@ -150,7 +156,7 @@ def merge_adapter(
     }
     with whole_folder(output) as part:
         copy_files(found.checkpoint.folder, adapters[0].folder, part)
-        write_config(found.checkpoint.folder, part, dtype=dtype, untied=untied)
+        write_config(found.checkpoint.folder, part, dtype=written, untied=untied)
         write_shards(shards, part, updates, model)
         if found.checkpoint.indexed:
             _write_index(part, shards)
@@ -221,7 +227,6 @@ def _check_choices(
     weights: Sequence[float] | None,
     combination: str,
     density: float | None,
-    dtype: str | None,
     onto: str,
 ) -> list[float]:
     """The weights, where all choices are possible ones."""
@@ -231,8 +236,6 @@ def _check_choices(
         raise ValueError(f"`onto` must be 'original' or 'quantized', got {onto!r}.")
     if combination not in COMBINATIONS:
         raise ValueError(f"`combination` must be one of {list(COMBINATIONS)}, got {combination!r}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {list(DTYPES)}, got {dtype!r}.")
     if weights is not None and len(weights) != len(names):
         raise ValueError(f"`weights` needs one number for each of {len(names)} adapters, got {list(weights)}.")
     if combination == "linear":

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 
@@ -15,10 +16,10 @@ from frozen_peft.adapters.merge.quantized import Requantizer
 from frozen_peft.adapters.merge.updates import Update, same_update
 from frozen_peft.adapters.merge.writing import OutputShard, OutputTensor
 
-__all__ = ["DTYPES", "plan_shards"]
+__all__ = ["DTYPES", "dtype_name", "plan_shards"]
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-"""Types of the output by their names on the command line, as a header names them."""
+"""Types of the output by their names here, as a header names them."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class _NewHead:
     name: str
     embedding: str
     piece: Piece | None
+
+
+def dtype_name(dtype: str | torch.dtype) -> str | None:
+    """One of `DTYPES` for a type, by that name or by torch's and transformers'; None where it is no such type."""
+    torch_names = {str(TORCH_DTYPES[written]): name for name, written in DTYPES.items()}
+    text = str(dtype)
+    return text if text in DTYPES else torch_names.get(f"torch.{text.removeprefix('torch.')}")
 
 
 def plan_shards(

@@ -155,12 +155,13 @@ def test_what_no_adapter_changes_is_copied_byte_for_byte(tmp_path: Path) -> None
     )[1].removesuffix("\n") + ("\n" if (base / index).read_text().endswith("\n") else "")
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_weights_are_cast_once(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bf16", "float16", torch.float16])
+def test_weights_are_cast_once(dtype: str | torch.dtype, tmp_path: Path) -> None:
     base, adapter = save_case(Case("llama", lora()), tmp_path)
     merge_adapter(adapter, tmp_path / "exact", base, verify=False)
-    merge_adapter(adapter, tmp_path / "cast", base, dtype=dtype, verify=False)
-    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    report = merge_adapter(adapter, tmp_path / "cast", base, dtype=dtype, verify=False)
+    assert report["dtype"] == ("bf16" if dtype == "bf16" else "fp16")
+    wanted = torch.bfloat16 if dtype == "bf16" else torch.float16
     for path in (tmp_path / "exact").glob("*.safetensors"):
         exact, cast = load_file(path), load_file(tmp_path / "cast" / path.name)
         assert exact.keys() == cast.keys()

@@ -107,6 +107,7 @@ def test_one_adapter_may_have_a_weight(tmp_path: Path) -> None:
         ({"combination": "ties"}, "needs a `density`"),
         ({"combination": "dare_ties", "density": 1.5}, "needs a `density`"),
         ({"density": 0.5}, "has no effect"),
+        ({"dtype": torch.float64}, r"`dtype` must be one of .*'float32'\] or a dtype.*got torch\.float64"),
     ],
 )
 def test_choices_that_cannot_be_used(fields, message: str, tmp_path: Path) -> None:
