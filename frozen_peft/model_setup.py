@@ -5,7 +5,8 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils.other import TrainableTokensWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from frozen_peft.adapters import (
@@ -160,7 +161,19 @@ def complete_head(model: torch.nn.Module) -> None:
 
     trl 1.16 asks every head for its `bias`, and PEFT's wrapper of it (0.21) passes on the weight alone. It can go when
     either does without.
+
+    Raises:
+        ValueError: The head is trained as a whole, and some of its rows with the embedding's.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, TrainableTokensLayer) and isinstance(module.get_base_layer(), AuxiliaryTrainingWrapper):
+            raise ValueError(
+                f"`{name}` is trained as a whole (`modules_to_save`) and row by row (`trainable_token_indices`), and "
+                "PEFT cannot run that. TRL asks for both where `chat_template_path` brings tokens and embedding and "
+                "head are one matrix. Add the tokens yourself (`trl.clone_chat_template`), pass the model and the "
+                "tokenizer that it returns without `chat_template_path`, and train the rows alone "
+                "(`lora_config(model, trainable_token_indices=added_tokens)`)."
+            )
     head = get_pretrained_model(model).get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper) and getattr(head.original_module, "bias", None) is None:
         head.bias = None

@@ -37,6 +37,7 @@ from frozen_peft.adapters.rows import (
     restrict_adapter_rows,
 )
 from frozen_peft.adapters.table import ROLES, Role
+from frozen_peft.adapters.vocabulary import resize_vocabulary, without_copies
 
 __all__ = [
     "PRESETS",
@@ -72,6 +73,8 @@ __all__ = [
     "require_no_pickle",
     "require_repeatable",
     "require_repeated_change",
+    "resize_vocabulary",
     "restrict_adapter_rows",
     "save_base_record",
+    "without_copies",
 ]

@@ -18,7 +18,10 @@ from frozen_peft.adapters import (
     require_no_pickle,
     require_repeatable,
     require_repeated_change,
+    resize_vocabulary,
+    without_copies,
 )
+from frozen_peft.context.models import get_pretrained_model
 
 __all__ = ["load_model", "put_adapter_weights"]
 
@@ -72,6 +75,8 @@ def load_model(
 
 
 def _with_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:
+    tensors = without_copies(load_peft_weights(adapter, device="cpu"))
+    resize_vocabulary(get_pretrained_model(model), tensors, vars(PeftConfig.from_pretrained(adapter)))
     with warnings.catch_warnings():
         # Of keys that are missing, which are an error below.
         warnings.filterwarnings("ignore", "Found missing adapter keys")
@@ -92,7 +97,7 @@ def put_adapter_weights(adapted: PeftModel, adapter: str) -> None:
         ValueError: The weights are not those that the model has a place for, all of them.
         OSError: There is no such adapter.
     """
-    tensors = load_peft_weights(adapter, device="cpu")
+    tensors = without_copies(load_peft_weights(adapter, device="cpu"))
     missing = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - set(tensors)
     unexpected = set(set_peft_model_state_dict(adapted, tensors).unexpected_keys)
     for problem, names in (("lacks weights that", missing), ("has weights that nothing of", unexpected)):

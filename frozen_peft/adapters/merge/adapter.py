@@ -28,8 +28,9 @@ from frozen_peft.adapters.initialisation import CONVERT, initial_change
 from frozen_peft.adapters.merge.checkpoint import find_folder, load_tensors, read_json
 from frozen_peft.adapters.merge.layout import adapted_modules, change_layout, layout_of_keys, layout_of_model
 from frozen_peft.adapters.merge.patterns import require_quick_patterns
-from frozen_peft.adapters.merge.updates import AddVector, LowRank, Replacement, RowReplacement, Update
+from frozen_peft.adapters.merge.updates import AddVector, LowRank, OnTop, Replacement, RowReplacement, Update
 from frozen_peft.adapters.roles import bypassed_modules
+from frozen_peft.adapters.vocabulary import without_copies
 
 __all__ = ["AdapterFolder", "open_adapter", "updates_of"]
 
@@ -139,7 +140,7 @@ def open_adapter(name: str | Path, *, allow_pickle: bool = False, activated: boo
             f"{path} has {change}, which changes the base weights before training, so that the adapter belongs to "
             f"weights the checkpoint does not hold. {CONVERT}"
         )
-    tensors = load_tensors(folder, "adapter_model", allow_pickle=allow_pickle)
+    tensors = without_copies(load_tensors(folder, "adapter_model", allow_pickle=allow_pickle))
     if not tensors:
         raise ValueError(f"{folder} holds an adapter without tensors.")
     # Of the other class's names the patterns are written out from these.
@@ -181,11 +182,16 @@ def updates_of(adapter: AdapterFolder, make_model: Callable[[], PreTrainedModel]
             layer = module.token_adapter
             values = (layer.tied_adapter or layer).trainable_tokens_delta[_NAME].detach()
             found[f"{_plain(name)}.weight"] = RowReplacement(torch.tensor(layer.token_indices[_NAME]), values)
-    # What PEFT has loaded into the model itself: biases.
+    # What PEFT has loaded into the model itself: biases, and embeddings whose vocabulary was resized.
     for name, parameter in wrapped.named_parameters(remove_duplicate=False):
         home = _plain(name)
-        if home in names and home not in found and _is_loaded(parameter):
+        if home not in names or not _is_loaded(parameter):
+            continue
+        changed = found.get(home)
+        if changed is None:
             found[home] = Replacement(parameter.detach())
+        elif not isinstance(changed, Replacement | OnTop):
+            found[home] = OnTop(parameter.detach(), changed)
     bypassed = [name for name in bypassed_names if f"{name}.weight" in found]
     if bypassed:
         raise ValueError(
@@ -263,7 +269,10 @@ def _is_adapter(name: str) -> bool:
 
 def _plain(name: str) -> str:
     """The model's own name of what PEFT has wrapped."""
-    return name.removeprefix(_PREFIX).replace(".base_layer", "").replace(".original_module", "")
+    name = name.removeprefix(_PREFIX)
+    for wrapping in (".base_layer", ".original_module", ".token_adapter"):
+        name = name.replace(wrapping, "")
+    return name
 
 
 def _lora_updates(folder: Path, home: str, layer: LoraLayer) -> Iterator[tuple[str, Update]]:

@@ -66,12 +66,14 @@ def copy_files(base: Path, adapter: Path, target: Path) -> list[str]:
     return sorted(sources)
 
 
-def write_config(base: Path, target: Path, *, dtype: str | None, untied: bool) -> None:
-    """Writes the base's configuration with what the merge has changed of it."""
+def write_config(base: Path, target: Path, *, dtype: str | None, untied: bool, vocab_size: int | None = None) -> None:
+    """Writes the base's configuration with what the merge has changed of it; None: it has not."""
     config = read_json(base / "config.json")
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             _settle(part, dtype, untied, is_whole=part is config)
+            if vocab_size is not None and ("vocab_size" in part or "text_config" not in config):
+                part["vocab_size"] = vocab_size
     (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

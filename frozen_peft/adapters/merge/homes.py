@@ -7,7 +7,7 @@ which is as large as the parameter, they cut it into the pieces that belong to t
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -147,13 +147,16 @@ def parameters_of_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[
     return found
 
 
-def find_homes(model: PreTrainedModel, checkpoint: Checkpoint, updates: Mapping[str, Update]) -> dict[str, Piece]:
+def find_homes(
+    model: PreTrainedModel, checkpoint: Checkpoint, updates: Mapping[str, Update], resized: Collection[str] = ()
+) -> dict[str, Piece]:
     """The tensors of a checkpoint that updates change.
 
     Args:
         model: The base model on the meta device.
         checkpoint: Its checkpoint.
         updates: By the name of the parameter.
+        resized: Parameters that may have other rows in the model.
 
     Raises:
         ValueError: An update has no tensor to go to, or does not fit it.
@@ -171,7 +174,8 @@ def find_homes(model: PreTrainedModel, checkpoint: Checkpoint, updates: Mapping[
             problems.append(f"`{name}` is {list(parameters[name].shape)} and {problem}")
         elif name in plain:
             home = plain[name]
-            if shapes[home] != tuple(parameters[name].shape):
+            own = shapes[home] if name not in resized else (parameters[name].shape[0], *shapes[home][1:])
+            if own != tuple(parameters[name].shape):
                 problems.append(f"`{home}` is {list(shapes[home])}, and the model's is {list(parameters[name].shape)}")
             homes[home] = Piece(name)
         else:

@@ -8,6 +8,7 @@
 4. All of it goes to a hidden folder, with config, tokenizer and report, and gets its name at the end.
 """
 
+import copy
 import importlib.metadata
 import json
 import logging
@@ -32,6 +33,7 @@ from frozen_peft.adapters.merge.record import read_record, require_same_base
 from frozen_peft.adapters.merge.updates import COMBINATIONS, Combination, Combined, Update, seed_of
 from frozen_peft.adapters.merge.verify import Reference, fits, verify_merge
 from frozen_peft.adapters.merge.writing import OutputShard, write_shards
+from frozen_peft.adapters.vocabulary import resized_vocabulary
 
 __all__ = ["REPORT", "merge_adapter"]
 
@@ -130,6 +132,7 @@ def merge_adapter(
     require_free(output)
     adapters = [open_adapter(name, allow_pickle=allow_pickle) for name in names]
     found = _open_base(adapters, base, revision, trust_remote_code, allow_pickle)
+    found, vocab_size = _with_vocabulary(adapters, found)
     model = found.model()
     compared = None if any_base else _require_same_base(adapters, found, model)
     _require_same_vocabulary(adapters, found)
@@ -156,7 +159,7 @@ def merge_adapter(
     }
     with whole_folder(output) as part:
         copy_files(found.checkpoint.folder, adapters[0].folder, part)
-        write_config(found.checkpoint.folder, part, dtype=written, untied=untied)
+        write_config(found.checkpoint.folder, part, dtype=written, untied=untied, vocab_size=vocab_size)
         write_shards(shards, part, updates, model)
         if found.checkpoint.indexed:
             _write_index(part, shards)
@@ -208,6 +211,26 @@ def _require_same_base(adapters: Sequence[AdapterFolder], base: _Base, model: Pr
     records = [record for item in adapters if (record := read_record(item.folder)) is not None]
     counts = [require_same_base(record, model, base.checkpoint, stored) for record in records]
     return min(counts) if counts else None
+
+
+def _with_vocabulary(adapters: Sequence[AdapterFolder], base: _Base) -> tuple[_Base, int | None]:
+    """The base with as many tokens as it had in training, and their number where it has others; else None."""
+    model = base.model()
+    sizes = {item.name: resized_vocabulary(model, item.tensors, item.config) for item in adapters}
+    resized = {name: size for name, size in sizes.items() if size is not None}
+    if not resized:
+        return base, None
+    if len(adapters) > 1:
+        raise ValueError(
+            f"{', '.join(resized)} was trained with another vocabulary than {base.name} has, and such an adapter is "
+            "not combined with others. Merge it alone, and the others onto what comes out."
+        )
+    (size,) = resized.values()
+    config = copy.deepcopy(base.config)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "vocab_size"):
+            part.vocab_size = size
+    return replace(base, config=config), size
 
 
 def _require_same_vocabulary(adapters: Sequence[AdapterFolder], base: _Base) -> None:

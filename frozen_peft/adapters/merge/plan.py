@@ -15,6 +15,7 @@ from frozen_peft.adapters.merge.homes import Piece, find_homes, parameters_of_te
 from frozen_peft.adapters.merge.quantized import Requantizer
 from frozen_peft.adapters.merge.updates import Update, same_update
 from frozen_peft.adapters.merge.writing import OutputShard, OutputTensor
+from frozen_peft.adapters.vocabulary import vocabulary_parameters
 
 __all__ = ["DTYPES", "dtype_name", "plan_shards"]
 
@@ -74,7 +75,8 @@ def plan_shards(
             piece = Piece(head) if own.pop(head, None) else None
             if untied:
                 new_head = _new_head(model, head, stored[embedding], piece)
-    homes = find_homes(model, checkpoint, own)
+    rows = _resized(model, checkpoint, stored)
+    homes = find_homes(model, checkpoint, own, rows)
     kept = _kept_in_fp32(model, dtype)
     shards = []
     for shard in checkpoint.shards:
@@ -91,14 +93,26 @@ def plan_shards(
                     f"`{parameter}` was in 4 bit in training, and the checkpoint stores it in parts (`{name}`), which "
                     "is not merged onto. Merge onto the weights as they are."
                 )
-            tensors.append(OutputTensor(name, shard, name, written, homes.get(name), prepare))
+            num_rows = rows.get(parameter)
+            tensors.append(OutputTensor(name, shard, name, written, homes.get(name), prepare, num_rows))
             if new_head is not None and name == new_head.embedding:
-                tensors.append(OutputTensor(new_head.name, shard, name, written, new_head.piece))
+                tensors.append(OutputTensor(new_head.name, shard, name, written, new_head.piece, num_rows=num_rows))
         if dtype is not None:
             # Largest items first keeps every tensor at a multiple of its item's size.
             tensors.sort(key=lambda tensor: -ITEM_BITS[tensor.dtype])
         shards.append(OutputShard(_output_name(shard.path.name), tensors, {"format": "pt", **shard.metadata}))
     return shards, untied
+
+
+def _resized(model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapping[str, str]) -> dict[str, int]:
+    """Rows of embedding and head in the model, by the name of the parameter, where the checkpoint has others."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {entry.name: entry.shape for _, entry in checkpoint.tensors()}
+    return {
+        name: parameters[name].shape[0]
+        for name in vocabulary_parameters(model)
+        if name in stored and shapes[stored[name]][0] != parameters[name].shape[0]
+    }
 
 
 def _new_head(model: PreTrainedModel, head: str, embedding: str, piece: Piece | None) -> _NewHead:

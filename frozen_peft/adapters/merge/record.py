@@ -8,6 +8,7 @@ classes of one checkpoint have the same.
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from frozen_peft.adapters.merge.checkpoint import Checkpoint, read_json
+from frozen_peft.adapters.vocabulary import vocabulary_parameters
 
 __all__ = [
     "RECORD",
@@ -198,10 +200,16 @@ def require_same_base(
                 f"`{name}` is {_shown(shapes.get(name))}, and was {_shown(then)} in training",
             )
     compared = 0
+    resized = vocabulary_parameters(model)
     for name, (indices, values) in record.samples.items():
         tensor = stored.get(names[name]) if name in names else None
         if tensor is None:
             continue
+        if names[name] in resized:
+            # Rows that training has added are not the checkpoint's.
+            num_there = math.prod(checkpoint.shard_of(tensor).tensors[tensor].shape)
+            values = [value for index, value in zip(indices, values, strict=True) if index < num_there]
+            indices = [index for index in indices if index < num_there]
         found = _values(checkpoint, tensor, indices)
         compared += 1
         for index, now, value in zip(indices, found, values, strict=True):

@@ -19,6 +19,7 @@ __all__ = [
     "Combination",
     "Combined",
     "LowRank",
+    "OnTop",
     "Replacement",
     "RowReplacement",
     "Update",
@@ -155,6 +156,28 @@ class RowReplacement:
 
 
 @dataclass(frozen=True)
+class OnTop:
+    """A change of a weight that the adapter holds as it was before, since the base has it with other rows."""
+
+    base: torch.Tensor
+    update: Update
+    is_linear: bool = field(default=False, init=False)
+
+    @property
+    def by_rows(self) -> bool:
+        """As the change on top."""
+        return self.update.by_rows
+
+    def apply(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """The updated rows, of those that the adapter holds."""
+        return self.update.apply(self.base[start:stop].float(), start, stop)
+
+    def shape_problem(self, shape: tuple[int, ...]) -> str | None:
+        """What is wrong with a weight of this shape."""
+        return Replacement(self.base).shape_problem(shape) or self.update.shape_problem(shape)
+
+
+@dataclass(frozen=True)
 class Combined:
     """Updates of several adapters on one weight.
 
@@ -227,6 +250,8 @@ def same_update(first: Update, second: Update) -> bool:
         return torch.equal(first.tensor, second.tensor)
     if isinstance(first, RowReplacement) and isinstance(second, RowReplacement):
         return torch.equal(first.indices, second.indices) and torch.equal(first.values, second.values)
+    if isinstance(first, OnTop) and isinstance(second, OnTop):
+        return torch.equal(first.base, second.base) and same_update(first.update, second.update)
     if isinstance(first, Combined) and isinstance(second, Combined):
         return (
             len(first.updates) == len(second.updates)

@@ -37,6 +37,7 @@ from frozen_peft.adapters.merge.verify_tokens import (
     sample_tokens,
 )
 from frozen_peft.adapters.quantization import keep_linear4bit_trainable
+from frozen_peft.adapters.vocabulary import resize_vocabulary
 
 __all__ = ["MergeMismatchError", "Reference", "fits", "load_merged", "verify_merge"]
 
@@ -320,7 +321,10 @@ def _adapted(reference: Reference, dtype: torch.dtype, device: str) -> Iterator[
         for number, adapter in enumerate(reference.adapters):
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            write_adapter(folder, *as_layout(adapter, reference.layout))
+            config, tensors = as_layout(adapter, reference.layout)
+            write_adapter(folder, config, tensors)
+            if not number:
+                resize_vocabulary(model, tensors, config)
             if number:
                 model.load_adapter(folder, f"adapter{number}")
             else:

@@ -36,6 +36,7 @@ class OutputTensor:
         dtype: The type it is written in, as a header names it.
         piece: What updates it, if anything does.
         prepare: What is done to it before, to the whole tensor in its own type: it is quantized and de-quantized.
+        num_rows: Its rows, where the vocabulary has another size than the base's; None: as many as there.
     """
 
     name: str
@@ -44,11 +45,13 @@ class OutputTensor:
     dtype: str
     piece: Piece | None = None
     prepare: Callable[[torch.Tensor], torch.Tensor] | None = None
+    num_rows: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape."""
-        return self.shard.tensors[self.source].shape
+        shape = self.shard.tensors[self.source].shape
+        return shape if self.num_rows is None else (self.num_rows, *shape[1:])
 
     @property
     def num_bytes(self) -> int:
@@ -169,10 +172,14 @@ def _read(tensor: OutputTensor, updates: Mapping[str, Update]) -> Iterator[tuple
     if tensor.piece is not None:
         whole = whole or bool(tensor.piece.group) or not updates[tensor.piece.parameter].by_rows
     if whole or not shape or not math.prod(shape):
+        assert tensor.num_rows is None, "what the adapter holds as a whole is updated by rows"
         weight = tensor.shard.read(tensor.source)
         yield (weight if tensor.prepare is None else tensor.prepare(weight)), 0, num_rows
         return
     step = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:])))
+    stored = tensor.shard.tensors[tensor.source].shape[0]
     for start in range(0, num_rows, step):
         stop = min(start + step, num_rows)
-        yield tensor.shard.read(tensor.source, start, stop), start, stop
+        rows = tensor.shard.read(tensor.source, min(start, stored), min(stop, stored))
+        # Rows that the base does not have; the adapter holds them.
+        yield torch.cat([rows, rows.new_zeros(stop - start - len(rows), *shape[1:])]), start, stop
