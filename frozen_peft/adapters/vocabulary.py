@@ -73,7 +73,8 @@ def resized_vocabulary(
     (num_tokens,) = counts
     is_tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     for home, found in zip(homes, rows, strict=True):
-        trained = _trained_tokens(config, home) | (_trained_tokens(config, homes[0]) if is_tied else set())
+        trained = _trained_tokens(config, home, is_embedding=home == homes[0])
+        trained |= _trained_tokens(config, homes[0], is_embedding=True) if is_tied else set()
         are_new_trained = num_tokens > num_before and set(range(num_before, num_tokens)) <= trained
         if not are_new_trained and not any(name.endswith("weight") and "lora_" not in name for name in found):
             raise _other_vocabulary(f"it was trained with {num_tokens} and holds no `{home}` of so many", num_before)
@@ -129,12 +130,12 @@ def _rows_of(tensors: Mapping[str, torch.Tensor], home: str) -> dict[str, int]:
     return found
 
 
-def _trained_tokens(config: Mapping[str, Any], home: str) -> set[int]:
+def _trained_tokens(config: Mapping[str, Any], home: str, *, is_embedding: bool) -> set[int]:
     """Tokens whose rows were trained in place of the whole matrix."""
     tokens = config.get("trainable_token_indices") or {}
     if not isinstance(tokens, Mapping):
-        # PEFT puts them on the embedding, by this name or whatever else it has.
-        return set(tokens) if home != "lm_head" else set()
+        # A list without names is the embedding's.
+        return set(tokens) if is_embedding else set()
     return {token for name, own in tokens.items() if name.rpartition(".")[2] == home for token in own}
 
 

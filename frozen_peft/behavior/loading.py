@@ -99,7 +99,13 @@ def put_adapter_weights(adapted: PeftModel, adapter: str) -> None:
     """
     tensors = without_copies(load_peft_weights(adapter, device="cpu"))
     missing = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - set(tensors)
-    unexpected = set(set_peft_model_state_dict(adapted, tensors).unexpected_keys)
+    try:
+        unexpected = set(set_peft_model_state_dict(adapted, tensors).unexpected_keys)
+    except RuntimeError as error:
+        raise ValueError(
+            f"adapter {adapter} does not fit {type(adapted.get_base_model()).__name__}: {error}. Was it trained on "
+            "this model, with this vocabulary?"
+        ) from error
     for problem, names in (("lacks weights that", missing), ("has weights that nothing of", unexpected)):
         if names:
             example = sorted(names)[0]

@@ -9,8 +9,17 @@ from pathlib import Path
 import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraConfig
+from transformers import AutoTokenizer
 
-from frozen_peft.adapters import RoleLoraConfig, is_lora, require_no_pickle, restrict_adapter_rows
+from frozen_peft.adapters import (
+    RoleLoraConfig,
+    find_folder,
+    is_lora,
+    require_no_pickle,
+    require_repeatable,
+    require_repeated_change,
+    restrict_adapter_rows,
+)
 from frozen_peft.behavior import put_adapter_weights, whole_file
 from frozen_peft.cli.errors import reported
 from frozen_peft.cli.training import (
@@ -21,6 +30,7 @@ from frozen_peft.cli.training import (
     require_sources,
     resolve_demo,
 )
+from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.gradient import GradientFlow
 from frozen_peft.inspection import (
@@ -101,13 +111,17 @@ def run(arguments: Sequence[str]) -> None:
     with reported(raised_in="frozen_peft"):
         resolve_demo(model, data)
     with reported():
-        for folder in (model.model_name_or_path, options.adapter):
+        trained = options.adapter
+        if trained is not None:
+            trained = str(find_folder(trained, what="the adapter", allow_pickle=model.allow_pickle))
+        for folder in (model.model_name_or_path, trained):
             if folder is not None and not model.allow_pickle:
                 require_no_pickle(Path(folder))
-        peft_config = None if options.adapter is None else _read_adapter(options.adapter)
+        peft_config = None if trained is None else _read_adapter(trained, model, config)
         trainer = build_trainer(model, data, adapter, config, peft_config=peft_config)
-        if options.adapter is not None:
-            put_adapter_weights(trainer.model, options.adapter)
+        if trained is not None:
+            put_adapter_weights(trainer.model, trained)
+            require_repeated_change(trainer.model, Path(trained))
             restrict_adapter_rows(trainer.model)
     with reported(raised_in="frozen_peft"):
         flow = inspect_samples(trainer, options.samples, with_horizons=options.advise)
@@ -188,13 +202,20 @@ def _output(given: str | None, output_dir: str) -> Path:
     return output
 
 
-def _read_adapter(name: str) -> LoraConfig:
+def _read_adapter(name: str, model: ModelArguments, args: FrozenContextConfig) -> LoraConfig:
     """The configuration of a trained adapter, with the roles that PEFT's own reading drops."""
     config = PeftConfig.from_pretrained(name)
     if not is_lora(config):
         raise ValueError(f"adapter {name} is of the kind {config.peft_type}, and only LoRA's gradient is measured")
+    require_repeatable(config, Path(name), in_4_bit=model.load_in_4bit)
     config = RoleLoraConfig.from_pretrained(name)
     config.inference_mode = False
+    tokens = config.trainable_token_indices
+    if args.chat_template_path is not None and isinstance(tokens, dict):
+        # TRL puts those that the template brings behind them, as it did in training.
+        num_tokens = len(AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision))
+        own = {module: [token for token in indices if token < num_tokens] for module, indices in tokens.items()}
+        config.trainable_token_indices = {module: indices for module, indices in own.items() if indices} or None
     return config
 
 
