@@ -20,6 +20,7 @@ from trl import SFTTrainer
 from frozen_peft.adapters import (
     keep_linear4bit_trainable,
     log_quantization,
+    require_repeated_change,
     restrict_adapter_rows,
     save_base_record,
 )
@@ -88,7 +89,8 @@ class FrozenContextTrainer(GroupingTrainer):
     - `_prepare_dataset` cuts contexts where TRL would cut decisions, and checks every sample.
     - `_set_signature_columns_if_needed` keeps the teacher's columns with `loss_type="distill"`.
     - `log` adds what became of the contexts.
-    - `_write_model` adds what is known of an adapter's base, for merging.
+    - `_write_model` adds what is known of an adapter's base, for merging, and `_load_from_checkpoint` compares it
+      where an adapter has changed its base.
     - `_forget_history` drops encoded contexts, which a run that goes on from a checkpoint does not have.
 
     A sample without context is a plain SFT sample. With `gradient_horizon=-1` (tiers 1 and 3) nothing is frozen, and
@@ -309,6 +311,11 @@ class FrozenContextTrainer(GroupingTrainer):
         super()._write_model(folder, state_dict)
         if self.args.should_save:
             save_base_record(self.accelerator.unwrap_model(self.model), folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if isinstance(unwrapped := self.accelerator.unwrap_model(self.model), PeftModel):
+            require_repeated_change(unwrapped, Path(resume_from_checkpoint))
 
     def _forget_history(self) -> None:
         if self._freezes_context:

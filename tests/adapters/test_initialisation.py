@@ -2,6 +2,7 @@
 """Adapters that change their base first: what takes the model with adapters off for its base has the base, or none."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,19 @@ def test_a_base_that_cannot_be_changed_again_is_not_scored(tmp_path: Path) -> No
     path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "lora_ga"}))
     with pytest.raises(ValueError, match="made from data that the adapter's folder does not hold"):
         load_model(base, str(adapter))
+
+
+def test_a_run_does_not_go_on_over_another_base(tmp_path: Path) -> None:
+    """What PiSSA leaves of the base is always the same; what is drawn at random, with TRL's seed alone."""
+    base, rows = checkpoint(tmp_path), as_dataset(pairs()[:2])
+    for kind in ("pissa", "pissa_niter_1"):
+        folder = tmp_path / kind
+        fields = {"save_strategy": "steps", "save_steps": 1, "model_init_kwargs": {"dtype": "float32"}}
+        arguments = config(folder, max_steps=1, **fields)
+        train(FrozenContextTrainer, base, arguments, rows, peft_config=lora(init_lora_weights=kind))
+        arguments.max_steps, arguments.seed = 2, 7
+        with pytest.raises(ValueError, match="did not repeat that: value") if "niter" in kind else nullcontext():
+            train(FrozenContextTrainer, base, arguments, rows, peft_config=lora(init_lora_weights=kind), resume="auto")
 
 
 def test_minor_components_merge(tmp_path: Path) -> None:
