@@ -28,7 +28,7 @@ from frozen_peft.adapters.initialisation import CONVERT, initial_change
 from frozen_peft.adapters.merge.checkpoint import find_folder, load_tensors, read_json
 from frozen_peft.adapters.merge.layout import adapted_modules, change_layout, layout_of_keys, layout_of_model
 from frozen_peft.adapters.merge.patterns import require_quick_patterns
-from frozen_peft.adapters.merge.updates import AddVector, LowRank, OnTop, Replacement, RowReplacement, Update
+from frozen_peft.adapters.merge.updates import AddVector, LowRank, Layered, Replacement, RowReplacement, Update
 from frozen_peft.adapters.roles import bypassed_modules
 from frozen_peft.adapters.vocabulary import without_copies
 
@@ -190,8 +190,8 @@ def updates_of(adapter: AdapterFolder, make_model: Callable[[], PreTrainedModel]
         changed = found.get(home)
         if changed is None:
             found[home] = Replacement(parameter.detach())
-        elif not isinstance(changed, Replacement | OnTop):
-            found[home] = OnTop(parameter.detach(), changed)
+        elif not isinstance(changed, Replacement | Layered):
+            found[home] = Layered(parameter.detach(), changed)
     bypassed = [name for name in bypassed_names if f"{name}.weight" in found]
     if bypassed:
         raise ValueError(

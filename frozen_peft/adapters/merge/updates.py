@@ -19,7 +19,7 @@ __all__ = [
     "Combination",
     "Combined",
     "LowRank",
-    "OnTop",
+    "Layered",
     "Replacement",
     "RowReplacement",
     "Update",
@@ -156,7 +156,7 @@ class RowReplacement:
 
 
 @dataclass(frozen=True)
-class OnTop:
+class Layered:
     """A change of a weight that the adapter holds as it was before, since the base has it with other rows."""
 
     base: torch.Tensor
@@ -250,7 +250,7 @@ def same_update(first: Update, second: Update) -> bool:
         return torch.equal(first.tensor, second.tensor)
     if isinstance(first, RowReplacement) and isinstance(second, RowReplacement):
         return torch.equal(first.indices, second.indices) and torch.equal(first.values, second.values)
-    if isinstance(first, OnTop) and isinstance(second, OnTop):
+    if isinstance(first, Layered) and isinstance(second, Layered):
         return torch.equal(first.base, second.base) and same_update(first.update, second.update)
     if isinstance(first, Combined) and isinstance(second, Combined):
         return (
