@@ -7,8 +7,8 @@ from frozen_peft.adapters.activated import (
     find_invocation,
     require_always_active,
 )
-from frozen_peft.adapters.lora import PRESETS, RoleLoraConfig, is_lora, lora_config
 from frozen_peft.adapters.initialisation import BaseSamples, change_of_base, require_base
+from frozen_peft.adapters.lora import PRESETS, RoleLoraConfig, is_lora, lora_config
 from frozen_peft.adapters.merge import (
     REPORT,
     MergeMismatchError,

@@ -28,7 +28,7 @@ from frozen_peft.adapters.initialisation import CONVERT, initial_change
 from frozen_peft.adapters.merge.checkpoint import find_folder, load_tensors, read_json
 from frozen_peft.adapters.merge.layout import adapted_modules, change_layout, layout_of_keys, layout_of_model
 from frozen_peft.adapters.merge.patterns import require_quick_patterns
-from frozen_peft.adapters.merge.updates import AddVector, LowRank, Layered, Replacement, RowReplacement, Update
+from frozen_peft.adapters.merge.updates import AddVector, Layered, LowRank, Replacement, RowReplacement, Update
 from frozen_peft.adapters.roles import bypassed_modules
 from frozen_peft.adapters.vocabulary import without_copies
 

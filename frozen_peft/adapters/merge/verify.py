@@ -9,11 +9,12 @@ very tokens, and what the merged model would have decided at each, are compared.
 import gc
 import math
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
 import torch
@@ -42,6 +43,8 @@ from frozen_peft.adapters.vocabulary import resize_vocabulary
 __all__ = ["MergeMismatchError", "Reference", "fits", "load_merged", "verify_merge"]
 
 NEW_TOKENS = 16
+# The base's own parameters, and what they were before adapters were loaded.
+_Biases: TypeAlias = list[tuple[torch.nn.Parameter, torch.Tensor]]
 # Mean difference of log-probabilities that rounding of the weights explains, by the type of the merged weights.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
@@ -179,8 +182,8 @@ def _score_as_trained(
     trained: Reference, dtype: torch.dtype, device: str, rows: Sequence[SampleTokens]
 ) -> tuple[float | None, float | None]:
     """Losses of base and adapter as they were in training."""
-    with _adapted(trained, dtype, device) as model:
-        with model.disable_adapter():
+    with _adapted(trained, dtype, device) as (model, biases):
+        with _without_adapters(model, biases):
             before = _loss(model, rows)
         return before, _loss(model, rows)
 
@@ -189,9 +192,9 @@ def _score_unmerged(
     exact: Reference, dtype: torch.dtype, device: str, contexts: Sequence[torch.Tensor], rows: Sequence[SampleTokens]
 ) -> tuple[_Scores, _Scores]:
     """Scores without and with the adapter, of what the adapter decides."""
-    with _adapted(exact, dtype, device) as model:
+    with _adapted(exact, dtype, device) as (model, biases):
         unmerged = _score(model, contexts, _decide(model, contexts), rows)
-        with model.disable_adapter():
+        with _without_adapters(model, biases):
             return _score(model, contexts, unmerged.decisions, rows), unmerged
 
 
@@ -302,8 +305,8 @@ def _logits(model: Any, ids: torch.Tensor, num_context: int) -> torch.Tensor:
 
 
 @contextmanager
-def _adapted(reference: Reference, dtype: torch.dtype, device: str) -> Iterator[PeftModel]:
-    """Base and adapters in PEFT, unmerged."""
+def _adapted(reference: Reference, dtype: torch.dtype, device: str) -> Iterator[tuple[PeftModel, _Biases]]:
+    """Base and adapters in PEFT, unmerged; and the base's biases, since an adapter may have its own."""
     _free()
     options: dict[str, Any] = {} if reference.allow_pickle else {"use_safetensors": True}
     if reference.quantization is not None:
@@ -317,6 +320,11 @@ def _adapted(reference: Reference, dtype: torch.dtype, device: str) -> Iterator[
     )
     if reference.quantization is not None:
         keep_linear4bit_trainable(model)
+    biases = [
+        (parameter, parameter.detach().clone())
+        for name, parameter in model.named_parameters()
+        if name.endswith("bias")
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         for number, adapter in enumerate(reference.adapters):
             folder = Path(scratch) / str(number)
@@ -330,7 +338,24 @@ def _adapted(reference: Reference, dtype: torch.dtype, device: str) -> Iterator[
             else:
                 model = PeftModel.from_pretrained(model, folder, "adapter0")
     _weigh(model, {f"adapter{number}": weight for number, weight in enumerate(reference.weights)})
-    yield model.eval()
+    yield model.eval(), biases
+
+
+@contextmanager
+def _without_adapters(model: PeftModel, biases: _Biases) -> Iterator[None]:
+    """Runs a model as its base, with the biases that it had."""
+    with warnings.catch_warnings():
+        # Of biases that stay the adapter's when it is switched off.
+        warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
+        trained = [parameter.data for parameter, _ in biases]
+        with model.disable_adapter():
+            try:
+                for parameter, base in biases:
+                    parameter.data = base
+                yield
+            finally:
+                for (parameter, _), data in zip(biases, trained, strict=True):
+                    parameter.data = data
 
 
 def _weigh(model: PeftModel, weights: dict[str, float]) -> None:

@@ -50,8 +50,17 @@ def plain_loss(model: torch.nn.Module) -> float:
     return total / count
 
 
-def test_report_has_losses_recovery_and_decisions(tmp_path: Path) -> None:
-    base, adapter = save_case(Case("qwen3_5_text", preset()), tmp_path)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("qwen3_5_text", preset()),
+        # The base has biases, which PEFT leaves the adapter's where it is switched off.
+        Case("gpt2", lora(target_modules=["c_attn"], fan_in_fan_out=True, bias="all")),
+    ],
+    ids=["lora", "biases"],
+)
+def test_report_has_losses_recovery_and_decisions(case: Case, tmp_path: Path) -> None:
+    base, adapter = save_case(case, tmp_path)
     with_tokenizer(base)
     returned = merge_adapter(adapter, tmp_path / "merged", base, samples=SAMPLES)
     report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
