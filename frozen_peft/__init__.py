@@ -4,6 +4,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from frozen_peft.utils.noise import silence_logs
 from frozen_peft.utils.versions import warn_of_untested_versions
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ __all__ = [
     "merge_adapter",
     "quantization_config",
 ]
+
+silence_logs()
 
 # Imported at first use: TRL and transformers take seconds to import, which `frozen-peft --help` need not wait for.
 _MODULES = {

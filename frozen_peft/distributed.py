@@ -79,17 +79,17 @@ def check_engine(accelerator: Accelerator, model: torch.nn.Module, config: Froze
         raise ValueError(
             "DeepSpeed ZeRO-3 gathers weights in the order of the first step, and contexts of different lengths take "
             "another number of forwards in each. Use ZeRO-2, or FSDP2, which shards weights as well "
-            f"(`recipes/accelerate/fsdp2.yaml`), {way_out}."
+            f"(`frozen-peft recipes accelerate/fsdp2`), {way_out}."
         )
     if is_fsdp and not accelerator.is_fsdp2:
         raise ValueError(
             "FSDP of version 1 gathers weights for a forward of the whole model alone, and contexts are encoded below "
-            f"its head. Set `fsdp_version: 2` (`recipes/accelerate/fsdp2.yaml`), {way_out}."
+            f"its head. Set `fsdp_version: 2` (`frozen-peft recipes accelerate/fsdp2`), {way_out}."
         )
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         raise ValueError(
             "This model's weights were put in shards when it was loaded. Load it without `distributed_config`, and "
-            f"let `accelerate launch` put them in shards (`recipes/accelerate/fsdp2.yaml`), {way_out}."
+            f"let `accelerate launch` put them in shards (`frozen-peft recipes accelerate/fsdp2`), {way_out}."
         )
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole method without abstractions: encode a context once, train the decision behind it through LoRA.
+"""The method without abstractions: encode a context once, train the decision behind it through LoRA.
 
-    python recipes/minimal.py
+    python minimal.py
 
 It trains a tiny random hybrid on one made-up sample; a test holds `FrozenContextTrainer` to its loss and gradients.
 """

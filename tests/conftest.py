@@ -15,6 +15,8 @@ import pytest
 import torch
 import transformers
 
+from tests.installed_package import InstalledPackage, build_wheel, install_wheel
+
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
@@ -23,6 +25,13 @@ transformers.utils.logging.disable_progress_bar()
 def fixed_seeds() -> None:
     """Start every test from the same random state, whatever ran before it."""
     transformers.set_seed(0)
+
+
+@pytest.fixture(scope="session")
+def installed_package(tmp_path_factory: pytest.TempPathFactory) -> InstalledPackage:
+    """The package as a user installs it, in an environment without anything for development."""
+    folder = tmp_path_factory.mktemp("package")
+    return install_wheel(build_wheel(folder), folder / "environment")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,21 +10,16 @@ import warnings
 from collections.abc import Sequence
 
 from frozen_peft.cli.errors import CommandError
+from frozen_peft.utils import noise
 
 __all__ = ["COMMANDS", "main"]
-
-# Warnings that a user cannot heed: trl 1.16 and peft 0.21 still use names that transformers 5 has replaced, and PEFT
-# does not know the field in which an adapter remembers its roles. Each goes with the library's next release.
-_NOT_FOR_USERS = (
-    (r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning),
-    (r"Unexpected keyword arguments \['roles'\]", UserWarning),
-)
 
 COMMANDS = {
     "demo": "move a disposition into the weights of a tiny model; three minutes on two cores",
     "strip": "remove marked instructions from contexts, and make variants of these",
     "sample": "sample decisions from a model that has its instructions in place",
     "plan": "say what a training takes, from the model's configuration alone",
+    "recipes": "list the recipes that ship, or print one to edit",
     "train": "train adapters from a recipe",
     "inspect": "compare the gradient of a frozen context with the full one, before a run",
     "evaluate": "measure with probes what a model prefers, before training and after",
@@ -52,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         with warnings.catch_warnings():
-            for text, category in _NOT_FOR_USERS:
+            for text, category in noise.WARNINGS:
                 warnings.filterwarnings("ignore", text, category)
             importlib.import_module(f"frozen_peft.cli.{name}").run(rest)
     except CommandError as error:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from frozen_peft.cli.errors import reported
 
-__all__ = ["DEMO_DIR", "run"]
+__all__ = ["DEMO_DIR", "DEMO_NAME", "model_source", "run"]
 
 # Where the demo writes, and where `demo` as a dataset's name is looked for.
 DEMO_DIR = Path("outputs/demo")
+# As a model's name: the one that the package ships. As a dataset's: the demo's, written on first use.
+DEMO_NAME = "demo"
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -46,3 +48,18 @@ def run(arguments: Sequence[str]) -> None:
         from frozen_peft.demo.job import DemoSettings, run_demo
 
         run_demo(options.output, DemoSettings(data=data, seed=options.seed))
+
+
+def model_source(name: str) -> str:
+    """Returns where a model is loaded from: the one that the package ships for `demo`, else what was named.
+
+    Raises:
+        ValueError: It is `demo`, and a model of that name lies here too.
+    """
+    if name != DEMO_NAME:
+        return name
+    if Path(name, "config.json").exists():
+        raise ValueError(f"{name} is the model that ships, and a folder {name} with another lies here: write ./{name}")
+    from frozen_peft.demo import CHECKPOINT
+
+    return str(CHECKPOINT)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from frozen_peft.behavior import CONDITIONS, read_probes, whole_file
+from frozen_peft.cli.demo import model_source
 from frozen_peft.cli.dtypes import LOADED_DTYPES, full_name
 from frozen_peft.cli.errors import reported
 
@@ -54,7 +55,7 @@ def run(arguments: Sequence[str]) -> None:
 
     with reported():
         model, tokenizer = load_model(
-            options.model,
+            model_source(options.model),
             options.adapter,
             revision=options.revision,
             dtype=options.dtype,
@@ -112,7 +113,12 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="decides whose context is whose, and the resamples (default: 0)"
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, metavar="ID_OR_DIR", help="the base model, or a merged one")
+    model.add_argument(
+        "--model",
+        required=True,
+        metavar="ID_OR_DIR",
+        help="the base model, or a merged one; demo: the one that we ship",
+    )
     model.add_argument(
         "--adapter", metavar="ID_OR_DIR", help="the trained adapter; without one, the model alone is measured"
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from frozen_peft.cli.demo import model_source
 from frozen_peft.cli.errors import reported
 
 __all__ = ["run"]
@@ -34,7 +35,7 @@ def run(arguments: Sequence[str]) -> None:
         report = merge_adapter(
             options.adapter,
             options.output,
-            options.base,
+            None if options.base is None else model_source(options.base),
             revision=options.revision,
             dtype=options.dtype,
             onto=options.onto,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from frozen_peft.cli.demo import model_source
 from frozen_peft.cli.errors import CommandError, reported
 
 __all__ = ["run"]
@@ -64,10 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="frozen-peft plan", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("recipe", nargs="?", help="a recipe of `train`, in place of --model and the settings below")
+    parser.add_argument(
+        "recipe", nargs="?", help="a recipe of `train`, by file or name, in place of --model and the settings below"
+    )
     what = parser.add_argument_group("what is trained")
     what.add_argument(
-        "--model", help="hub id, folder, config.json, or a name that ships (Qwen3.5-27B, gpt-oss-20b, ...)"
+        "--model", help="hub id, folder, config.json, or a name that ships (demo, Qwen3.5-27B, gpt-oss-20b, ...)"
     )
     what.add_argument("--context-length", type=int, default=32768, help="context tokens of a sample (%(default)s)")
     what.add_argument("--decision-length", type=int, default=1024, help="tokens of its decision (%(default)s)")
@@ -116,7 +119,7 @@ def _settings(options: argparse.Namespace) -> tuple[list[Any], str, str, dict[st
         replace(base, **stretch),
         replace(base, **stretch, offload_stretches=True),
     ]
-    return settings, options.model, options.model, {}
+    return settings, model_source(options.model), options.model, {}
 
 
 def _recipe_settings(options: argparse.Namespace) -> tuple[list[Any], str, str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from frozen_peft.cli.recipes import find_recipe
 from frozen_peft.report import is_secret
 
 __all__ = ["RecipeParser", "read_recipe"]
@@ -61,20 +62,20 @@ class RecipeParser(TrlParser):
         """Reads `[RECIPE] [--field value ...]`, where a field on the command line wins over the recipe.
 
         Args:
-            arguments: Command-line arguments after the command's name.
+            arguments: Command-line arguments after the command's name. RECIPE is a file or the name of one that ships.
 
         Returns:
             One instance of each dataclass.
 
         Raises:
             ValueError: A field is unknown or given twice in the recipe, a value does not fit its field, or the recipe
-                is not a flat YAML mapping.
+                is not a flat YAML mapping, or its name could mean two.
             FileNotFoundError: There is no such recipe.
         """
         rest = list(arguments)
         recipe: list[str] = []
         if rest and not rest[0].startswith("-"):
-            path = rest.pop(0)
+            path = str(find_recipe(rest.pop(0)))
             self._check_recipe(path)
             recipe = ["--config", path]
         for token in rest:
@@ -102,7 +103,7 @@ class RecipeParser(TrlParser):
             arguments: What `parse` has accepted.
         """
         rest = list(arguments)
-        values = read_recipe(rest.pop(0))[0] if rest and not rest[0].startswith("-") else {}
+        values = read_recipe(find_recipe(rest.pop(0)))[0] if rest and not rest[0].startswith("-") else {}
         every = {action.dest: _NOT_GIVEN for action in self._actions if action.dest is not argparse.SUPPRESS}
         parsed, _ = self.parse_known_args(rest, argparse.Namespace(**every))
         return values | {name: value for name, value in vars(parsed).items() if value is not _NOT_GIVEN}

@@ -31,6 +31,7 @@ from frozen_peft.behavior import (
     run_sample_job,
     work_file,
 )
+from frozen_peft.cli.demo import model_source
 from frozen_peft.cli.errors import CommandError, reported
 from frozen_peft.cli.functions import load_function
 from frozen_peft.cli.sample_options import make_parser, underscored
@@ -145,7 +146,7 @@ def _loaded(
         assert server is not None
         return server, keep
     model, tokenizer = load_model(
-        name,
+        model_source(name),
         adapter=options.adapter,
         revision=options.revision,
         dtype=options.dtype,

@@ -67,7 +67,9 @@ def underscored(argument: str) -> str:
 
 def _add_model(group: Any) -> None:
     group.add_argument(
-        "--model", required=True, help="hub id or folder of a model; with --endpoint, the server's name of one"
+        "--model",
+        required=True,
+        help="hub id or folder of a model, or demo: the one that we ship; with --endpoint, the server's name of one",
     )
     group.add_argument("--adapter", help="hub id or folder of an adapter to sample with")
     group.add_argument("--revision", default="main", help="branch, tag or commit of a model on the hub")

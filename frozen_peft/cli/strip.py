@@ -17,6 +17,7 @@ from frozen_peft.behavior import (
     read_units,
     strip_file,
 )
+from frozen_peft.cli.demo import model_source
 from frozen_peft.cli.errors import reported
 from frozen_peft.cli.functions import load_function
 
@@ -202,7 +203,7 @@ def _measure(tokenizer_name: str | None) -> tuple[Callable[[str], int], str]:
         return lambda text: len(text.split()), "words"
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    tokenizer = AutoTokenizer.from_pretrained(model_source(tokenizer_name))
     return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]), "tokens"
 
 

@@ -13,7 +13,7 @@ from transformers.utils import is_torch_bf16_gpu_available, strtobool
 from trl import SFTConfig
 
 from frozen_peft.adapters import PRESETS, ROLES, lora_config, quantization_config
-from frozen_peft.cli.demo import DEMO_DIR
+from frozen_peft.cli.demo import DEMO_DIR, DEMO_NAME, model_source
 from frozen_peft.cli.recipe import RecipeParser
 from frozen_peft.cli.run_record import ReportArguments
 from frozen_peft.config import FrozenContextConfig
@@ -32,14 +32,13 @@ __all__ = [
     "resolve_demo",
 ]
 
-# As a model's name: the one that the package ships. As a dataset's: the demo's, written on first use.
-DEMO_NAME = "demo"
+# The demo's conversations again, without what makes their contexts long.
 DEMO_SHORT_NAME = "demo-short"
 
 
 TRAIN_DESCRIPTION = (
-    "Trains a model's response to its context from a recipe, a flat YAML file of the fields below. A field on the "
-    "command line wins over the recipe."
+    "Trains a model's response to its context from a recipe: a flat YAML file of the fields below, or the name of one "
+    "that ships (`frozen-peft recipes` lists them). A field on the command line wins over the recipe."
 )
 
 
@@ -225,10 +224,10 @@ def require_sources(model: ModelArguments, data: DataArguments) -> None:
 
 def resolve_demo(model: ModelArguments, data: DataArguments) -> None:
     """Puts the paths of the demo's model and data where its names stand."""
-    from frozen_peft.demo import CHECKPOINT, write_demo_files
+    from frozen_peft.demo import write_demo_files
 
-    if model.model_name_or_path == DEMO_NAME:
-        model.model_name_or_path = str(CHECKPOINT)
+    if model.model_name_or_path is not None:
+        model.model_name_or_path = model_source(model.model_name_or_path)
     names = {DEMO_NAME: "stripped", DEMO_SHORT_NAME: "short"}
     if not {data.dataset_name, data.eval_dataset_name} & set(names):
         return

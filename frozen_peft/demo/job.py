@@ -38,8 +38,7 @@ from frozen_peft.demo.world import count_tokens
 
 __all__ = ["DemoSettings", "run_demo"]
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-RECIPE_OF_TIER = {1: "tier1_corrections.yaml", 2: "tier2_behavior.yaml", 3: "tier3_reasoning.yaml"}
+RECIPE_OF_TIER = {1: "tier1_corrections", 2: "tier2_behavior", 3: "tier3_reasoning"}
 PROBES_PER_FORWARD = 32
 CONDITIONS: tuple[Condition, Condition] = ("instructed", "given")
 
@@ -80,15 +79,7 @@ def run_demo(output: Path, settings: DemoSettings = DemoSettings()) -> dict[str,
 
     Returns:
         What is written to `demo.json`: fractions of probes, and seconds.
-
-    Raises:
-        FileNotFoundError: The recipes are not there.
     """
-    if not RECIPES.is_dir():
-        raise FileNotFoundError(
-            f"The demo runs the recipes in {RECIPES}, which are part of the repository and not of the installed "
-            "package. Run it from a checkout installed with `pip install -e .`."
-        )
     # Bars of moments, and advice about kernels that a model of this size does not need.
     disable_progress_bar()
     logging.disable_progress_bar()
@@ -153,10 +144,10 @@ def _train(
     tier: int, files: DemoFiles, probes: ProbeTokens, before: dict[str, Any], output: Path, settings: DemoSettings
 ) -> dict[str, Any]:
     """Trains a tier from its recipe and measures what it learned."""
-    from frozen_peft.cli import train
+    from frozen_peft.cli import recipes, train
 
     adapter = _adapter_folder(output, tier)
-    recipe = RECIPES / RECIPE_OF_TIER[tier]
+    recipe = RECIPE_OF_TIER[tier]
     arguments = [
         *("--model_name_or_path", str(CHECKPOINT)),
         *("--dataset_name", str(files.short if tier == 1 else files.stripped)),
@@ -166,9 +157,10 @@ def _train(
         *("--logging_steps", str(settings.steps)),
         *settings.overrides,
     ]
-    _tell(f"frozen-peft train {recipe.relative_to(RECIPES.parent)} {' '.join(arguments)}")
+    _tell(f"frozen-peft train {recipe} {' '.join(arguments)}")
     start = time.monotonic()
-    train.run([str(recipe), *arguments])
+    # The one that ships, whatever files lie here.
+    train.run([str(recipes.shipped_recipes()[recipe]), *arguments])
     seconds = time.monotonic() - start
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(CHECKPOINT), str(adapter))
     after = _measure(model, probes)

@@ -74,6 +74,7 @@ def test_a_file_for_every_engine() -> None:
         loaded = load_config_from_file(str(path))
         assert loaded.num_processes == 8
         header = path.read_text(encoding="utf-8").partition("\ncompute_environment")[0]
-        assert f"accelerate launch --config_file recipes/accelerate/{path.name} " in header
+        assert f"#   frozen-peft recipes accelerate/{path.stem} > {path.name}\n" in header
+        assert f"#   accelerate launch --config_file {path.name} " in header
         assert "not run on" in header.replace("\n# ", " ").lower() or "NOT RUN" in header
     assert {path.stem for path in RECIPES.glob("*.yaml")} == {"ddp", "fsdp2", "fsdp2_qlora", "deepspeed_zero2"}
