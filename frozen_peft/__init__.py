@@ -10,6 +10,7 @@ from frozen_peft.utils.versions import warn_of_untested_versions
 if TYPE_CHECKING:
     from frozen_peft.adapters import lora_config, merge_adapter, quantization_config
     from frozen_peft.config import FrozenContextConfig
+    from frozen_peft.data import load_samples
     from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
     from frozen_peft.gradient import gradient_flow
     from frozen_peft.trainer import FrozenContextTrainer
@@ -20,6 +21,7 @@ __all__ = [
     "FrozenContextTrainer",
     "UnsupportedArchitectureError",
     "gradient_flow",
+    "load_samples",
     "lora_config",
     "merge_adapter",
     "quantization_config",
@@ -34,6 +36,7 @@ _MODULES = {
     "FrozenContextTrainer": "trainer",
     "UnsupportedArchitectureError": "errors",
     "gradient_flow": "gradient",
+    "load_samples": "data",
     "lora_config": "adapters",
     "merge_adapter": "adapters",
     "quantization_config": "adapters",

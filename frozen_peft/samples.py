@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from frozen_peft.context.boundary import IGNORED_LABEL, TAIL, Cut
+from frozen_peft.data import require_no_dates
 
 __all__ = [
     "SampleLengths",
@@ -51,10 +52,11 @@ def require_rows(dataset: Dataset | IterableDataset | None, name: str) -> None:
     """Refuses what the trainer could only fail on later.
 
     Raises:
-        ValueError: The dataset is empty, or its samples carry images.
+        ValueError: The dataset is empty, its samples carry images, or text in it was taken for dates.
     """
     if dataset is None:
         return
+    require_no_dates(dataset, name)
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} dataset is empty. Check its file, split or filter.")

@@ -37,6 +37,7 @@ from frozen_peft.config import FrozenContextConfig, make_store
 from frozen_peft.context import TAIL, ContextEncoder, FrozenContext, use_segmented_attention
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model
+from frozen_peft.data import as_table, needs_python_rows, python_rows
 from frozen_peft.distillation import (
     TEACHER_COLUMNS,
     Distiller,
@@ -336,12 +337,26 @@ class FrozenContextTrainer(GroupingTrainer):
         self._cut = make_cut(args, getattr(processing_class, "tokenizer", processing_class), self._invocation)
         uncut = copy.copy(args)
         uncut.max_length = args.max_length if packing else None
+        tokens_only = copy.copy(uncut)
+        tokens_only.max_length, tokens_only.shuffle_dataset = None, False
+        exactly = needs_python_rows(dataset)
 
         def prepare(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+            first = exactly and isinstance(rows, IterableDataset)
             return super(FrozenContextTrainer, self)._prepare_dataset(
-                rows, processing_class, uncut, packing, formatting_func, dataset_name
+                rows,
+                processing_class,
+                tokens_only if first else uncut,
+                packing and not first,
+                formatting_func if first or not exactly else None,
+                dataset_name,
             )
 
+        if exactly:
+            # Rows that no table holds as they are written become token ids first, and are a table from there on.
+            rows = python_rows(dataset, args.dataset_num_proc)
+            tokens = prepare_with_teacher(rows, prepare, dataset_name, None) if self._distills else prepare(rows)
+            dataset = as_table(tokens, dataset, ("input_ids", "labels", *TEACHER_COLUMNS))
         if self._distills:
             dataset = prepare_with_teacher(dataset, prepare, dataset_name, args.dataset_num_proc)
         else:

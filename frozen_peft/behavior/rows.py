@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from frozen_peft.data import BYTE_ORDER_MARK, JsonTextError, parse_json
+
 __all__ = ["Row", "dump_row", "read_rows", "whole_file"]
 
 # Says what is wrong with a row, None where nothing is.
@@ -53,10 +55,10 @@ def read_rows(path: Path, check: Check, on_bad: Callable[[str], None] | None = N
     with path.open("rb") as file:
         # The delay keeps the bar away from files that are read in a moment.
         for line, text in enumerate(tqdm(file, desc=f"Reading {path.name}", unit=" rows", delay=2), start=1):
-            if not text.strip():
+            if not text.strip().removeprefix(BYTE_ORDER_MARK):
                 continue
             place = f"{path}, line {line}"
-            values, problem = _parse(text)
+            values, problem = _parse(text.removeprefix(BYTE_ORDER_MARK) if line == 1 else text)
             problem = problem or check(values)
             if problem is None:
                 yield Row(values, line, place)
@@ -108,13 +110,9 @@ def whole_file(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 def _parse(text: bytes) -> tuple[dict[str, Any], str | None]:
     """The object of a line, and what is wrong with it."""
     try:
-        values = json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return {}, f"not UTF-8: {error.reason}"
-    except json.JSONDecodeError as error:
-        return {}, f"column {error.colno}: not JSON: {error.msg}"
-    except RecursionError:
-        return {}, "not JSON: nested too deeply"
+        values = parse_json(text)
+    except JsonTextError as error:
+        return {}, str(error)
     if not isinstance(values, dict):
         return {}, f"a row is a JSON object, got {type(values).__name__}"
     return values, None

@@ -65,6 +65,9 @@ def prepare_with_teacher(dataset: Rows, prepare: Callable[[Rows], Rows], name: s
     teacher = prepare(_restored(dataset, name, num_proc)).select_columns(["input_ids", "labels"])
     teacher = teacher.rename_columns({"input_ids": TEACHER_IDS, "labels": TEACHER_LABELS})
     student = prepare(dataset)
+    if isinstance(student, IterableDataset):
+        # What is beside the tokens has no types that a stream could be joined by.
+        student = student.select_columns(["input_ids", "labels"])
     return concatenate_datasets([student, teacher], axis=1)
 
 

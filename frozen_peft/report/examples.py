@@ -40,6 +40,7 @@ from frozen_peft.behavior.decision_tokens import prompt_tokens, stop_tokens
 from frozen_peft.behavior.pieces import STRIPPED, piece_texts
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.modes import without_dropout
+from frozen_peft.data import has_json_columns, python_row
 from frozen_peft.errors import ContextMismatchError
 
 __all__ = ["CONTEXT_CHARACTERS", "FORMAT", "VARIANTS", "ExampleSettings", "make_examples"]
@@ -178,7 +179,8 @@ def _spread(samples: Any, count: int) -> Iterable[tuple[int, dict[str, Any]]]:
     if not count or samples is None:
         return
     if not hasattr(samples, "__len__"):
-        yield from enumerate(islice(samples, count * _TRIES))
+        rows = islice(samples, count * _TRIES)
+        yield from enumerate(_given(samples, row) for row in rows)
         return
     tried: set[int] = set()
     for offset in range(_TRIES):
@@ -186,13 +188,14 @@ def _spread(samples: Any, count: int) -> Iterable[tuple[int, dict[str, Any]]]:
             index = (number * len(samples) // count + offset) % len(samples) if len(samples) else None
             if index is not None and index not in tried:
                 tried.add(index)
-                yield index, samples[index]
+                exact = has_json_columns(samples)
+                yield index, python_row(samples, index) if exact else _given(samples, samples[index])
 
 
 def _prepared(tokenizer: PreTrainedTokenizerBase, index: int, values: dict[str, Any]) -> _Chosen:
     """What is needed to decide on a sample; `ValueError` where it cannot be decided on."""
-    # A dataset gives every row the columns and keys that any row has.
-    values = {name: _without_nulls(value) for name, value in values.items() if value is not None}
+    # A dataset gives every row the columns that any row has.
+    values = {name: value for name, value in values.items() if value is not None}
     split = split_sample(values)
     place = f"sample {index}"
     row = PromptRow(index, place, values, split.context, None, (0,))
@@ -292,6 +295,11 @@ def _text(context: Context) -> str:
     if len(context) == 1 and context[0]["role"] == "assistant":
         return texts[0]
     return "\n".join(f"{message['role']}: {text}" for message, text in zip(context, texts, strict=True))
+
+
+def _given(samples: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """What was written in a row: a dataset with types gives every object the keys that any row's has."""
+    return _without_nulls(row) if getattr(samples, "features", None) else row
 
 
 def _without_nulls(value: Any) -> Any:

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading samples: a local JSON Lines, JSON or Parquet file, a folder of such, or a dataset of the hub.
+
+A local file is checked before anything is trained on it, since a mistake in it would otherwise surface as an Arrow
+error without a line number, or hours later. JSON is read by us, whoever holds it, since a reader that guesses types
+changes what is written (`stored`).
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from datasets import (
+    Dataset,
+    DatasetBuilder,
+    DownloadManager,
+    Features,
+    IterableDataset,
+    ReadInstruction,
+    concatenate_datasets,
+    get_dataset_split_names,
+    load_dataset,
+    load_dataset_builder,
+)
+from tqdm import tqdm
+
+from frozen_peft.data.json_text import BYTE_ORDER_MARK, JsonTextError, parse_array, parse_json
+from frozen_peft.data.row_checks import TRAINED_COLUMNS, RowChecks, no_training_column
+from frozen_peft.data.stored import ColumnTypes, full_row, stored_row
+
+__all__ = ["has_split", "load_samples"]
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# Compressed JSON, as pyarrow reads it.
+_COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+# Columns that a row may lack.
+_OPTIONAL = ("tools", "chat_template_kwargs", "stripped")
+# Changes where rows of one version are stored otherwise than those of another.
+_FORMAT = 1
+
+
+def load_samples(
+    name: str,
+    split: str = "train",
+    *,
+    config: str | None = None,
+    streaming: bool = False,
+    text_field: str = "text",
+) -> Dataset | IterableDataset:
+    """Loads one split of a dataset.
+
+    Rows of JSON are trained exactly as they are written: what is not of one simple type in all rows is kept as JSON
+    (`datasets.Json`), which the trainer reads from storage.
+
+    Args:
+        name: A `.jsonl`, `.json` or `.parquet` file, which is one split whatever `split` says (JSON may be compressed:
+            `.jsonl.gz`, `.bz2`, `.zst`, `.lz4`), a local dataset folder, or the id of a dataset on the hub.
+        split: Split of a folder or hub dataset; slices such as `train[:100]` are understood unless streaming.
+        config: Configuration of a hub dataset.
+        streaming: Read while training instead of before. A local file is checked whole all the same.
+        text_field: Column that holds the text of plain language modelling samples.
+
+    Returns:
+        The samples.
+
+    Raises:
+        ValueError: A file is empty or malformed, or has rows that cannot be trained as they are written; the message
+            names file, line and reason.
+        FileNotFoundError: There is no such file or dataset.
+    """
+    path = Path(name)
+    kind = _file_kind(path)
+    if kind is None:
+        return _load_named(name, split, config, streaming, text_field)
+    if not path.is_file():
+        raise FileNotFoundError(f"no dataset file {name} (looked in {Path.cwd()})")
+    if kind == "json":
+        return _load_json([path], streaming, text_field)
+    _check_parquet(path, text_field)
+    samples = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
+    _check_rows(samples, path, text_field)
+    return samples
+
+
+def has_split(name: str, split: str, config: str | None = None) -> bool:
+    """Says whether a dataset has a split; a local file has none but its own."""
+    if _file_kind(Path(name)) is not None:
+        return False
+    return split.partition("[")[0] in get_dataset_split_names(name, config)
+
+
+def _file_kind(path: Path) -> str | None:
+    """What a file holds, by its name; None: it is no file of rows."""
+    suffix = path.suffix.lower()
+    if suffix in _COMPRESSED:
+        inner = _BUILDERS.get(path.with_suffix("").suffix.lower())
+        return inner if inner == "json" else None
+    return _BUILDERS.get(suffix)
+
+
+def _load_named(
+    name: str, split: str, config: str | None, streaming: bool, text_field: str
+) -> Dataset | IterableDataset:
+    """A folder or a dataset of the hub, whose JSON files are read as any other."""
+    builder = load_dataset_builder(name, config)
+    # A dataset that is one field of a file is none of lines.
+    if builder.name != "json" or builder.config.field is not None:
+        return load_dataset(name, config, split=split, streaming=streaming)
+    if streaming:
+        return _load_json(_files(builder, split), streaming, text_field)
+    parts = []
+    for instruction in split.split("+"):
+        base = instruction.partition("[")[0]
+        samples = _load_json(_files(builder, base), streaming, text_field)
+        (chosen,) = ReadInstruction.from_spec(instruction).to_absolute({base: len(samples)})
+        whole = range(len(samples))
+        parts.append(samples.select(whole[chosen.from_ : chosen.to]))
+    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
+
+def _files(builder: DatasetBuilder, split: str) -> list[Path]:
+    """The files of a split, on this machine."""
+    files = builder.config.data_files
+    if split not in files:
+        raise ValueError(f'Unknown split "{split}". Should be one of {[str(name) for name in files]}.')
+    return [Path(file) for file in DownloadManager().download(list(files[split]))]
+
+
+def _load_json(paths: Sequence[Path], streaming: bool, text_field: str) -> Any:
+    features, digest = _checked(paths, text_field)
+    files = [str(path) for path in paths]
+    if streaming:
+        return IterableDataset.from_generator(_full_rows, gen_kwargs={"files": files, "features": features})
+    # What is stored is found again by these: the digest stands for what is in the files.
+    kwargs = {"files": tuple(files), "features": features, "digest": digest, "format": _FORMAT}
+    return Dataset.from_generator(_stored_rows, features=features, gen_kwargs=kwargs)
+
+
+def _stored_rows(files: Sequence[str], features: Features, digest: str, format: int) -> Iterator[dict[str, Any]]:
+    for file in files:
+        for _, row in _json_rows(Path(file)):
+            yield stored_row(row, features)
+
+
+def _full_rows(files: Sequence[str], features: Features) -> Iterator[dict[str, Any]]:
+    for file in files:
+        for _, row in _json_rows(Path(file)):
+            yield full_row(row, features)
+
+
+def _checked(paths: Sequence[Path], text_field: str) -> tuple[Features, str]:
+    """Types of the columns, and a digest of what is in the files.
+
+    Raises:
+        ValueError: A row is not a sample, or unlike the rows before it.
+    """
+    checks, types = RowChecks(text_field), ColumnTypes()
+    digest = hashlib.blake2b(digest_size=16)
+    num_rows = 0
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+        # The delay keeps the bar away from files that are read in a moment.
+        for place, row in tqdm(_json_rows(path), desc=f"Checking {path.name}", unit=" rows", delay=2):
+            num_rows += 1
+            problem = checks.problem(row, place)
+            if problem:
+                raise ValueError(f"{place}: {problem}")
+            types.add(row)
+    if not num_rows:
+        raise ValueError(f"{', '.join(map(str, paths))}: the file has no samples")
+    return types.features, digest.hexdigest()
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields each row with the place to name in an error."""
+    try:
+        with io.BufferedReader(pyarrow.input_stream(str(path), compression="detect")) as file:
+            if ".jsonl" not in path.suffixes and file.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"[":
+                rows = _array_rows(path, file.read())
+                yield from ((f"{path}, sample {number}", row) for number, row in enumerate(rows, start=1))
+                return
+            for number, line in enumerate(file, start=1):
+                text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+                if text.strip():
+                    yield f"{path}, line {number}", _parsed(path, number, text)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def _parsed(path: Path, line: int, text: bytes) -> Any:
+    try:
+        return parse_json(text)
+    except JsonTextError as error:
+        raise _placed(error, path, line) from error
+
+
+def _array_rows(path: Path, text: bytes) -> Iterator[Any]:
+    try:
+        yield from parse_array(text)
+    except JsonTextError as error:
+        raise _placed(error, path) from error
+
+
+def _placed(error: JsonTextError, path: Path, first_line: int = 1) -> ValueError:
+    """The same error, with file and line."""
+    column = f", column {error.column}" if error.column is not None else ""
+    return ValueError(f"{path}, line {first_line + error.line - 1}{column}: {error.reason}")
+
+
+def _check_parquet(path: Path, text_field: str) -> None:
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a Parquet file: {error}") from error
+    if not file.metadata.num_rows:
+        raise ValueError(f"{path}: the file has no samples")
+    columns = file.schema_arrow.names
+    if not {*TRAINED_COLUMNS, text_field} & set(columns):
+        raise ValueError(f"{path}: {no_training_column(columns, text_field)}")
+
+
+def _check_rows(samples: Dataset | IterableDataset, path: Path, text_field: str) -> None:
+    """Raises `ValueError` at the first row of a Parquet file that is not a sample, or unlike the rows before it."""
+    checks = RowChecks(text_field)
+    known = samples.select_columns([name for name in samples.column_names if name in checks.columns])
+    for number, row in enumerate(tqdm(known, desc=f"Checking {path.name}", unit=" rows", delay=2), start=1):
+        # What one row has, the table has as null in all others.
+        given = {column: value for column, value in row.items() if value is not None or column not in _OPTIONAL}
+        place = f"{path}, row {number}"
+        if problem := checks.problem(given, place):
+            raise ValueError(f"{place}: {problem}")
