@@ -37,6 +37,7 @@ from frozen_peft.adapters.rows import (
     restrict_adapter_rows,
 )
 from frozen_peft.adapters.table import ROLES, Role
+from frozen_peft.adapters.tokenizers import load_tokenizer, require_embeddings
 from frozen_peft.adapters.vocabulary import resize_vocabulary, without_copies
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "is_lora",
     "keep_linear4bit_trainable",
     "load_merged",
+    "load_tokenizer",
     "log_quantization",
     "lora_config",
     "merge_adapter",
@@ -70,6 +72,7 @@ __all__ = [
     "quantization_report",
     "require_always_active",
     "require_base",
+    "require_embeddings",
     "require_no_pickle",
     "require_repeatable",
     "require_repeated_change",

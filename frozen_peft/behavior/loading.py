@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
 from frozen_peft.adapters import (
     find_folder,
     keep_linear4bit_trainable,
+    load_tokenizer,
     quantization_config,
+    require_embeddings,
     require_no_pickle,
     require_repeatable,
     require_repeated_change,
@@ -30,17 +32,19 @@ def load_model(
     name: str,
     adapter: str | None = None,
     *,
+    tokenizer: str | None = None,
     revision: str = "main",
     dtype: str = "auto",
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """Loads a model and its tokenizer.
+    """Loads a model, and the tokenizer that counts (`adapters.tokenizers`).
 
     Args:
         name: Hub id or folder of the base model.
         adapter: Hub id or folder of an adapter; None: the base model alone.
+        tokenizer: Hub id or folder of a tokenizer, in place of the adapter's or the model's.
         revision: Branch, tag or commit of a model on the hub.
         dtype: Type of the loaded weights; `auto`: the checkpoint's own.
         load_in_4bit: Quantize the base to 4 bit.
@@ -51,10 +55,10 @@ def load_model(
         The model in evaluation mode, on the machine's accelerator where it has one, and the tokenizer.
 
     Raises:
-        ValueError: The adapter does not fit the model, or weights are pickles.
+        ValueError: The adapter or the tokenizer does not fit the model, or weights are pickles.
         OSError: There is no such model or adapter.
     """
-    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+    origin: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if adapter is not None:
         # Of the hub's files, a pickle is downloaded where it is allowed.
         adapter = str(find_folder(adapter, what="the adapter", allow_pickle=allow_pickle))
@@ -71,7 +75,11 @@ def load_model(
         keep_linear4bit_trainable(model)
     if adapter is not None:
         model = _with_adapter(model, adapter)
-    return model.eval(), AutoTokenizer.from_pretrained(name, **origin)
+    found = load_tokenizer(name, adapter, tokenizer=tokenizer, **origin)
+    if adapter is not None or tokenizer is not None:
+        embeddings = get_pretrained_model(model).get_input_embeddings().weight
+        require_embeddings(found, len(embeddings), tokenizer or adapter or name)
+    return model.eval(), found
 
 
 def _with_adapter(model: torch.nn.Module, adapter: str) -> PeftModel:

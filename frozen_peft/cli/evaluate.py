@@ -57,6 +57,7 @@ def run(arguments: Sequence[str]) -> None:
         model, tokenizer = load_model(
             model_source(options.model),
             options.adapter,
+            tokenizer=options.tokenizer,
             revision=options.revision,
             dtype=options.dtype,
             load_in_4bit=options.load_in_4bit,
@@ -121,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     model.add_argument(
         "--adapter", metavar="ID_OR_DIR", help="the trained adapter; without one, the model alone is measured"
+    )
+    model.add_argument(
+        "--tokenizer",
+        metavar="ID_OR_DIR",
+        help="tokenizer and chat template (default: the adapter's where its folder has them, else the model's)",
     )
     model.add_argument("--revision", default="main", help="branch, tag or commit of a model on the hub")
     model.add_argument(

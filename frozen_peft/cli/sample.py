@@ -84,7 +84,7 @@ def run(arguments: Sequence[str]) -> None:
 def _require_usable(options: argparse.Namespace) -> None:
     """Refuses options that go against each other or would have no effect."""
     marks = ("tag", "field", "role", "regex", "predicate")
-    local = ("adapter", "load_in_4bit", "trust_remote_code", "allow_pickle")
+    local = ("adapter", "tokenizer", "load_in_4bit", "trust_remote_code", "allow_pickle")
     margin = options.min_margin is not None
     for names, useless, reason in (
         (("api_key_env", "margin_model"), not options.endpoint, "without --endpoint"),
@@ -148,6 +148,7 @@ def _loaded(
     model, tokenizer = load_model(
         model_source(name),
         adapter=options.adapter,
+        tokenizer=options.tokenizer,
         revision=options.revision,
         dtype=options.dtype,
         load_in_4bit=options.load_in_4bit,
@@ -197,7 +198,7 @@ def _fingerprint(options: argparse.Namespace) -> dict[str, Any]:
     if options.min_margin is not None:
         names += ["margin_model", "tag", "field", "role", "regex", "predicate"]
     if not options.endpoint or options.margin_model:
-        names += ["adapter", "revision", "dtype", "load_in_4bit"]
+        names += ["adapter", "tokenizer", "revision", "dtype", "load_in_4bit"]
     settings = {name: getattr(options, name) for name in names}
     settings["endpoint"] = bool(options.endpoint)
     settings["margin"] = options.min_margin is not None

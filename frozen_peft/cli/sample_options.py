@@ -18,6 +18,10 @@ A row of PROMPTS has a `prompt`, messages or text, with the instructions in plac
 `stripped`, and they are put back for sampling). Its other columns come along to OUT, with the decision in
 `completion`, which of the candidates it is in `candidate`, and what it was drawn with in `seed`.
 
+A candidate of a local model is written such that it trains in the tokens that it was generated in, reasoning, calls of
+tools and special tokens included. One whose text the tokenizer has other tokens for is marked, in `retokenized`; one
+that would train as another text is left out.
+
 OUT appears when all is done. What is sampled meanwhile is kept in a work file beside it: after an interruption the
 same command goes on from there, without asking for anything twice.
 """
@@ -72,6 +76,11 @@ def _add_model(group: Any) -> None:
         help="hub id or folder of a model, or demo: the one that we ship; with --endpoint, the server's name of one",
     )
     group.add_argument("--adapter", help="hub id or folder of an adapter to sample with")
+    group.add_argument(
+        "--tokenizer",
+        metavar="ID_OR_DIR",
+        help="tokenizer and chat template (by default the adapter's where its folder has them, else the model's)",
+    )
     group.add_argument("--revision", default="main", help="branch, tag or commit of a model on the hub")
     group.add_argument(
         "--dtype",

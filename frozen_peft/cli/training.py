@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import is_torch_bf16_gpu_available, strtobool
 from trl import SFTConfig
 
-from frozen_peft.adapters import PRESETS, ROLES, lora_config, quantization_config
+from frozen_peft.adapters import PRESETS, ROLES, load_tokenizer, lora_config, quantization_config
 from frozen_peft.cli.demo import DEMO_DIR, DEMO_NAME, model_source
 from frozen_peft.cli.recipe import RecipeParser
 from frozen_peft.cli.run_record import ReportArguments
@@ -257,6 +257,7 @@ def build_trainer(
     config: FrozenContextConfig,
     *,
     peft_config: Any = None,
+    trained: str | None = None,
 ) -> FrozenContextTrainer:
     """Loads model and data, and makes the trainer of a recipe.
 
@@ -266,6 +267,8 @@ def build_trainer(
         adapter: Which adapters it gets.
         config: The trainer's configuration.
         peft_config: The adapters' configuration, in place of the one that `adapter` describes.
+        trained: Folder of an adapter that is there already, whose tokenizer and chat template count
+            (`adapters.tokenizers`).
 
     Raises:
         ValueError: A field, a file or a sample cannot be used.
@@ -293,8 +296,11 @@ def build_trainer(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         # The trainer would load a vision-language model's processor, which needs torchvision; samples are text here.
-        processing_class=AutoTokenizer.from_pretrained(
-            model.model_name_or_path, revision=model.model_revision, trust_remote_code=config.trust_remote_code
+        processing_class=load_tokenizer(
+            model.model_name_or_path,
+            trained,
+            revision=model.model_revision,
+            trust_remote_code=config.trust_remote_code,
         ),
         quantization_config=_quantization_config(base_config) if model.load_in_4bit else None,
         peft_config=peft_config or _peft_config(base_config, adapter),

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from frozen_peft.adapters.merge.adapter import AdapterFolder, open_adapter
-from frozen_peft.adapters.merge.files import TOKENIZER_FILES
 from frozen_peft.adapters.merge.layout import Layout, change_layout, layout_of_keys
 from frozen_peft.adapters.merge.output import require_space, whole_folder
 from frozen_peft.adapters.merge.record import RECORD
+from frozen_peft.adapters.tokenizers import TOKENIZER_FILES
 
 __all__ = ["export_adapter", "write_adapter"]
 

@@ -7,22 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from frozen_peft.adapters.merge.checkpoint import read_json
+from frozen_peft.adapters.tokenizers import TEMPLATE_FILES, TOKENIZER_FILES, has_tokenizer, own_template
 
-__all__ = ["TOKENIZER_FILES", "copy_files", "highest_token", "tokenizer_folder", "write_config"]
+__all__ = ["copy_files", "highest_token", "write_config"]
 
-# The tokenizer's, which training saves with the adapter: tokens or a template may have been added.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # Weights in any form, and what describes the base only.
 _LEFT_OUT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".tflite"}
@@ -34,36 +22,35 @@ _MAX_FILE_BYTES = 512 << 20
 _DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def tokenizer_folder(base: Path, adapter: Path) -> Path:
-    """Where the tokenizer is taken from: the adapter's folder if it has one."""
-    has_one = any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    return adapter if has_one and (adapter / "tokenizer_config.json").is_file() else base
-
-
 def copy_files(base: Path, adapter: Path, target: Path) -> list[str]:
-    """Copies what lies beside the base's weights, with the adapter's tokenizer where it has one.
+    """Copies what lies beside the base's weights, with the tokenizer and the chat template that count.
 
     Folders, weights and what is not a file are left out.
 
     Returns:
         Names of the files.
     """
-    tokenizer = tokenizer_folder(base, adapter)
     sources: dict[str, Path] = {}
     for path in sorted(base.iterdir()):
         left_out = path.name in _LEFT_OUT or path.suffix in _LEFT_OUT_SUFFIXES or path.name.startswith(".")
         if path.name.endswith(".index.json") or left_out or not path.is_file():
             continue
-        if tokenizer != base and path.name in TOKENIZER_FILES:
-            continue
         if path.stat().st_size <= _MAX_FILE_BYTES:
             sources[path.name] = path
-    if tokenizer != base:
-        sources.update({name: tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).is_file()})
+    if has_tokenizer(adapter):
+        sources = {name: path for name, path in sources.items() if name not in TOKENIZER_FILES}
+        sources |= {name: adapter / name for name in TOKENIZER_FILES if (adapter / name).is_file()}
+    template = own_template(adapter) if not has_tokenizer(adapter) else None
+    if has_tokenizer(adapter) and own_template(adapter) is None:
+        template = own_template(base)
+    if template is not None:
+        # Beside a tokenizer of another folder, in the file that wins over its configuration.
+        sources = {name: path for name, path in sources.items() if name not in TEMPLATE_FILES}
+        (target / TEMPLATE_FILES[0]).write_text(template, encoding="utf-8")
     for name, path in sources.items():
         with path.open("rb") as read, (target / name).open("xb") as written:
             shutil.copyfileobj(read, written)
-    return sorted(sources)
+    return sorted(sources if template is None else {*sources, TEMPLATE_FILES[0]})
 
 
 def write_config(base: Path, target: Path, *, dtype: str | None, untied: bool, vocab_size: int | None = None) -> None:
