@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from frozen_peft.behavior.conversation import Context, sample_problem
+from frozen_peft.behavior.conversation import Context, Message, sample_problem
 from frozen_peft.behavior.marks import Marks
 from frozen_peft.behavior.rows import read_rows
 from frozen_peft.behavior.strip import STRIPPED, restore_instructions, strip_instructions
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 # What sampling adds to a row beside its completion.
-ADDED_COLUMNS = ("candidate", "seed", "margin")
+ADDED_COLUMNS = ("candidate", "seed", "margin", "retokenized")
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,9 @@ class Candidate:
         text: The decision's text.
         num_tokens: Tokens generated for it; None where the server did not say.
         finish: `stop` where it came to its end, `length` where it was cut off, or what else a server says.
+        message: The assistant's message, where it is more than the text: reasoning and calls of tools by themselves.
+        differs: What it trains as otherwise than it was generated: `tokens`: the same text in other tokens; `text`:
+            another text. None: nothing, as far as is known; a server does not give its tokens.
     """
 
     prompt: int
@@ -105,6 +108,13 @@ class Candidate:
     text: str
     num_tokens: int | None
     finish: str
+    message: Message | None = None
+    differs: Literal["tokens", "text"] | None = None
+
+    @property
+    def decision(self) -> str | Message:
+        """What stands behind the prompt: the message where there is one, else the text."""
+        return self.text if self.message is None else self.message
 
 
 def candidate_seed(seed: int, prompt: Context, occurrence: int, number: int) -> int:
@@ -171,11 +181,15 @@ def completed(row: PromptRow, candidate: Candidate, margin: float | None = None)
     Args:
         row: The prompt.
         candidate: Its completion: text where the prompt is text, one assistant's message where it is messages.
+            One that trains in other tokens than it was generated in has `retokenized` as well.
         margin: The candidate's margin, where it was measured.
     """
-    text = isinstance(row.prompt, str)
-    completion = candidate.text if text else [{"role": "assistant", "content": candidate.text}]
-    measured = {} if margin is None else {"margin": margin}
+    completion: Context = candidate.text
+    if not isinstance(row.prompt, str):
+        completion = [candidate.message or {"role": "assistant", "content": candidate.text}]
+    measured: dict[str, Any] = {} if margin is None else {"margin": margin}
+    if candidate.differs == "tokens":
+        measured["retokenized"] = True
     return {
         **row.values,
         "completion": completion,

@@ -8,9 +8,17 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import _tokenize, common_prefix_length
 
-from frozen_peft.behavior.conversation import Context
+from frozen_peft.behavior.conversation import Context, Message
 
-__all__ = ["TemplateRow", "decision_tokens", "prompt_tokens", "rendered_tokens", "stop_tokens"]
+__all__ = [
+    "TemplateRow",
+    "decision_tokens",
+    "prompt_tokens",
+    "rendered_tokens",
+    "row_tools",
+    "stop_tokens",
+    "whole_tokens",
+]
 
 
 class TemplateRow(Protocol):
@@ -43,27 +51,47 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, row: TemplateRow, prompt: 
 
 
 def decision_tokens(
-    tokenizer: PreTrainedTokenizerBase, row: TemplateRow, prompt: Context, text: str
+    tokenizer: PreTrainedTokenizerBase, row: TemplateRow, prompt: Context, decision: str | Message
 ) -> tuple[list[int], list[int]]:
     """Tokens before a decision, and the decision's own to the end of its turn; the cut is where training has it.
+
+    Args:
+        tokenizer: The model's.
+        row: The row whose prompt it is, for its tools and its options of the chat template.
+        prompt: Its prompt, with instructions or without.
+        decision: Its text or, behind messages, the assistant's whole message.
 
     Raises:
         ValueError: The decision has no tokens, or the tokenizer nothing to end it with.
     """
     before = _before_decision(tokenizer, row, prompt)
-    if isinstance(prompt, str):
-        if tokenizer.eos_token is None:
-            raise ValueError(
-                f"{row.place}: a prompt of text needs a tokenizer with an `eos_token` to end its decision"
-            )
-        end = "" if text.endswith(tokenizer.eos_token) else tokenizer.eos_token
-        whole = _tokenize(tokenizer, prompt + text + end)["input_ids"]
-    else:
-        whole = rendered_tokens(tokenizer, row, [*prompt, {"role": "assistant", "content": text}])
+    whole = whole_tokens(tokenizer, row, prompt, decision)
     length = common_prefix_length(before, whole)
     if length == len(whole):
-        raise ValueError(f"{row.place}: the decision {text!r} has no tokens after its prompt; see the chat template")
+        raise ValueError(
+            f"{row.place}: the decision {decision!r} has no tokens after its prompt; see the chat template"
+        )
     return whole[:length], whole[length:]
+
+
+def whole_tokens(
+    tokenizer: PreTrainedTokenizerBase, row: TemplateRow, prompt: Context, decision: str | Message
+) -> list[int]:
+    """Tokens of a prompt and its decision, arguments and errors as of `decision_tokens`."""
+    if not isinstance(prompt, str):
+        message = {"role": "assistant", "content": decision} if isinstance(decision, str) else decision
+        return rendered_tokens(tokenizer, row, [*prompt, message])
+    assert isinstance(decision, str), "behind text there are no messages"
+    if tokenizer.eos_token is None:
+        raise ValueError(f"{row.place}: a prompt of text needs a tokenizer with an `eos_token` to end its decision")
+    end = "" if decision.endswith(tokenizer.eos_token) else tokenizer.eos_token
+    return _tokenize(tokenizer, prompt + decision + end)["input_ids"]
+
+
+def row_tools(row: TemplateRow) -> Any:
+    """A row's tools as the chat template gets them."""
+    tools = row.values.get("tools")
+    return json.loads(tools) if isinstance(tools, str) else tools
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
@@ -88,12 +116,11 @@ def rendered_tokens(
     Raises:
         ValueError: The chat template does not render them.
     """
-    tools = row.values.get("tools")
     try:
         return _tokenize(
             tokenizer,
             messages,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            tools=row_tools(row),
             **(row.values.get("chat_template_kwargs") or {}),
             **options,
         )["input_ids"]

@@ -4,7 +4,7 @@
 1. One request for each candidate, with a seed of its own, since many servers do not know `n`. Several are under way at
    a time.
 2. What may pass is tried again, later and later: no connection, no answer in time, 408, 409, 425, 429, any 5xx, and
-   answers that are none (no JSON, no choices, no text in them). Where the server says when to come back, that is when.
+   answers that are none (no JSON, no choices, nothing in them). Where the server says when to come back, that is when.
 3. What does not pass, and what does not pass in time, ends sampling with `EndpointError`. What was answered by then
    has been handed out, so the job can go on later.
 4. The key comes from the environment, goes into one header, and is struck out of every message.
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from frozen_peft.behavior.candidates import Candidate, PromptRow, SamplingSettings
+from frozen_peft.data import JsonTextError, inexactness, parse_json
 
 __all__ = ["EndpointError", "EndpointSampler", "RetrySettings"]
 
@@ -157,8 +158,10 @@ class EndpointSampler:
         """One candidate, asked for as often as patience allows."""
         for attempt in range(self._retries.max_retries + 1):
             try:
-                text, num_tokens, finish = await self._ask(client, row, row.seeds[number])
-                return Candidate(row.index, number, row.seeds[number], text, num_tokens, finish)
+                answer = await self._ask(client, row, row.seeds[number])
+                return Candidate(
+                    row.index, number, row.seeds[number], answer.text, answer.num_tokens, answer.finish, answer.message
+                )
             except _PassingError as error:
                 wait = self._retries.wait(attempt) if error.retry_after is None else error.retry_after
                 if attempt == self._retries.max_retries or wait > self._retries.max_wait:
@@ -175,8 +178,7 @@ class EndpointSampler:
             patience = f"{attempt + 1} attempts"
         return self._without_key(f"{self._url}: {problem} ({patience})")
 
-    async def _ask(self, client: Any, row: PromptRow, seed: int) -> tuple[str, int | None, str]:
-        """Text, number of tokens and reason of ending of one answer."""
+    async def _ask(self, client: Any, row: PromptRow, seed: int) -> "_Answer":
         import openai
 
         settings = self._settings
@@ -194,7 +196,8 @@ class EndpointSampler:
         else:
             call, request["messages"] = client.chat.completions, row.prompt
             if row.values.get("tools"):
-                request["tools"] = row.values["tools"]
+                tools = row.values["tools"]
+                request["tools"] = json.loads(tools) if isinstance(tools, str) else tools
             if row.values.get("chat_template_kwargs"):
                 request["extra_body"] = {"chat_template_kwargs": row.values["chat_template_kwargs"]}
         try:
@@ -244,7 +247,17 @@ async def _stop(running: set[asyncio.Task[Candidate]], client: Any) -> None:
     await client.close()
 
 
-def _read_answer(text: str, *, chat: bool) -> tuple[str, int | None, str]:
+@dataclass(frozen=True)
+class _Answer:
+    """What a server answered; `message` where there is more than text in it."""
+
+    text: str
+    message: dict[str, Any] | None
+    num_tokens: int | None
+    finish: str
+
+
+def _read_answer(text: str, *, chat: bool) -> _Answer:
     """Reads one answer, whose form is up to a server.
 
     Raises:
@@ -253,19 +266,47 @@ def _read_answer(text: str, *, chat: bool) -> tuple[str, int | None, str]:
     try:
         answer = json.loads(text)
         choice = answer["choices"][0]
-        content = choice["message"].get("content") if chat else choice["text"]
-        finish = choice.get("finish_reason") or "stop"
+        said = choice["message"] if chat else {"content": choice["text"]}
+        content, finish = said.get("content"), choice.get("finish_reason") or "stop"
     except json.JSONDecodeError as error:
         raise _PassingError(f"the answer is not JSON: {_shortened(text)}") from error
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise _PassingError(f"the answer has no choices: {_shortened(text)}") from error
-    if content is None and finish != "stop":
-        content = ""  # a call of a tool, or refused by the server: it says so, and there is no text
+    message = _message(said)
+    if content is None and (finish != "stop" or message is not None):
+        content = ""  # nothing but reasoning or a call of a tool, or refused by the server, which says so
     if not isinstance(content, str) or not isinstance(finish, str):
         raise _PassingError(f"the answer has no text: {_shortened(text)}")
+    if message is not None and finish == "tool_calls":
+        finish = "stop"
     usage = answer.get("usage")
     num_tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return content, num_tokens if isinstance(num_tokens, int) else None, finish
+    return _Answer(content, message, num_tokens if isinstance(num_tokens, int) else None, finish)
+
+
+def _message(said: dict[str, Any]) -> dict[str, Any] | None:
+    """An assistant's message with what a server tells apart from its text, as chat templates have it."""
+    # Servers have two names for it, chat templates one.
+    reasoning = said.get("reasoning_content") or said.get("reasoning")
+    calls = said.get("tool_calls")
+    if not isinstance(reasoning, str) and not calls:
+        return None
+    message: dict[str, Any] = {"role": "assistant", "content": said.get("content") or ""}
+    if isinstance(reasoning, str):
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = [_call(call) for call in calls]
+    return message
+
+
+def _call(call: Any) -> Any:
+    """A call of a tool; servers have its arguments as text, chat templates as what the text says."""
+    try:
+        arguments = parse_json(call["function"]["arguments"].encode())
+        whole = isinstance(arguments, dict) and inexactness(arguments, "arguments") is None
+    except (JsonTextError, UnicodeEncodeError, AttributeError, KeyError, TypeError):
+        return call
+    return {**call, "function": {**call["function"], "arguments": arguments}} if whole else call
 
 
 def _retry_after(headers: Any) -> float | None:

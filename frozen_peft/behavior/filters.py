@@ -91,8 +91,10 @@ class CandidateFilter:
             return "cut off at max_new_tokens"
         if candidate.finish not in ("stop", "length"):
             return f"ended by {candidate.finish}"
-        if not candidate.text.strip():
+        if not candidate.text.strip() and candidate.message is None:
             return "empty"
+        if candidate.differs == "text":
+            return "would not train as generated"
         if self.pattern is not None and self.pattern.search(candidate.text) is None:
             return "does not match keep_regex"
         if self.function is not None and not self._holds(row, candidate):

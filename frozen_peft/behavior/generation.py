@@ -7,6 +7,7 @@
    batch.
 3. What is drawn for a candidate depends on its seed alone (`context.generate`). The rows beside it, and what is
    already done when a job goes on, change the last digits of its logits and nothing else.
+4. A candidate is written in the form that trains as it was generated (`candidate_forms`).
 """
 
 import json
@@ -18,6 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from frozen_peft.adapters.activated import require_always_active
+from frozen_peft.behavior.candidate_forms import CandidateForms
 from frozen_peft.behavior.candidates import Candidate, PromptRow, SamplingSettings
 from frozen_peft.behavior.decision_tokens import prompt_tokens, stop_tokens
 from frozen_peft.context import ContextEncoder, FrozenContext, generate_over, use_segmented_attention
@@ -61,6 +63,7 @@ class LocalSampler:
         self._pretrained = get_pretrained_model(model)
         self._encoder = ContextEncoder(model, chunk_size=chunk_size)
         self._stop_tokens = stop_tokens(tokenizer, self._pretrained.generation_config)
+        self._forms = CandidateForms(tokenizer, self._stop_tokens)
         self._tokens: dict[str, list[int]] = {}
         use_segmented_attention(model)
 
@@ -145,10 +148,11 @@ class LocalSampler:
         ]
 
     def _candidate(self, row: PromptRow, number: int, tokens: list[int]) -> Candidate:
-        finished = tokens[-1] in self._stop_tokens
-        text = self._tokenizer.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True)
-        finish = "stop" if finished else "length"
-        return Candidate(row.index, number, row.seeds[number], text, len(tokens), finish)
+        finish = "stop" if tokens[-1] in self._stop_tokens else "length"
+        form = self._forms.find(row, tokens)
+        return Candidate(
+            row.index, number, row.seeds[number], form.text, len(tokens), finish, form.message, form.differs
+        )
 
     def _prompt(self, row: PromptRow) -> list[int]:
         key = json.dumps([row.prompt, row.values.get("tools"), row.values.get("chat_template_kwargs")])

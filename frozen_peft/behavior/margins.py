@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from frozen_peft.behavior.candidates import Candidate, PromptRow
-from frozen_peft.behavior.conversation import Context
+from frozen_peft.behavior.conversation import Context, Message
 from frozen_peft.behavior.decision_scores import DecisionScorer
 from frozen_peft.behavior.decision_tokens import decision_tokens
 from frozen_peft.behavior.probe_tokens import TokenizedDecision
@@ -67,7 +67,7 @@ class DecisionMargin:
     def _tokenized(self, row: PromptRow, candidate: Candidate) -> tuple[TokenizedDecision, TokenizedDecision]:
         """A decision with the instructions and without them."""
         assert row.stripped is not None, "prompts were read `with_stripped`"
-        instructed, stripped = (self._behind(row, prompt, candidate.text) for prompt in (row.prompt, row.stripped))
+        instructed, stripped = (self._behind(row, prompt, candidate.decision) for prompt in (row.prompt, row.stripped))
         if not torch.equal(instructed.decision, stripped.decision):
             raise ValueError(
                 f"{_name(row, candidate)} has other tokens with the instructions than without, so there is no margin: "
@@ -76,9 +76,9 @@ class DecisionMargin:
             )
         return instructed, stripped
 
-    def _behind(self, row: PromptRow, prompt: Context, text: str) -> TokenizedDecision:
-        before, decision = decision_tokens(self._tokenizer, row, prompt, text)
-        return TokenizedDecision(torch.tensor(before, dtype=torch.long), torch.tensor(decision))
+    def _behind(self, row: PromptRow, prompt: Context, decision: str | Message) -> TokenizedDecision:
+        before, tokens = decision_tokens(self._tokenizer, row, prompt, decision)
+        return TokenizedDecision(torch.tensor(before, dtype=torch.long), torch.tensor(tokens))
 
 
 def _name(row: PromptRow, candidate: Candidate) -> str:

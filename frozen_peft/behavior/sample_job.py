@@ -53,6 +53,7 @@ class SampleSummary:
         num_found: Those of them that an earlier run had sampled.
         num_kept: Candidates kept.
         rejected: Candidates that were not, by reason, most frequent first.
+        num_retokenized: Those of the kept ones that train in other tokens than they were generated in.
         num_tokens: Tokens generated, as far as they are known.
         seconds: Time that this run took.
     """
@@ -62,6 +63,7 @@ class SampleSummary:
     num_candidates: int
     num_found: int
     num_kept: int
+    num_retokenized: int
     num_tokens: int
     seconds: float
     rejected: dict[str, int] = field(default_factory=dict)
@@ -70,10 +72,12 @@ class SampleSummary:
         """The summary in aligned lines."""
         without = f"  ({self.num_without:,} without any kept)" if self.num_without else ""
         found = f"  ({self.num_found:,} of them from an earlier run)" if self.num_found else ""
+        other = [("  in other tokens", f"{self.num_retokenized:,}", "")] if self.num_retokenized else []
         rows = [
             ("prompts", f"{self.num_prompts:,}", without),
             ("candidates", f"{self.num_candidates:,}", found),
             ("kept", f"{self.num_kept:,}", ""),
+            *other,
             ("rejected", f"{self.num_candidates - self.num_kept:,}", ""),
             *((f"  {reason}", f"{number:,}", "") for reason, number in self.rejected.items()),
             ("tokens", f"{self.num_tokens:,}", ""),
@@ -208,6 +212,9 @@ def _summary(
         num_candidates=len(candidates),
         num_found=num_found,
         num_kept=len(kept),
+        num_retokenized=sum(
+            candidates[key].differs == "tokens" for key, verdict in verdicts.items() if verdict.rejected is None
+        ),
         num_tokens=sum(candidate.num_tokens or 0 for candidate in candidates.values()),
         seconds=seconds,
         rejected=dict(rejected.most_common()),

@@ -35,6 +35,7 @@ from transformers import PreTrainedTokenizerBase
 
 from frozen_peft.adapters import change_of_base
 from frozen_peft.behavior import LocalSampler, PromptRow, SamplingSettings, message_texts, restore_instructions
+from frozen_peft.behavior.candidate_forms import CandidateForms
 from frozen_peft.behavior.conversation import Context, split_sample
 from frozen_peft.behavior.decision_tokens import prompt_tokens, stop_tokens
 from frozen_peft.behavior.pieces import STRIPPED, piece_texts
@@ -262,6 +263,7 @@ def _decide_activated(
     assert isinstance(model, PeftModel)
     pretrained = get_pretrained_model(model)
     stops = stop_tokens(tokenizer, pretrained.generation_config)
+    forms = CandidateForms(tokenizer, stops)
     device = pretrained.get_input_embeddings().weight.device
     found = {}
     with torch.no_grad(), without_dropout(model):
@@ -277,7 +279,7 @@ def _decide_activated(
             )
             new = output[0, prompt.shape[1] :].tolist()
             finished = new[-1] in stops
-            text = tokenizer.decode(new[:-1] if finished else new, skip_special_tokens=True)
+            text = forms.text(new)
             found[row.index] = {"text": text, "finished": finished}
     return found
 

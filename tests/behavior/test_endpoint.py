@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from frozen_peft.behavior import Candidate, EndpointError, EndpointSampler, PromptRow, RetrySettings, SamplingSettings
+from frozen_peft.behavior import (
+    Candidate,
+    CandidateFilter,
+    EndpointError,
+    EndpointSampler,
+    PromptRow,
+    RetrySettings,
+    SamplingSettings,
+)
+from frozen_peft.behavior.candidates import completed
 from tests.behavior.answering import Answering, Reply, answering, chat
 
 SETTINGS = SamplingSettings(num_candidates=2, temperature=0.7, top_p=0.9, max_new_tokens=11)
@@ -70,6 +79,22 @@ def test_tools_and_options_of_the_template_are_sent() -> None:
         assert [(item.text, item.finish) for item in found] == [("", "tool_calls")] * 2
         assert server.requests[0].body["tools"] == tools
         assert server.requests[0].body["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_reasoning_and_calls_of_tools_are_kept_apart(name: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"x": 64.35}'}}
+    odd = {**call, "function": {"name": "look", "arguments": '{"x": 1, "x": 2}'}}
+    said = {"role": "assistant", "content": None, name: "the book", "tool_calls": [call, odd]}
+    with answering(lambda *_: Reply({"choices": [{"message": said, "finish_reason": "tool_calls"}]})) as server:
+        (found, _) = sampled(sampler(server), [row(0, tools='[{"type": "function"}]')])
+    assert server.requests[0].body["tools"] == [{"type": "function"}]
+    assert (found.text, found.finish) == ("", "stop")
+    parsed = {**call, "function": {"name": "look", "arguments": {"x": 64.35}}}
+    message = {"role": "assistant", "content": "", "reasoning_content": "the book", "tool_calls": [parsed, odd]}
+    assert found.message == message
+    assert completed(row(0), found)["completion"] == [message]
+    assert CandidateFilter().judge([row(0)], [found])[0].rejected is None
 
 
 def test_what_is_done_is_not_asked_for() -> None:
