@@ -51,7 +51,7 @@ def greedy(model: torch.nn.Module, prompt: list[dict[str, str]], limit: int) -> 
             logits = model(input_ids=torch.tensor([tokens + new]), use_cache=False).logits[0, -1]
             new.append(int(logits.argmax()))
     finished = STOP in new
-    text = TOKENIZER.decode(new[:-1] if finished else new, skip_special_tokens=True)
+    text = TOKENIZER.decode(new[:-1] if finished else new)
     return {"text": text, "finished": finished}
 
 
