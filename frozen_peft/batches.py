@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import nested_concat
 
-from frozen_peft.context import Cut, Decision, cut_batch, pad_decisions
+from frozen_peft.context import ContextTokens, Cut, Decision, cut_batch, pad_decisions
 from frozen_peft.context.boundary import IGNORED_LABEL
 
 __all__ = [
@@ -56,7 +56,7 @@ class BatchCutter:
 
         Returns:
             Where decisions have contexts, the batch also has `position_ids` of shape `(decisions, tokens)`, under
-            `CONTEXTS` the token ids of each, and under `NUM_CONTEXT_TOKENS` the tokens that are in no decision.
+            `CONTEXTS` the context of each, and under `NUM_CONTEXT_TOKENS` the tokens that are in no decision.
 
         Raises:
             ValueError: The collator added something that cannot be cut, or put several samples into one row.
@@ -81,9 +81,9 @@ class BatchCutter:
         parts[0][NUM_CONTEXT_TOKENS] = sum(map(_num_context_tokens, samples))
         return parts
 
-    def contexts(self, inputs: Batch) -> list[torch.Tensor]:
-        """Token ids of every context in a batch of samples."""
-        return [decision.context for sample in self._samples(inputs) for decision in sample if len(decision.context)]
+    def contexts(self, inputs: Batch) -> list[ContextTokens]:
+        """Every context in a batch of samples."""
+        return [decision.to_encode for sample in self._samples(inputs) for decision in sample if len(decision.context)]
 
     def _samples(self, inputs: Batch) -> list[list[Decision]]:
         """Decisions of each sample; none where there is nothing to cut."""
@@ -108,7 +108,8 @@ class BatchCutter:
         batch = pad_decisions(decisions, self.pad_token_id)
         part: Batch = {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
         if batch.num_context_tokens:
-            part |= {"position_ids": batch.position_ids, CONTEXTS: batch.contexts}
+            contexts = [decision.to_encode for decision in decisions]
+            part |= {"position_ids": batch.position_ids, CONTEXTS: contexts}
         return part
 
 

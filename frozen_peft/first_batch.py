@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from frozen_peft.context import verify_context, verify_rounding
+from frozen_peft.context import ContextTokens, verify_context, verify_rounding
+from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.context.rope import rope_limits
 from frozen_peft.context.sharding import same_everywhere
 from frozen_peft.gradient import MIN_TOKENS_TO_VERIFY, verify_stretches
 
@@ -39,7 +41,7 @@ class BatchChecks:
     def check_contexts(
         self,
         model: torch.nn.Module,
-        contexts: Sequence[torch.Tensor],
+        contexts: Sequence[ContextTokens],
         decision: Callable[[int], torch.Tensor],
         *,
         chunk_size: int,
@@ -49,12 +51,12 @@ class BatchChecks:
     ) -> None:
         """Compares the decision with the longest context with a plain forward.
 
+        Where positions depend on a sample's length (see `context.rope`), that is once on each side of the limit.
         Processes that share weights in shards compare the longest of all of theirs, and have to call this together.
 
         Args:
             model: See `verify_context`.
-            contexts: Token ids of each context, shape `(context tokens,)`; without any that is not empty, there is
-                nothing to compare.
+            contexts: Of each decision; without any that is not empty, there is nothing to compare.
             decision: Gives the token ids of a decision, without padding, by its number.
             chunk_size: See `verify_context`.
             adapters: See `verify_context`.
@@ -64,18 +66,26 @@ class BatchChecks:
         Raises:
             ContextMismatchError: See `verify_context` and `verify_rounding`.
         """
-        if not self.is_due(name):
+        limits = rope_limits(get_pretrained_model(model))
+        names = {limit: f"{name} beyond {limit} tokens" if limit else name for limit in (0, *limits.all)}
+        if not any(map(self.is_due, names.values())):
             return
-        row = max(range(len(contexts)), key=lambda index: len(contexts[index]), default=0)
+        due = [
+            row
+            for row, context in enumerate(contexts)
+            if len(context) and self.is_due(names[limits.crossed(context.num_sample_tokens)])
+        ]
         own = None
-        if contexts and len(contexts[row]):
-            own = len(contexts[row]), torch.cat([contexts[row], decision(row)])
+        if due:
+            row = max(due, key=lambda index: len(contexts[index]))
+            own = len(contexts[row]), torch.cat([contexts[row].tokens, decision(row)])
         sample = same_everywhere(model, own)
         if sample is None:
             return
         boundary, input_ids = sample
         check = verify_context(model, input_ids, boundary, chunk_size=chunk_size, adapters=adapters)
-        self.note(name, "The decision over a frozen context agrees with a plain forward", check)
+        side = names[limits.crossed(len(input_ids))]
+        self.note(side, "The decision over a frozen context agrees with a plain forward", check)
         if rounded:
             change = verify_rounding(model, input_ids, boundary, chunk_size=chunk_size, adapters=adapters)
             logger.info(f"What `context_cache_dtype='int8'` changes in it: {change}")

@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from frozen_peft.adapters import active_everywhere
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import FrozenContext, carried_context, decision_forward
+from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.context.rope import rows_on_their_own
 from frozen_peft.distillation import Answers, Distiller
 from frozen_peft.first_batch import BatchChecks
 from frozen_peft.gradient import StretchedDecoder, Stretching, stretched_forward
@@ -89,6 +91,10 @@ class DecisionForwards:
                     batch.stretching = stack.enter_context(stretched)
                 elif given_cache(batch.inputs) is not None:
                     stack.enter_context(decision_forward(self.model))
+                elif self.args.gradient_horizon != -1 and "attention_mask" in batch.inputs:
+                    # No sample of this batch has a context; each has its own positions, as if another one had.
+                    model = get_pretrained_model(self.model)
+                    stack.enter_context(rows_on_their_own(model, batch.inputs["attention_mask"]))
                 if not self.args.context_adapters:
                     stack.enter_context(active_everywhere(self.model))
                 yield

@@ -34,7 +34,7 @@ from frozen_peft.batches import (
     num_labels,
 )
 from frozen_peft.config import FrozenContextConfig, make_store
-from frozen_peft.context import TAIL, ContextEncoder, FrozenContext, use_segmented_attention
+from frozen_peft.context import TAIL, ContextEncoder, ContextTokens, FrozenContext, use_segmented_attention
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.data import as_table, needs_python_rows, python_rows
@@ -133,10 +133,10 @@ class FrozenContextTrainer(GroupingTrainer):
         self.data_collator: Any
         self.current_gradient_accumulation_steps: int
         # Contexts of the micro-batches to come: of this step, and as far as it is known of the next.
-        self._upcoming: list[list[torch.Tensor]] = []
+        self._upcoming: list[list[ContextTokens]] = []
         # The batch that was prepared last, until its loss is computed.
         self._prepared: LiveBatch | None = None
-        self._next_contexts: list[torch.Tensor] = []
+        self._next_contexts: list[ContextTokens] = []
         self.aux_loss_enabled: bool
         self._signature_columns: list[str] | None
 

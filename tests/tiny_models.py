@@ -86,6 +86,18 @@ def _architecture(stem: str, *fields: dict[str, Any], **rest: Any) -> _Architect
 # LoRA on the fused expert parameters instead of on the shared expert and the dense layers.
 _TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
+ROPE_LIMIT = 64
+# A decision of a dozen tokens tells one set of these factors from the other by more than it tells contexts apart.
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": ROPE_LIMIT,
+    "short_factor": [1.0 + 0.1 * index for index in range(4)],
+    "long_factor": [2.0 + 0.5 * index for index in range(4)],
+}
+_LONG_ATTENTION = {key: value for key, value in _ATTENTION.items() if key != "head_dim"}
+
 _QWEN3_5 = (_ATTENTION, _GDN, _QWEN_HYBRID)
 _BUILDERS: dict[str, _Architecture] = {
     "qwen3_5_text": _architecture("Qwen3_5", *_QWEN3_5, config_class="Qwen3_5TextConfig"),
@@ -336,12 +348,65 @@ _OTHERS: dict[str, _Architecture] = {
     ),
 }
 
+# How positions are computed depends on a length in these.
+_LENGTH_DEPENDENT: dict[str, _Architecture] = {
+    "phi3": _architecture(
+        "Phi3",
+        _LONG_ATTENTION,
+        {"rope_parameters": _LONGROPE, "original_max_position_embeddings": ROPE_LIMIT},
+    ),
+    "phimoe": _architecture(
+        "Phimoe",
+        _LONG_ATTENTION,
+        {"num_local_experts": 4, "rope_parameters": _LONGROPE | {"short_mscale": 1.2, "long_mscale": 1.4}},
+        # A linear module that returns more than its output.
+        unadaptable=("router",),
+    ),
+    "ministral3": _architecture(
+        "Ministral3",
+        _ATTENTION,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": ROPE_LIMIT,
+                "llama_4_scaling_beta": 0.5,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            }
+        },
+    ),
+    "llama4_text": _architecture(
+        "Llama4",
+        _ATTENTION,
+        {
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 32,
+            "no_rope_layers": [1, 1, 1, 0],
+            "attn_temperature_tuning": True,
+            "attn_scale": 0.5,
+            "floor_scale": ROPE_LIMIT,
+        },
+        config_class="Llama4TextConfig",
+        # A linear module that returns more than its output.
+        unadaptable=("router",),
+    ),
+}
+
 REFUSABLE: tuple[str, ...] = ("bamba", "jamba", "recurrent_gemma")
 """Architectures that transformers itself continues inexactly: exact or refused, never silently wrong."""
 
 ARCHITECTURES: tuple[str, ...] = tuple(name for name in _BUILDERS if name not in REFUSABLE)
 """Architectures whose continuation from a frozen context has to be exact."""
 
+
+LENGTH_DEPENDENT: tuple[str, ...] = tuple(_LENGTH_DEPENDENT)
+"""Architectures that do something else from `ROPE_LIMIT` tokens on."""
 
 LATENT_ATTENTION: tuple[str, ...] = tuple(name for name in _OTHERS if "kv_lora_rank" in _OTHERS[name].fields)
 """Architectures beside those that keep latents in their cache; of the others, kimi_linear does."""
@@ -360,7 +425,7 @@ def tiny_model(
     """Build a tiny random model in which every kind of state matters.
 
     Args:
-        name: One of `ARCHITECTURES`, `LATENT_ATTENTION` or `REFUSABLE`, or "diffllama".
+        name: One of `ARCHITECTURES`, `LATENT_ATTENTION`, `LENGTH_DEPENDENT` or `REFUSABLE`, or "diffllama".
         seed: Fixes every weight; the caller's random state is left as it was.
         dtype: Type of the floating-point weights.
         config_overrides: Fields of the (text) configuration to replace.
@@ -368,7 +433,7 @@ def tiny_model(
     Raises:
         ValueError: `name` is unknown.
     """
-    builders = _BUILDERS | _OTHERS
+    builders = _BUILDERS | _OTHERS | _LENGTH_DEPENDENT
     if name not in builders:
         raise ValueError(f"`name` must be one of {sorted(builders)}, got {name!r}.")
     architecture = builders[name]
@@ -447,7 +512,7 @@ def to_double(model: PeftModel) -> PeftModel:
 
 
 def _unadaptable(model: PreTrainedModel) -> tuple[str, ...]:
-    for architecture in (_BUILDERS | _OTHERS).values():
+    for architecture in (_BUILDERS | _OTHERS | _LENGTH_DEPENDENT).values():
         if type(model).__name__ == architecture.model_class:
             return architecture.unadaptable
     return ()

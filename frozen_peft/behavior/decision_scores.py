@@ -30,6 +30,7 @@ from frozen_peft.adapters import activate_at_invocation, require_base
 from frozen_peft.behavior.probe_tokens import TokenizedDecision
 from frozen_peft.context import (
     ContextEncoder,
+    ContextTokens,
     Cut,
     Decision,
     FrozenContext,
@@ -41,6 +42,7 @@ from frozen_peft.context import (
 )
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_separable_adapters
 from frozen_peft.context.modes import without_dropout
+from frozen_peft.context.rope import rope_limits, rows_of_lengths
 from frozen_peft.utils.cache_argument import as_cache_argument
 
 __all__ = ["DecisionScore", "DecisionScorer", "Weights"]
@@ -117,7 +119,7 @@ class DecisionScorer:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be 1 decision or more, found {batch_size}.")
         self.model, self._pretrained = model, get_pretrained_model(model)
-        self._decoder = get_decoder(self._pretrained)
+        self._decoder, self._rope = get_decoder(self._pretrained), rope_limits(self._pretrained)
         self._batch_size, self._stop_tokens = batch_size, frozenset(stop_tokens)
         self._cut = Cut(invocation=_settle_invocation(model))
         if self._cut.invocation:
@@ -211,22 +213,28 @@ class DecisionScorer:
 
     def _batches(self, rows: list["_Row"]) -> Iterator["_Batch"]:
         """Rows with equal and with similar contexts next to each other, as many as may run together."""
-        # Big-endian, so that the order of the bytes is that of the tokens, as the encoder's plan has it.
+        # Big-endian, so that the order of the bytes is that of the tokens, as the encoder's plan has it. Among equal
+        # contexts, the length of the decision sorts by rope length too.
         rows.sort(key=lambda row: (row.decision.context.numpy().astype(">i4").tobytes(), len(row.decision.input_ids)))
         batch = _Batch()
         for row in rows:
-            is_new = not batch.contexts or not torch.equal(batch.contexts[-1], row.decision.context)
+            is_new = not batch.contexts or not self._are_one(batch.contexts[-1], row.decision.to_encode)
             num_context = batch.num_context_tokens + (len(row.decision.context) if is_new else 0)
             is_full = len(batch.rows) == self._batch_size or num_context > MAX_CONTEXT_TOKENS
             if batch.rows and is_full and (is_new or len(batch.rows) == self._batch_size):
                 yield batch
                 batch, is_new = _Batch(), True
             if is_new:
-                batch.contexts.append(row.decision.context)
+                batch.contexts.append(row.decision.to_encode)
             batch.context_of.append(len(batch.contexts) - 1)
             batch.rows.append(row)
         if batch.rows:
             yield batch
+
+    def _are_one(self, left: ContextTokens, right: ContextTokens) -> bool:
+        """Whether two contexts are encoded to the same."""
+        rope_lengths = {self._rope.rope_length(one.num_sample_tokens) for one in (left, right)}
+        return len(rope_lengths) == 1 and torch.equal(left.tokens, right.tokens)
 
     def _score(self, batch: "_Batch", weights: Sequence[Weights]) -> None:
         """Fills in the rows of a batch."""
@@ -275,7 +283,9 @@ class DecisionScorer:
         """Last hidden states of a batch's decisions, shape `(rows, tokens, E)`."""
         split = pad_decisions([row.decision for row in batch.rows])
         device = self._pretrained.get_input_embeddings().weight.device
-        with decision_forward(self.model) if frozen is not None else nullcontext():
+        lengths = [row.decision.to_encode.num_sample_tokens for row in batch.rows]
+        rows = rows_of_lengths(self._pretrained, lengths)
+        with decision_forward(self.model) if frozen is not None else rows:
             return self._decoder(
                 input_ids=split.input_ids.to(device),
                 attention_mask=split.attention_mask.to(device),
@@ -359,7 +369,7 @@ class _Batch:
 
     def __init__(self) -> None:
         self.rows: list[_Row] = []
-        self.contexts: list[torch.Tensor] = []
+        self.contexts: list[ContextTokens] = []
         self.context_of: list[int] = []
 
     @property

@@ -22,7 +22,14 @@ from frozen_peft.adapters.activated import require_always_active
 from frozen_peft.behavior.candidate_forms import CandidateForms
 from frozen_peft.behavior.candidates import Candidate, PromptRow, SamplingSettings
 from frozen_peft.behavior.decision_tokens import prompt_tokens, stop_tokens
-from frozen_peft.context import ContextEncoder, FrozenContext, generate_over, use_segmented_attention
+from frozen_peft.context import (
+    ContextEncoder,
+    ContextTokens,
+    FrozenContext,
+    generate_over,
+    tokens_within_rope,
+    use_segmented_attention,
+)
 from frozen_peft.context.models import get_pretrained_model
 
 __all__ = ["LocalSampler"]
@@ -97,9 +104,9 @@ class LocalSampler:
         ]
         wanted = sorted((item for item in wanted if item[1]), key=lambda item: _order(self._prompt(item[0])))
         groups = list(self._groups(wanted))
-        self._encoder.expect([self._context(row) for group in groups for row, _ in group])
+        self._encoder.expect([self._context(self._prompt(row)) for group in groups for row, _ in group])
         for group in groups:
-            contexts = [self._context(row) for row, _ in group]
+            contexts = [self._context(self._prompt(row)) for row, _ in group]
             frozen = self._encoder.encode(contexts) if any(map(len, contexts)) else None
             places = [(place, number) for place, (_, numbers) in enumerate(group) for number in numbers]
             for start in range(0, len(places), self._batch_size):
@@ -107,17 +114,28 @@ class LocalSampler:
                 yield self._decoded([row for row, _ in group], frozen, batch)
 
     def _groups(self, wanted: list[tuple[PromptRow, list[int]]]) -> Iterator[list[tuple[PromptRow, list[int]]]]:
-        """Prompts that are encoded together: as many as one batch of candidates has room for, or one."""
+        """Prompts that are encoded together: as many as one batch of candidates has room for, or one.
+
+        A prompt whose candidates may go beyond a limit of the rope is by itself: they all reach it at the same token.
+        """
         group: list[tuple[PromptRow, list[int]]] = []
         size = 0
         for item in wanted:
-            if group and size + len(item[1]) > self._batch_size:
+            is_alone = self._num_alike(self._prompt(item[0])) < self._settings.max_new_tokens
+            if group and (is_alone or size + len(item[1]) > self._batch_size):
                 yield group
                 group, size = [], 0
             group.append(item)
             size += len(item[1])
+            if is_alone:
+                yield group
+                group, size = [], 0
         if group:
             yield group
+
+    def _num_alike(self, prompt: list[int]) -> int:
+        """How many tokens can be decoded before positions are computed in another way."""
+        return tokens_within_rope(self._model, len(prompt), self._settings.max_new_tokens)
 
     def _decoded(
         self, rows: list[PromptRow], frozen: FrozenContext | None, batch: list[tuple[int, int]]
@@ -132,20 +150,45 @@ class LocalSampler:
                     for place, number in batch
                 ]
             )
-        outputs = generate_over(
-            self._model,
+        outputs = self._generated(
             frozen.select([place for place, _ in batch]) if frozen is not None else None,
             [self._prompt(rows[place]) for place, _ in batch],
-            draws=draws,
-            max_new_tokens=settings.max_new_tokens,
-            stop_tokens=self._stop_tokens,
-            temperature=settings.temperature or 1.0,
-            top_p=settings.top_p,
+            draws,
+            settings.max_new_tokens,
         )
         return [
             self._candidate(rows[place], number, tokens)
             for (place, number), tokens in zip(batch, outputs, strict=True)
         ]
+
+    def _generated(
+        self, frozen: FrozenContext | None, prompts: list[list[int]], draws: np.ndarray | None, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Candidates of prompts that reach a limit of the rope at the same token, or not at all."""
+        num_alike = min(tokens_within_rope(self._model, len(prompt), max_new_tokens) for prompt in prompts)
+        outputs = generate_over(
+            self._model,
+            frozen,
+            prompts,
+            draws=draws[:, :num_alike] if draws is not None else None,
+            max_new_tokens=num_alike,
+            stop_tokens=self._stop_tokens,
+            temperature=self._settings.temperature or 1.0,
+            top_p=self._settings.top_p,
+        )
+        unfinished = [row for row, tokens in enumerate(outputs) if tokens[-1] not in self._stop_tokens]
+        if num_alike == max_new_tokens or not unfinished:
+            return outputs
+        longer = [prompts[row] + outputs[row] for row in unfinished]
+        rest = self._generated(
+            self._encoder.encode([self._context(prompt) for prompt in longer]),
+            longer,
+            draws[unfinished, num_alike:] if draws is not None else None,
+            max_new_tokens - num_alike,
+        )
+        for row, tokens in zip(unfinished, rest, strict=True):
+            outputs[row] = outputs[row] + tokens
+        return outputs
 
     def _candidate(self, row: PromptRow, number: int, tokens: list[int]) -> Candidate:
         finish = "stop" if tokens[-1] in self._stop_tokens else "length"
@@ -160,9 +203,9 @@ class LocalSampler:
             self._tokens[key] = prompt_tokens(self._tokenizer, row, row.prompt)
         return self._tokens[key]
 
-    def _context(self, row: PromptRow) -> torch.Tensor:
+    def _context(self, prompt: list[int]) -> ContextTokens:
         """All but the last token, whose output is the decision's first token."""
-        return torch.tensor(self._prompt(row)[:-1], dtype=torch.long)
+        return ContextTokens(torch.tensor(prompt[:-1], dtype=torch.long), len(prompt))
 
 
 def _require_weights_only(model: torch.nn.Module) -> None:

@@ -3,6 +3,7 @@
 
 from frozen_peft.context.boundary import (
     TAIL,
+    ContextTokens,
     Cut,
     Decision,
     SplitBatch,
@@ -19,7 +20,7 @@ from frozen_peft.context.disk import DiskLevel
 from frozen_peft.context.encoder import ContextEncoder, EncoderCounts, encode_context
 from frozen_peft.context.files import ContextFiles
 from frozen_peft.context.fingerprint import require_untouched_base, trained_base_weights
-from frozen_peft.context.generate import generate_over
+from frozen_peft.context.generate import generate_over, tokens_within_rope
 from frozen_peft.context.sizes import format_size, parse_size
 from frozen_peft.context.store import ContextStore
 from frozen_peft.context.verify import ContextCheck, RoundingCheck, verify_context, verify_rounding
@@ -30,6 +31,7 @@ __all__ = [
     "ContextEncoder",
     "ContextFiles",
     "ContextStore",
+    "ContextTokens",
     "Cut",
     "Decision",
     "DiskLevel",
@@ -48,6 +50,7 @@ __all__ = [
     "parse_size",
     "require_untouched_base",
     "split_batch",
+    "tokens_within_rope",
     "trained_base_weights",
     "use_segmented_attention",
     "verify_context",

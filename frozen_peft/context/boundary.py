@@ -13,6 +13,7 @@ import torch
 
 __all__ = [
     "TAIL",
+    "ContextTokens",
     "Cut",
     "Decision",
     "DecisionMode",
@@ -80,6 +81,22 @@ TAIL = Cut()
 
 
 @dataclass(frozen=True)
+class ContextTokens:
+    """A context to encode, of a sample whose length is known.
+
+    Attributes:
+        tokens: Token ids, shape `(context tokens,)`, possibly empty, int64.
+        num_sample_tokens: Tokens of context and decision together, which the rope of some models follows (see `rope`).
+    """
+
+    tokens: torch.Tensor
+    num_sample_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
 class Decision:
     """One decision and its context, without padding.
 
@@ -92,6 +109,11 @@ class Decision:
     context: torch.Tensor
     input_ids: torch.Tensor
     labels: torch.Tensor
+
+    @property
+    def to_encode(self) -> ContextTokens:
+        """The context, with the length of the sample."""
+        return ContextTokens(self.context, len(self.context) + len(self.input_ids))
 
 
 @dataclass(frozen=True)

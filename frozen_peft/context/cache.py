@@ -166,13 +166,15 @@ class FrozenContext(Cache):
         rows: The contexts, at least one of them with tokens.
         segmented: The model's attention reads context and decision as two segments (see
             `use_segmented_attention`); otherwise keys and values are concatenated for each forward.
+        rope_lengths: The rope length that each row was encoded with (see `rope`); empty: 0 for all.
     """
 
-    def __init__(self, rows: list[EncodedContext], *, segmented: bool = False):
+    def __init__(self, rows: list[EncodedContext], *, segmented: bool = False, rope_lengths: Sequence[int] = ()):
         if not any(row.num_tokens for row in rows):
             raise ValueError("A frozen context needs at least one sample with context tokens; all of them are empty.")
         self.rows = rows
         self.segmented = segmented
+        self.rope_lengths = list(rope_lengths) or [0] * len(rows)
         template = next(row for row in rows if row.num_tokens)
         self._filled = [row if row.num_tokens else template.emptied() for row in rows]
         longest = max(row.num_tokens for row in rows)
@@ -216,7 +218,11 @@ class FrozenContext(Cache):
 
     def select(self, indices: list[int]) -> "FrozenContext":
         """The rows of these indices, shared with this context."""
-        return FrozenContext([self.rows[index] for index in indices], segmented=self.segmented)
+        return FrozenContext(
+            [self.rows[index] for index in indices],
+            segmented=self.segmented,
+            rope_lengths=[self.rope_lengths[index] for index in indices],
+        )
 
     def attention_mask(self, decision_mask: torch.Tensor) -> torch.Tensor:
         """Mask over left-padded contexts and decisions.
@@ -256,4 +262,5 @@ class FrozenContext(Cache):
 
         For checks that a lost or mixed-up state does not go unnoticed; this context stays as it is.
         """
-        return FrozenContext([row.mutated(kind, change) for row in self.rows], segmented=self.segmented)
+        rows = [row.mutated(kind, change) for row in self.rows]
+        return FrozenContext(rows, segmented=self.segmented, rope_lengths=self.rope_lengths)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from frozen_peft.context.adapter_kinds import require_adapters_by_position
+from frozen_peft.context.boundary import MIN_DECISION_TOKENS, ContextTokens
 from frozen_peft.context.buffers import can_extend, keeps_all_keys
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.encoded import EncodedContext
@@ -32,6 +33,7 @@ from frozen_peft.context.modes import prefill_mode
 from frozen_peft.context.out_of_memory import free_unused_memory, halved_chunk, out_of_memory_in_prefill
 from frozen_peft.context.prefill import extend_contexts, num_forwards
 from frozen_peft.context.prefixes import PrefixPlan
+from frozen_peft.context.rope import rope_limits
 from frozen_peft.context.segments import is_segmented
 from frozen_peft.context.sharding import are_sharded, num_missing_forwards, run_idle_forwards
 from frozen_peft.context.store import ContextStore
@@ -63,10 +65,32 @@ class _Extension:
     Attributes:
         prefix: What they follow on; None: nothing.
         tokens: Shape `(tokens,)`, int64.
+        rope_length: How their positions are computed (see `rope`).
     """
 
     prefix: PrefixKey | None
     tokens: np.ndarray
+    rope_length: int
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A context that is asked for.
+
+    Attributes:
+        tokens: Shape `(tokens,)`, int64.
+        rope_length: See `_Extension`.
+    """
+
+    tokens: np.ndarray
+    rope_length: int
+
+    @property
+    def key(self) -> PrefixKey | None:
+        """Its key; None for one without tokens."""
+        num_tokens = len(self.tokens)
+        keys = prefix_keys(self.tokens, [num_tokens] if num_tokens else [], rope_length=self.rope_length)
+        return keys.get(num_tokens)
 
 
 class ContextEncoder:
@@ -115,27 +139,28 @@ class ContextEncoder:
         self.counts = EncoderCounts()
         self._has_said_smaller = False
         self._can_extend = can_extend(self._pretrained)
+        self.rope = rope_limits(self._pretrained)
         self._plan = PrefixPlan([])
         self._step = 0
         self._kept: dict[PrefixKey, EncodedContext] = {}
 
-    def expect(self, contexts: Sequence[torch.Tensor], *, step: int = 0) -> None:
+    def expect(self, contexts: Sequence[torch.Tensor | ContextTokens], *, step: int = 0) -> None:
         """Announces all contexts that will be asked for in an optimizer step, in any order.
 
         What was announced before is forgotten.
 
         Args:
-            contexts: Token ids of each context, shape `(context tokens,)`, possibly empty for some, int64.
+            contexts: See `encode`.
             step: Optimizer steps so far; contexts encoded at another one share nothing with these.
         """
-        self._plan = self._planned([_as_array(context) for context in contexts])
+        self._plan = self._planned(self._asked(contexts))
         self._step = step
         self._kept.clear()
 
-    def read_ahead(self, contexts: Sequence[torch.Tensor]) -> None:
+    def read_ahead(self, contexts: Sequence[torch.Tensor | ContextTokens]) -> None:
         """Begins to fetch from the store what the batch after this one will need."""
         if self.store is not None:
-            self.store.read_ahead([_as_array(context) for context in contexts])
+            self.store.read_ahead([(asked.tokens, asked.rope_length) for asked in self._asked(contexts)])
 
     def forget(self) -> None:
         """Drops what is kept of earlier steps, but for contexts in files that are good for ever."""
@@ -143,11 +168,15 @@ class ContextEncoder:
         if self.store is not None:
             self.store.forget()
 
-    def encode(self, contexts: Sequence[torch.Tensor], *, step: int = 0, stale: bool = True) -> FrozenContext:
+    def encode(
+        self, contexts: Sequence[torch.Tensor | ContextTokens], *, step: int = 0, stale: bool = True
+    ) -> FrozenContext:
         """Encodes contexts, or finds them.
 
         Args:
-            contexts: Token ids of each context, shape `(context tokens,)`, possibly empty for some, int64.
+            contexts: Token ids of each context, shape `(context tokens,)`, possibly empty for some, int64. A model
+                whose rope follows the length of a forward (see `rope`) needs to know that of the sample
+                (`ContextTokens`); without, it is taken for that of the context and a decision of two tokens.
             step: Optimizer steps so far, by which the store tells how old an entry is.
             stale: Whether entries of the store may be as old as it allows, or not at all.
 
@@ -156,27 +185,29 @@ class ContextEncoder:
 
         Raises:
             ValueError: Every context is empty.
+            UnsupportedArchitectureError: A sample is longer than the model's rope can be told of.
         """
-        arrays = [_as_array(context) for context in contexts]
-        keys = [_key(array) for array in arrays]
+        asked = self._asked(contexts)
+        keys = [one.key for one in asked]
         self._open(step, stale)
         plan = self._plan
         if any(key is not None and key not in plan for key in keys):
-            plan = self._planned(arrays)
+            plan = self._planned(asked)
         found = dict(self._kept)
         extensions: dict[PrefixKey, _Extension] = {}
-        for key, array in zip(keys, arrays, strict=True):
+        for key, one in zip(keys, asked, strict=True):
             if key is not None:
-                extensions |= self._missing(plan.cuts(key), array, found)
+                extensions |= self._missing(plan.cuts(key), one, found)
         self._extend(extensions, found)
         for key in keys:
             if key is not None:
                 plan.finish(key)
         self._kept = {key: context for key, context in found.items() if self._plan.is_to_come(key)}
-        self.counts.num_tokens_asked += sum(map(len, arrays))
+        self.counts.num_tokens_asked += sum(len(one.tokens) for one in asked)
         self.counts.num_tokens_encoded += sum(len(extension.tokens) for extension in extensions.values())
         rows = [found[key] if key is not None else EMPTY for key in keys]
-        return FrozenContext(rows, segmented=is_segmented(self._pretrained))
+        rope_lengths = [one.rope_length for one in asked]
+        return FrozenContext(rows, segmented=is_segmented(self._pretrained), rope_lengths=rope_lengths)
 
     def encode_elsewhere(self, *, step: int = 0, stale: bool = True) -> None:
         """Takes part in what other processes encode, where this one has no context and weights are in shards.
@@ -195,26 +226,38 @@ class ContextEncoder:
         if self.store is not None:
             self.store.open(self.model, adapters=self.adapters, step=step, stale=stale)
 
-    def _planned(self, contexts: Sequence[np.ndarray]) -> PrefixPlan:
-        return PrefixPlan(contexts, can_extend=self._can_extend)
+    def _asked(self, contexts: Sequence[torch.Tensor | ContextTokens]) -> list[_Asked]:
+        asked = []
+        for context in contexts:
+            if isinstance(context, torch.Tensor):
+                context = ContextTokens(context, len(context) + MIN_DECISION_TOKENS)
+            tokens = context.tokens.detach().cpu().numpy().astype(np.int64, copy=False)
+            asked.append(_Asked(tokens, self.rope.rope_length(context.num_sample_tokens)))
+        return asked
+
+    def _planned(self, asked: Sequence[_Asked]) -> PrefixPlan:
+        contexts, rope_lengths = [one.tokens for one in asked], [one.rope_length for one in asked]
+        return PrefixPlan(contexts, rope_lengths, can_extend=self._can_extend)
 
     def _prefill_mode(self) -> AbstractContextManager[None]:
         return prefill_mode(self.model, adapters=self.adapters)
 
     def _missing(
-        self, cuts: tuple[PrefixKey, ...], tokens: np.ndarray, found: dict[PrefixKey, EncodedContext]
+        self, cuts: tuple[PrefixKey, ...], asked: _Asked, found: dict[PrefixKey, EncodedContext]
     ) -> dict[PrefixKey, _Extension]:
         """What has to be encoded for one context, by the prefix that results; `found` gets what the store has."""
+        tokens, rope_length = asked.tokens, asked.rope_length
         base = next((cut for cut in reversed(cuts) if cut in found), None)
         if self.store is not None and base != cuts[-1]:
             num_known = base.num_tokens if base is not None else 0
-            base = self.store.find(tokens, found, longer_than=num_known, whole=not self._can_extend) or base
-            cuts = self.store.branch(tokens, cuts) if self._can_extend else cuts
+            whole = not self._can_extend
+            base = self.store.find(tokens, found, rope_length=rope_length, longer_than=num_known, whole=whole) or base
+            cuts = self.store.branch(tokens, cuts, rope_length=rope_length) if self._can_extend else cuts
         extensions = {}
         for cut in cuts:
             start = base.num_tokens if base is not None else 0
             if cut.num_tokens > start:
-                extensions[cut] = _Extension(base, tokens[start : cut.num_tokens])
+                extensions[cut] = _Extension(base, tokens[start : cut.num_tokens], rope_length)
                 base = cut
         return extensions
 
@@ -241,9 +284,9 @@ class ContextEncoder:
         """Encodes extensions of one shape: in one batch, and in smaller forwards where memory runs out."""
         prefixes = [found[member.prefix] for member in members if member.prefix is not None]
         tokens = torch.from_numpy(np.stack([member.tokens for member in members]))
-        num_new = tokens.shape[1]
+        num_new, rope_length = tokens.shape[1], members[0].rope_length
         try:
-            return extend_contexts(self.model, prefixes, tokens, chunk_size=self.chunk_size)
+            return extend_contexts(self.model, prefixes, tokens, chunk_size=self.chunk_size, rope_length=rope_length)
         except torch.OutOfMemoryError as error:
             num_forward_tokens = len(members) * min(self.chunk_size or num_new, num_new)
             # In the middle of a forward, the other processes wait for their part of it.
@@ -272,16 +315,18 @@ class ContextEncoder:
         self.chunk_size = num_tokens
 
     def _groups(self, extensions: dict[PrefixKey, _Extension]) -> list[list[PrefixKey]]:
-        """Extensions to run together, prefixes before what follows on them: of equal lengths, within one chunk."""
+        """Extensions to run together, prefixes before what follows on them: of one shape, within one chunk."""
         groups: list[list[PrefixKey]] = []
         waiting = list(extensions)
         while waiting:
             to_come = set(waiting)
             ready = [key for key in waiting if extensions[key].prefix not in to_come]
-            by_shape: dict[tuple[int, int], list[PrefixKey]] = {}
+            by_shape: dict[tuple[int, int, int], list[PrefixKey]] = {}
             for key in ready:
-                by_shape.setdefault((key.num_tokens, len(extensions[key].tokens)), []).append(key)
-            for (_, num_new), members in by_shape.items():
+                extension = extensions[key]
+                shape = key.num_tokens, len(extension.tokens), extension.rope_length
+                by_shape.setdefault(shape, []).append(key)
+            for (_, num_new, _), members in by_shape.items():
                 size = max(self.chunk_size // num_new, 1)
                 groups += [members[start : start + size] for start in range(0, len(members), size)]
             waiting = [key for key in waiting if extensions[key].prefix in to_come]
@@ -290,7 +335,7 @@ class ContextEncoder:
 
 def encode_context(
     model: torch.nn.Module,
-    contexts: list[torch.Tensor],
+    contexts: Sequence[torch.Tensor | ContextTokens],
     *,
     chunk_size: int = 2048,
     adapters: bool = True,
@@ -299,7 +344,7 @@ def encode_context(
 
     Args:
         model: A causal language model of transformers, or a `PeftModel` of one.
-        contexts: Token ids of each context, shape `(context tokens,)`, possibly empty for some, int64.
+        contexts: See `ContextEncoder.encode`.
         chunk_size: Context tokens per forward; 0 encodes a context in one forward.
         adapters: Whether adapters are active while the context is encoded.
 
@@ -312,11 +357,3 @@ def encode_context(
         ContextMismatchError: transformers does not continue this architecture exactly from a cache.
     """
     return ContextEncoder(model, chunk_size=chunk_size, adapters=adapters).encode(contexts)
-
-
-def _key(tokens: np.ndarray) -> PrefixKey | None:
-    return prefix_keys(tokens, [len(tokens)])[len(tokens)] if len(tokens) else None
-
-
-def _as_array(tokens: torch.Tensor) -> np.ndarray:
-    return tokens.detach().cpu().numpy().astype(np.int64, copy=False)

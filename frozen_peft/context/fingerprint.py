@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from frozen_peft.context.kernels import KERNEL_PACKAGES
 from frozen_peft.context.models import get_decoder, get_pretrained_model
+from frozen_peft.context.rope import frequencies_of_the_moment
 from frozen_peft.context.sharding import digest_of_all, local_part
 
 __all__ = [
@@ -136,8 +137,9 @@ def _architecture(model: PreTrainedModel) -> str:
     return json.dumps(config, sort_keys=True, default=str)
 
 
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_buffers()
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    passing = {id(buffer) for buffer in frequencies_of_the_moment(model)}
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if id(buffer) not in passing)
     for name, parameter in model.named_parameters():
         yield name, parameter
         # The scales of a 4-bit weight, without which its codes mean nothing, are neither parameters nor buffers.

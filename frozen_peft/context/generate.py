@@ -3,7 +3,10 @@
 
 1. The last token of each prompt is left out of its context, as in training: its output is the first token's.
 2. `generate` takes a cache that grows over the frozen contexts (see `growing`), and so begins with that token.
-3. Which token comes next is decided by a row's own numbers between 0 and 1, one per token, and not by a random state
+3. Where the rope follows the length of a forward (see `rope`), each token comes from a forward of the length that it
+   stands behind, so a candidate that would cross a limit is refused: decode up to there, and go on from a context that
+   is encoded anew.
+4. Which token comes next is decided by a row's own numbers between 0 and 1, one per token, and not by a random state
    that the rows of a batch share. A row's candidate therefore does not depend on which rows are beside it, except
    through the last digits of its logits.
 
@@ -18,6 +21,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
@@ -25,11 +29,13 @@ from transformers import (
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.growing import growing_cache
 from frozen_peft.context.handover import counted_forward, require_all_read
-from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.context.models import get_pretrained_model, require_known_positions
 from frozen_peft.context.modes import without_dropout
+from frozen_peft.context.rope import rope_limits, rows_of_lengths
+from frozen_peft.errors import ContextMismatchError
 from frozen_peft.utils.cache_argument import generation_cache
 
-__all__ = ["generate_over"]
+__all__ = ["generate_over", "tokens_within_rope"]
 
 
 class _Drawn(LogitsProcessor):
@@ -88,7 +94,9 @@ def generate_over(
         New tokens of each candidate, up to and with the token that ended it.
 
     Raises:
-        ContextMismatchError: The model's attention did not read the contexts.
+        ValueError: A candidate would go beyond a limit of the model's rope (`tokens_within_rope`), or see
+            `require_known_positions`.
+        ContextMismatchError: The model's attention did not read the contexts, or one was encoded for another length.
         UnsupportedArchitectureError: This architecture cannot be decoded from an encoded context.
     """
     pretrained = get_pretrained_model(model)
@@ -107,7 +115,9 @@ def generate_over(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stop_tokens), pad_token_id=stop_tokens[0]
     )
     segmented = frozen is not None and frozen.segmented
-    with torch.no_grad(), without_dropout(model), counted_forward(segmented) as use:
+    lengths = _lengths(pretrained, frozen, prompts, max_new_tokens)
+    rows = rows_of_lengths(pretrained, lengths)
+    with rows, torch.no_grad(), without_dropout(model), counted_forward(segmented) as use:
         sequences = pretrained.generate(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
@@ -118,6 +128,35 @@ def generate_over(
         )
         require_all_read(use, pretrained.config.model_type)
     return [_until_stop(row, stop_tokens) for row in sequences[:, longest:].tolist()]
+
+
+def tokens_within_rope(model: torch.nn.Module, num_prompt_tokens: int, max_new_tokens: int) -> int:
+    """How many of these tokens come behind a prompt before the model's rope has other frequencies (see `rope`)."""
+    last = rope_limits(get_pretrained_model(model)).last_alike(num_prompt_tokens)
+    return max_new_tokens if last is None else min(max_new_tokens, last - num_prompt_tokens + 1)
+
+
+def _lengths(
+    model: PreTrainedModel, frozen: FrozenContext | None, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[int]:
+    """A length of each row that all its forwards compute positions for."""
+    limits = rope_limits(model)
+    require_known_positions(model, [len(prompt) for prompt in prompts], max_new_tokens)
+    for row, prompt in enumerate(prompts):
+        num_tokens = tokens_within_rope(model, len(prompt), max_new_tokens)
+        if num_tokens < max_new_tokens:
+            raise ValueError(
+                f"A prompt of {len(prompt)} tokens and `max_new_tokens={max_new_tokens}` go beyond a limit of the "
+                f"rope of `{limits.model_type}`, {limits.all}, where all positions before are computed anew. Decode "
+                f"{num_tokens} tokens, encode the prompt with them again, and go on from there."
+            )
+        if frozen is not None and frozen.rope_lengths[row] != limits.rope_length(len(prompt)):
+            raise ContextMismatchError(
+                f"The context of a prompt of {len(prompt)} tokens was encoded for another length, and the rope of "
+                f"`{limits.model_type}` has a limit between the two, of {limits.all}. Encode it as "
+                "`ContextTokens(tokens, num_sample_tokens)` with the prompt's length."
+            )
+    return [len(prompt) + max_new_tokens - 1 for prompt in prompts]
 
 
 def _until_stop(tokens: list[int], stop_tokens: Sequence[int]) -> list[int]:

@@ -23,7 +23,8 @@ class PrefixKey:
 
     Attributes:
         num_tokens: The prefix's length, at least 1.
-        digest: 32 lowercase hexadecimal digits, BLAKE2b of the tokens as little-endian int64.
+        digest: 32 lowercase hexadecimal digits, BLAKE2b of the rope length, if any, and the tokens, as little-endian
+            int64.
     """
 
     num_tokens: int
@@ -39,12 +40,15 @@ class PrefixKey:
         return cls(int(match[1]), match[2]) if match else None
 
 
-def prefix_keys(tokens: torch.Tensor | np.ndarray, lengths: Iterable[int]) -> dict[int, PrefixKey]:
+def prefix_keys(
+    tokens: torch.Tensor | np.ndarray, lengths: Iterable[int], *, rope_length: int = 0
+) -> dict[int, PrefixKey]:
     """Keys of several prefixes of one sequence, in one pass over its tokens.
 
     Args:
         tokens: Integers, shape `(num_tokens,)`, on any device.
         lengths: Prefix lengths from 1 to `num_tokens`, in any order.
+        rope_length: How positions are computed (see `rope`), where not as in a short forward: another context.
 
     Returns:
         The key of each length, shortest first.
@@ -57,6 +61,8 @@ def prefix_keys(tokens: torch.Tensor | np.ndarray, lengths: Iterable[int]) -> di
         raise ValueError(f"`tokens` must be one row of integers, found {array.dtype} of shape {array.shape}.")
     data = np.ascontiguousarray(array, dtype="<i8")
     hasher = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    if rope_length:
+        hasher.update(rope_length.to_bytes(8, "little"))
     keys = {}
     hashed = 0
     for length in sorted(set(lengths)):

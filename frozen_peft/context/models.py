@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this side needs to know about a model: its parts, and whether its cache can be trusted."""
 
+from collections.abc import Sequence
+
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,6 +25,7 @@ __all__ = [
     "latent_attentions",
     "latent_expansions",
     "require_exact_continuation",
+    "require_known_positions",
     "require_separable_adapters",
 ]
 
@@ -65,7 +68,9 @@ def get_pretrained_model(model: torch.nn.Module) -> PreTrainedModel:
 
 def get_decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The text decoder below the language-model head (and below a vision-language wrapper)."""
-    return model.get_decoder()
+    decoder = model.get_decoder()
+    # That of Llama 4 (transformers 5.23, 5.24) has the head.
+    return decoder.model if decoder.get_output_embeddings() is not None else decoder
 
 
 def require_exact_continuation(model: PreTrainedModel) -> None:
@@ -117,6 +122,34 @@ def latent_expansions(decoder: torch.nn.Module) -> list[torch.nn.Module]:
 def latent_attentions(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     """Attention modules that expand what they take out of the cache by a method of their own."""
     return [module for module in decoder.modules() if hasattr(module, "expand_kv")]
+
+
+def require_known_positions(model: PreTrainedModel, context_lengths: Sequence[int], num_tokens: int) -> None:
+    """Refuses a batch whose rows' positions a model would not tell from those of the longest.
+
+    Llama 4 (transformers 5.23, 5.24) scales the attention of its layers without rope by positions that it counts from
+    the length of the cache, which is one for all rows.
+
+    Args:
+        model: The transformers model.
+        context_lengths: Context tokens of each row.
+        num_tokens: Tokens of a row behind them.
+
+    Raises:
+        ValueError: Rows differ in length where that counts.
+    """
+    config = model.config.get_text_config()
+    if config.model_type != "llama4_text" or not config.attn_temperature_tuning or len(set(context_lengths)) == 1:
+        return
+    longest = max(context_lengths) + num_tokens
+    if longest >= config.floor_scale:
+        raise ValueError(
+            f"A batch of `{config.model_type}` has contexts of {min(context_lengths)} to {max(context_lengths)} "
+            f"tokens and reaches {longest}: from {config.floor_scale} (`floor_scale`) on, attention in layers without "
+            "rope is scaled by position, and transformers counts positions from the longest context of a batch. Run "
+            "one row at a time: `per_device_train_batch_size: 1` and `per_device_eval_batch_size: 1` (with "
+            "`decision_mode: turns` also `max_decisions_per_forward: 1`), and a batch size of 1 in other commands."
+        )
 
 
 def require_separable_adapters(model: PreTrainedModel) -> None:

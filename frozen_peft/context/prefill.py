@@ -20,6 +20,7 @@ from frozen_peft.context.buffers import frozen_row, prefill_cache
 from frozen_peft.context.encoded import EncodedContext
 from frozen_peft.context.handover import counted_forward, require_all_read
 from frozen_peft.context.models import get_decoder, get_pretrained_model
+from frozen_peft.context.rope import rows_of_lengths
 from frozen_peft.context.segments import continues_in_segments
 from frozen_peft.context.sharding import run_within_forward
 from frozen_peft.utils.cache_argument import as_cache_argument
@@ -38,6 +39,7 @@ def extend_contexts(
     input_ids: torch.Tensor,
     *,
     chunk_size: int,
+    rope_length: int = 0,
 ) -> list[EncodedContext]:
     """Encodes the tokens that follow on contexts of one length, or on nothing; called in `prefill_mode`.
 
@@ -46,6 +48,7 @@ def extend_contexts(
         prefixes: What each row goes on from, all of the same number of tokens; empty: the rows are whole contexts.
         input_ids: The tokens to come, shape `(rows, tokens)`, int64.
         chunk_size: Tokens of a row per forward; 0: all in one forward.
+        rope_length: How positions are computed (see `rope`), which prefixes are encoded with as well.
 
     Returns:
         One context per row, prefix and tokens together. The prefixes are shared, and stay as they are.
@@ -60,7 +63,9 @@ def extend_contexts(
     cache = prefill_cache(pretrained, prefixes, num_tokens, segmented)
     cache_argument = as_cache_argument(decoder, cache)
     step = chunk_size or num_tokens
-    with counted_forward(segmented) as use:
+    # Before it begins, a context knows how long its sample is.
+    lengths = [max(rope_length, first + num_tokens)] * num_rows
+    with counted_forward(segmented) as use, rows_of_lengths(pretrained, lengths):
         for start in range(0, num_tokens, step):
             chunk = input_ids[:, start : start + step]
             positions = torch.arange(first + start, first + start + chunk.shape[1], device=device)

@@ -25,16 +25,24 @@ class PrefixPlan:
 
     Args:
         contexts: Token ids of each context, shape `(tokens,)`, int64; empty ones are left out, equal ones count twice.
+        rope_lengths: The rope length of each (see `rope`); contexts of different ones share nothing. Empty: 0 for all.
         can_extend: Contexts may be cut; otherwise only equal ones share.
     """
 
-    def __init__(self, contexts: Sequence[np.ndarray], *, can_extend: bool = True):
-        contexts = [context for context in contexts if len(context)]
-        lengths = _cut_lengths(contexts) if can_extend else [{len(context)} for context in contexts]
+    def __init__(self, contexts: Sequence[np.ndarray], rope_lengths: Sequence[int] = (), *, can_extend: bool = True):
         self._cuts: dict[PrefixKey, tuple[PrefixKey, ...]] = {}
         self._num_to_come: Counter[PrefixKey] = Counter()
+        by_rope: dict[int, list[np.ndarray]] = {}
+        for context, rope_length in zip(contexts, rope_lengths or [0] * len(contexts), strict=True):
+            if len(context):
+                by_rope.setdefault(rope_length, []).append(context)
+        for rope_length, members in by_rope.items():
+            self._add(members, rope_length, can_extend)
+
+    def _add(self, contexts: Sequence[np.ndarray], rope_length: int, can_extend: bool) -> None:
+        lengths = _cut_lengths(contexts) if can_extend else [{len(context)} for context in contexts]
         for context, cuts in zip(contexts, lengths, strict=True):
-            keys = prefix_keys(context, cuts)
+            keys = prefix_keys(context, cuts, rope_length=rope_length)
             ordered = tuple(keys[length] for length in sorted(cuts))
             self._cuts[ordered[-1]] = ordered
             self._num_to_come.update(ordered)

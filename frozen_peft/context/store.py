@@ -177,6 +177,7 @@ class ContextStore:
         tokens: np.ndarray,
         known: dict[PrefixKey, EncodedContext],
         *,
+        rope_length: int = 0,
         longer_than: int = 0,
         whole: bool = False,
     ) -> PrefixKey | None:
@@ -185,13 +186,14 @@ class ContextStore:
         Args:
             tokens: Token ids, shape `(tokens,)`, int64.
             known: Encoded contexts that are at hand.
+            rope_length: How its positions are computed (see `rope`).
             longer_than: Tokens that the prefix must have more than.
             whole: Only the whole context will do.
 
         Returns:
             The prefix; None where there is none.
         """
-        for namespace, key in self._candidates(tokens, longer_than, whole):
+        for namespace, key in self._candidates(tokens, rope_length, longer_than, whole):
             if self._assemble(namespace, key, known) is not None:
                 self._memory.touch((namespace, key))
                 return key
@@ -217,14 +219,14 @@ class ContextStore:
         if self._disk is not None:
             self._disk.write((namespace, key), entry)
 
-    def read_ahead(self, contexts: Sequence[np.ndarray]) -> None:
-        """Begins to fetch what these contexts will need and the model's device does not have.
+    def read_ahead(self, contexts: Sequence[tuple[np.ndarray, int]]) -> None:
+        """Begins to fetch what these contexts, each with its rope length, will need and the device does not have.
 
         What was begun before for other contexts is forgotten.
         """
         if self._nothing_outlives_a_step():
             return
-        candidates = (next(iter(self._candidates(tokens, 0, False)), None) for tokens in contexts)
+        candidates = (next(iter(self._candidates(tokens, rope, 0, False)), None) for tokens, rope in contexts)
         wanted = dict.fromkeys(key for key in candidates if key is not None)
         on_host = [key for key in wanted if key in self._memory and self._memory[key].on_host]
         begun = {key: self._copying.get(key) or self._copy_ahead(self._memory[key].tensors) for key in on_host}
@@ -232,7 +234,9 @@ class ContextStore:
         if self._disk is not None:
             self._disk.read_ahead([key for key in wanted if key not in self._memory], self._memory.__contains__)
 
-    def branch(self, tokens: np.ndarray, cuts: tuple[PrefixKey, ...]) -> tuple[PrefixKey, ...]:
+    def branch(
+        self, tokens: np.ndarray, cuts: tuple[PrefixKey, ...], *, rope_length: int = 0
+    ) -> tuple[PrefixKey, ...]:
         """The cuts of a context, with one more where it branches off from a context of an earlier step.
 
         A context that is seen for the first time leaves no state where later ones will branch off; from the second
@@ -241,10 +245,12 @@ class ContextStore:
         Args:
             tokens: Token ids of the context, shape `(tokens,)`, int64.
             cuts: Its prefixes to cut at, shortest first, itself the last.
+            rope_length: How its positions are computed (see `rope`).
         """
         if self._nothing_outlives_a_step():
             return cuts
-        places = prefix_keys(tokens, range(BRANCH_TOKENS, len(tokens), BRANCH_TOKENS))
+        lengths = range(BRANCH_TOKENS, len(tokens), BRANCH_TOKENS)
+        places = prefix_keys(tokens, lengths, rope_length=rope_length)
         length = max((length for length, key in places.items() if key in self._branches), default=0)
         is_known = cuts[-1] in self._branches
         self._branches.update(dict.fromkeys([*places.values(), cuts[-1]], True))
@@ -271,7 +277,7 @@ class ContextStore:
         if self._disk is not None:
             self._disk.flush()
 
-    def _candidates(self, tokens: np.ndarray, longer_than: int, whole: bool) -> list[EntryKey]:
+    def _candidates(self, tokens: np.ndarray, rope_length: int, longer_than: int, whole: bool) -> list[EntryKey]:
         """Kept prefixes of a context, longest first, of equally long ones the freshest first."""
         on_disk = {name: self._disk.keys(name) if self._disk is not None else set() for name in self._readable}
         lengths = {key.num_tokens for keys in on_disk.values() for key in keys}
@@ -280,7 +286,7 @@ class ContextStore:
         wanted = [length for length in lengths if longer_than < length <= len(tokens)]
         if whole:
             wanted = [length for length in wanted if length == len(tokens)]
-        keys = prefix_keys(tokens, wanted)
+        keys = prefix_keys(tokens, wanted, rope_length=rope_length)
         return [
             (namespace, keys[length])
             for length in sorted(keys, reverse=True)

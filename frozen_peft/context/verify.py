@@ -2,9 +2,10 @@
 """Checks on one sample that a decision over a frozen context is what one plain forward would have given.
 
 Two things are compared with plain forwards over context and decision: the decision's log-probabilities, and how they
-move when the context is changed. The second catches a lost context also where the model hardly uses it. The sample
-is cut to a bounded length that still exercises every kind of layer, a sliding window included, and logits are
-computed at the compared positions only.
+move when the context is changed. The second catches a lost context also where the model hardly uses it. Both run in a
+batch with a longer one, so that what a layer makes of the length of its cache shows too. The sample is cut to a
+bounded length that still exercises every kind of layer, a sliding window and a rope that follows lengths included, and
+logits are computed at the compared positions only.
 
 What `context_cache_dtype="int8"` rounds is no part of that check, which is as strict with it as without. A second one
 measures what rounding alone does to the decision's log-probabilities.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from frozen_peft.context.boundary import ContextTokens
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.compiled import not_compiled
 from frozen_peft.context.decision import decision_forward
@@ -23,6 +25,7 @@ from frozen_peft.context.encoder import encode_context
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
 from frozen_peft.context.modes import adapters_active, without_dropout
+from frozen_peft.context.rope import rope_limits
 from frozen_peft.context.rounding import round_in_place
 from frozen_peft.context.sharding import run_within_forward
 from frozen_peft.errors import ContextMismatchError
@@ -118,14 +121,12 @@ def verify_context(
     context, decision = _cut_to_size(pretrained, input_ids, boundary)
     require_exact_continuation(pretrained)
     choose_kernels(pretrained)
-    changed = _changed_context(context, pretrained)
+    contexts = [context, _changed_context(context, pretrained)]
     chunk_size = min(chunk_size or len(context), max(len(context) // 2, 1))
 
     with adapters_active(model, adapters):
-        plain, plain_changed = (_plain_logprobs(model, tokens, decision) for tokens in (context, changed))
-        frozen, frozen_changed = (
-            _frozen_logprobs(model, tokens, decision, chunk_size) for tokens in (context, changed)
-        )
+        plain, plain_changed = (_plain_logprobs(model, tokens, decision) for tokens in contexts)
+        frozen, frozen_changed = _frozen_logprobs(model, contexts, decision, chunk_size)
     error, error_changed = _distance(frozen, plain), _distance(frozen_changed, plain_changed)
     effect, frozen_effect = _distance(plain_changed, plain), _distance(frozen_changed, frozen)
     check = ContextCheck(
@@ -160,7 +161,8 @@ def verify_rounding(
     pretrained = get_pretrained_model(model)
     context, decision = _cut_to_size(pretrained, input_ids, boundary)
     with adapters_active(model, adapters):
-        frozen = encode_context(model, [context], chunk_size=chunk_size)
+        whole = ContextTokens(context, len(context) + len(decision))
+        frozen = encode_context(model, [whole], chunk_size=chunk_size)
         exact = _logprobs_over(model, frozen, decision)
         round_in_place(frozen.rows[0])
         error = _distance(_logprobs_over(model, frozen, decision), exact)
@@ -182,8 +184,10 @@ def _cut_to_size(model: PreTrainedModel, input_ids: torch.Tensor, boundary: int)
             f"`boundary` must leave at least one context token and two decision tokens, found {boundary} in a sample "
             f"of {len(input_ids)} tokens."
         )
-    context = input_ids[max(boundary - context_tokens_needed(model), 0) : boundary]
-    return context, input_ids[boundary : boundary + MAX_DECISION_TOKENS]
+    limit = rope_limits(model).crossed(len(input_ids))
+    num_context = max(context_tokens_needed(model), limit)
+    num_decision = max(MAX_DECISION_TOKENS, limit + 1 - boundary)
+    return input_ids[max(boundary - num_context, 0) : boundary], input_ids[boundary : boundary + num_decision]
 
 
 def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -240,11 +244,23 @@ def _changed_context(context: torch.Tensor, model: PreTrainedModel) -> torch.Ten
     return changed
 
 
+def _companion(context: torch.Tensor, decision: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """A context that goes on from another one by a third, as far as the model has positions for it."""
+    num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    num_more = len(context) // 3 + 1
+    if num_positions is not None:
+        num_more = max(min(num_more, num_positions - len(context) - len(decision)), 0)
+    return torch.cat([context, context[:num_more]])
+
+
 def _plain_logprobs(model: torch.nn.Module, context: torch.Tensor, decision: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of the decision after its first token by one forward, shape `(decision tokens - 1,)`."""
     pretrained = get_pretrained_model(model)
 
     def logprobs() -> torch.Tensor:
+        if rope_limits(pretrained).follows_beyond is not None:
+            # transformers (5.23, 5.24) goes on with the frequencies of the longest forward so far, until a short one.
+            get_decoder(pretrained)(input_ids=decision[None, :2], use_cache=False)
         # Without positions, as SFTTrainer calls it: some architectures (RoBERTa) count otherwise than from 0.
         hidden = get_decoder(pretrained)(
             input_ids=torch.cat([context, decision])[None], use_cache=False
@@ -256,30 +272,37 @@ def _plain_logprobs(model: torch.nn.Module, context: torch.Tensor, decision: tor
 
 
 def _frozen_logprobs(
-    model: torch.nn.Module, context: torch.Tensor, decision: torch.Tensor, chunk_size: int
+    model: torch.nn.Module, contexts: list[torch.Tensor], decision: torch.Tensor, chunk_size: int
 ) -> torch.Tensor:
-    """The same over the frozen context."""
+    """The same over frozen contexts, shape `(contexts, decision tokens - 1)`."""
     # Encoded as a context is that extends another one, the way in which most is carried over.
-    frozen = encode_context(model, [context[: len(context) // 2], context], chunk_size=chunk_size).select([1])
-    return _logprobs_over(model, frozen, decision)
+    halves = [ContextTokens(context[: len(context) // 2], len(context) + len(decision)) for context in contexts]
+    wholes = [
+        ContextTokens(context, len(context) + len(decision))
+        for context in (*contexts, _companion(contexts[0], decision, get_pretrained_model(model)))
+    ]
+    frozen = encode_context(model, halves + wholes, chunk_size=chunk_size)
+    logprobs = _logprobs_over(model, frozen.select([len(halves) + row for row in range(len(wholes))]), decision)
+    return logprobs[: len(contexts)]
 
 
 def _logprobs_over(model: torch.nn.Module, frozen: FrozenContext, decision: torch.Tensor) -> torch.Tensor:
-    """The same over one frozen context, with gradient checkpointing as in training where layers have no dropout."""
+    """The same, with gradient checkpointing as in training where layers have no dropout."""
     pretrained = get_pretrained_model(model)
     decoder = get_decoder(pretrained)
-    positions = frozen.lengths[0] + torch.arange(len(decision), device=decision.device)
+    lengths = torch.tensor(frozen.lengths, device=decision.device)
+    positions = lengths[:, None] + torch.arange(len(decision), device=decision.device)
     # Layers that drop out by themselves (OPT) are compared without checkpointing: both hang on their training flag.
     keep_checkpointing = not has_dropout(pretrained)
 
     def logprobs() -> torch.Tensor:
         hidden = decoder(
-            input_ids=decision[None],
-            position_ids=positions[None],
+            input_ids=decision.expand(len(positions), -1),
+            position_ids=positions,
             **as_cache_argument(decoder, frozen),
             use_cache=False,
         ).last_hidden_state
-        return _logprobs(pretrained, hidden[0], decision)
+        return torch.stack([_logprobs(pretrained, row, decision) for row in hidden])
 
     with without_dropout(model, keep_checkpointing=keep_checkpointing), decision_forward(model):
         return run_within_forward(model, logprobs)

@@ -193,13 +193,12 @@ class Distiller:
         return join_answers(parts)
 
     def _check(self, teachers: Sequence[Decision]) -> None:
-        if not self._checks.is_due("teacher") or not any(len(decision.context) for decision in teachers):
-            return
-        error = verify_head(self._model, teachers[0].input_ids)
-        self._checks.note("head", "The head gives the model's own log-probabilities, largest error", error)
+        if self._checks.is_due("head"):
+            error = verify_head(self._model, teachers[0].input_ids)
+            self._checks.note("head", "The head gives the model's own log-probabilities, largest error", error)
         self._checks.check_contexts(
             self._model,
-            [decision.context for decision in teachers],
+            [decision.to_encode for decision in teachers],
             lambda row: teachers[row].input_ids,
             chunk_size=self._prefill_chunk_size,
             adapters=False,

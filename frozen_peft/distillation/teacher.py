@@ -10,6 +10,7 @@ from frozen_peft.context import ContextEncoder, ContextStore, Decision, decision
 from frozen_peft.context.boundary import IGNORED_LABEL
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.context.modes import prefill_mode
+from frozen_peft.context.rope import rows_of_lengths
 from frozen_peft.distillation.answers import AnswerStore, decision_key
 from frozen_peft.distillation.divergence import Answers, Divergence, select_answers
 from frozen_peft.distillation.head import LogitHead
@@ -72,7 +73,7 @@ class Teacher:
         self._answers.open(self._model, self._divergence)
         missing = [decision for decision in decisions if self._answers.find(decision_key(decision)) is None]
         # Its contexts are those of every step: the base model does not learn.
-        self._encoder.expect([decision.context for decision in missing if len(decision.context)])
+        self._encoder.expect([decision.to_encode for decision in missing if len(decision.context)])
 
     def forget(self) -> None:
         """Drops what is kept in memory alone of earlier steps."""
@@ -96,9 +97,12 @@ class Teacher:
 
     def _compute(self, decisions: list[Decision]) -> list[Answers]:
         batch = pad_decisions(decisions)
-        frozen = self._encoder.encode(batch.contexts) if batch.num_context_tokens else None
-        decoder = get_decoder(get_pretrained_model(self._model))
-        with prefill_mode(self._model, adapters=False), decision_forward(self._model):
+        contexts = [decision.to_encode for decision in decisions]
+        frozen = self._encoder.encode(contexts) if batch.num_context_tokens else None
+        pretrained = get_pretrained_model(self._model)
+        decoder = get_decoder(pretrained)
+        rows = rows_of_lengths(pretrained, [context.num_sample_tokens for context in contexts])
+        with prefill_mode(self._model, adapters=False), rows, decision_forward(self._model):
             hidden = decoder(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,

@@ -25,6 +25,7 @@ from frozen_peft.adapters import ROLES, adapted_projections
 from frozen_peft.adapters.roles import rows_of_roles
 from frozen_peft.context import (
     ContextEncoder,
+    ContextTokens,
     Cut,
     Decision,
     FrozenContext,
@@ -126,7 +127,7 @@ class FlowMeter:
 
     def measure(self, decisions: Sequence[Decision], on_done: Callable[[], object]) -> None:
         """Adds decisions to the sums."""
-        encoder = self._encoder([_longer(one, horizon).context for one in decisions for horizon in self.horizons])
+        encoder = self._encoder([_longer(one, horizon).to_encode for one in decisions for horizon in self.horizons])
         for decision in decisions:
             full = self._full_gradient(decision)
             for horizon in self.horizons:
@@ -140,9 +141,9 @@ class FlowMeter:
 
     def measure_attention(self, decisions: Sequence[Decision], on_done: Callable[[], object]) -> None:
         """Reads the attention of decisions, and nothing else."""
-        encoder = self._encoder([decision.context for decision in decisions])
+        encoder = self._encoder([decision.to_encode for decision in decisions])
         for decision in decisions:
-            frozen = encoder.encode([decision.context]) if len(decision.context) else None
+            frozen = encoder.encode([decision.to_encode]) if len(decision.context) else None
             with self._observed_attention():
                 self._forward(decision, frozen)
             on_done()
@@ -202,14 +203,14 @@ class FlowMeter:
             for layer, (of_state, whole) in self._reads.items()
         }
 
-    def _encoder(self, contexts: Sequence[torch.Tensor]) -> ContextEncoder:
+    def _encoder(self, contexts: Sequence[ContextTokens]) -> ContextEncoder:
         encoder = ContextEncoder(self.model, chunk_size=self.prefill_chunk_size)
         encoder.expect(contexts)
         return encoder
 
     def _frozen_gradient(self, decision: Decision, encoder: ContextEncoder, horizon: int) -> list[torch.Tensor | None]:
         """Gradient of each `lora_B`, of the loss of all labels; of horizon 0, what else there is to see is added."""
-        frozen = encoder.encode([decision.context])
+        frozen = encoder.encode([decision.to_encode])
         if horizon == 0:
             self._observe(decision, frozen)
             return self._with_state_gradients(decision, frozen)

@@ -10,7 +10,7 @@ Shapes: B samples, S tokens of a sample, E hidden size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from transformers import PreTrainedModel
 
 from frozen_peft.context.cache import FrozenContext
-from frozen_peft.context.decision import cache_under_checkpointing
+from frozen_peft.context.decision import cache_under_checkpointing, rows_of_samples
 from frozen_peft.context.handover import counted_forward, require_all_read
 from frozen_peft.context.models import get_decoder
+from frozen_peft.context.rope import rope_limits, rows_of_lengths
 from frozen_peft.context.segments import continues_in_segments
 from frozen_peft.context.sharding import num_missing_forwards, run_within_forward
 from frozen_peft.gradient.layers import LayerEnd, LayerPast, Piece, layer_kinds
@@ -90,6 +91,7 @@ class StretchedDecoder:
             lengths = self.frozen.lengths if self.frozen is not None else [0] * self.num_rows
             starts = torch.tensor(lengths, device=self.device)
             self.position_ids = starts[:, None] + torch.arange(self.num_tokens, device=self.device)
+        self.model, self.mask = model, arguments.get("attention_mask")
         self.options = arguments | {"attention_mask": None, "use_cache": False}
         self.root, self.pending = root, pending
         trained = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
@@ -254,6 +256,7 @@ class StretchedDecoder:
             # Without its cache: weights that were cast without gradient would get none when used again.
             torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False),
             cache_under_checkpointing(self.decoder),
+            self._rows_as_whole(),
             counted_forward(self.segmented) as use,
         ):
             outputs = self.forward(
@@ -265,6 +268,15 @@ class StretchedDecoder:
             )
         require_all_read(use, self.model_type)
         return outputs, cache.take_ends(self.model_type)
+
+    def _rows_as_whole(self) -> AbstractContextManager[None]:
+        """Has a stretch compute positions as the whole does: behind contexts each sample, without any the batch."""
+        if self.frozen is not None:
+            tokens = self.embeddings if self.input_ids is None else self.input_ids
+            return rows_of_samples(self.model, self.frozen, self.mask, tokens)
+        if not rope_limits(self.model).all:
+            return nullcontext()
+        return rows_of_lengths(self.model, [int(self.position_ids.max()) + 1] * self.num_rows)
 
     def _firsts(self, results: Sequence[torch.Tensor]) -> list[int]:
         """The first token that is returned of each result: router logits count in the loss at every token."""

@@ -15,6 +15,7 @@ from frozen_peft.context.compiled import not_compiled
 from frozen_peft.context.dropout import has_dropout
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.context.modes import without_dropout
+from frozen_peft.context.rope import rope_limits
 from frozen_peft.context.sharding import are_sharded, run_within_forward
 from frozen_peft.context.verify import context_tokens_needed, has_low_precision
 from frozen_peft.errors import ContextMismatchError
@@ -67,7 +68,9 @@ def verify_stretches(model: torch.nn.Module, input_ids: torch.Tensor, stretch_si
     """
     pretrained = get_pretrained_model(model)
     # Stretches of a third must overflow a window too.
-    input_ids = input_ids[: 2 * context_tokens_needed(pretrained)]
+    num_tokens = 2 * context_tokens_needed(pretrained)
+    num_tokens = max(num_tokens, rope_limits(pretrained).crossed(len(input_ids)) + MIN_TOKENS_TO_VERIFY)
+    input_ids = input_ids[:num_tokens]
     stretch_size = min(stretch_size, -(-len(input_ids) // NUM_STRETCHES))
     forward = _hidden if are_sharded(model) else _hidden_and_gradient
     plain = forward(model, input_ids, not_compiled(model))

@@ -32,6 +32,7 @@ from frozen_peft.context.latents import hand_on_latents
 from frozen_peft.context.models import get_decoder, get_pretrained_model, latent_expansions
 from frozen_peft.context.modes import prefill_mode
 from frozen_peft.context.prefill import extend_contexts
+from frozen_peft.context.rope import rope_limits
 from frozen_peft.context.segments import IMPLEMENTATION
 from frozen_peft.gradient import group_checkpoints, stretched_forward
 from frozen_peft.gradient.stretched_decoder import stretch_bounds
@@ -171,7 +172,7 @@ class Tracer:
     def graded(self, num_graded: int, num_frozen: int) -> Trace:
         """Forward and backward of so many tokens behind a frozen context, or behind none."""
         segmented = self.can_segment and bool(num_frozen)
-        frozen = self._frozen(num_frozen, segmented) if num_frozen else None
+        frozen = self._frozen(num_frozen, segmented, num_graded) if num_frozen else None
         with self._running(segmented, frozen) as count, ExitStack() as stack:
             if frozen is not None:
                 stack.enter_context(decision_forward(self.model))
@@ -180,7 +181,7 @@ class Tracer:
     def stretched(self, num_graded: int, num_frozen: int, stretch: int) -> Trace:
         """The same in stretches; what is handed on from one to the next is counted for the layers that are run."""
         segmented = self.continues_in_segments
-        frozen = self._frozen(num_frozen, segmented) if num_frozen else None
+        frozen = self._frozen(num_frozen, segmented, num_graded) if num_frozen else None
         num_before = stretch_bounds(num_graded, stretch)[-1][0]
         with self._running(segmented, frozen) as count, stretched_forward(self.model, stretch):
             return self._step(count, num_graded, frozen, num_frozen, num_before)
@@ -288,12 +289,15 @@ class Tracer:
             for handle in handles:
                 handle.remove()
 
-    def _frozen(self, num_tokens: int, segmented: bool) -> FrozenContext:
-        """A frozen context without storage."""
+    def _frozen(self, num_tokens: int, segmented: bool, num_graded: int) -> FrozenContext:
+        """A frozen context without storage, to be followed by so many tokens."""
         assert self.cache is not None  # fills _encoded
         layers = tuple(_layer_state(tensors, num_tokens) for tensors in self._encoded)
         row = EncodedContext(num_tokens, layers)
-        return FrozenContext([row] * self.setting.batch, segmented=segmented)
+        rope_length = rope_limits(self.pretrained).rope_length(num_tokens + num_graded)
+        return FrozenContext(
+            [row] * self.setting.batch, segmented=segmented, rope_lengths=[rope_length] * self.setting.batch
+        )
 
 
 class _TiledHead(torch.autograd.Function):

@@ -94,7 +94,7 @@ def test_what_prompts_share_is_encoded_once(folder: Path) -> None:
     sampler = LocalSampler(model, tokenizer, SAMPLED, batch_size=3)
     # In an order in which none of those that begin alike stand together.
     rows = rows_of(SAMPLED, [PROMPTS[0], PROMPTS[2], PROMPTS[1], PROMPTS[3], PROMPTS[0]])
-    contexts = [sampler._context(row).tolist() for row in rows]
+    contexts = [sampler._context(sampler._prompt(row)).tokens.tolist() for row in rows]
     shared = next(i for i, (a, b) in enumerate(zip(contexts[0], contexts[2], strict=False)) if a != b)
     assert shared > 16
     forwards: list[int] = []
