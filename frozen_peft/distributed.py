@@ -19,11 +19,11 @@ from frozen_peft.batches import without_labels
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut
 from frozen_peft.context.compiled import compile_layers
-from frozen_peft.context.kernel_table import KERNEL_PACKAGES, current_capabilities, kernel_choices
+from frozen_peft.context.kernel_table import KERNEL_MODULES, current_capabilities, kernel_choices
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.sharding import are_sharded, reshard
 from frozen_peft.gradient import StretchedDecoder, finish_stretches
-from frozen_peft.installed import installed_version
+from frozen_peft.installed import installed_version, module_versions
 from frozen_peft.resuming import ResumableTrainer
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "require_same_machines",
 ]
 
-PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes", *KERNEL_PACKAGES.values())
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 MISSING = "not installed"
 
 
@@ -99,8 +99,13 @@ def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, str]
     return {
         "python": platform.python_version(),
         **{name: installed_version(name) or MISSING for name in PACKAGES},
+        **{name: _parts(module_versions(name)) for name in ("triton", *KERNEL_MODULES)},
         **{f"kernel for {row.purpose}": row.kernel for row in rows},
     }
+
+
+def _parts(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) or MISSING
 
 
 def require_same(machines: Sequence[Mapping[str, str]]) -> None:

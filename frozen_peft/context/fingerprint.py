@@ -5,10 +5,7 @@ The base model's weights are sampled, one value per row and at least some thousa
 not read as a whole at every start; what training changes (adapters and any other trainable weight) is read in full.
 """
 
-import functools
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 from collections.abc import Iterator
 
@@ -20,10 +17,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
-from frozen_peft.context.kernels import KERNEL_PACKAGES
+from frozen_peft.context.kernels import KERNEL_MODULES
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.context.rope import frequencies_of_the_moment
 from frozen_peft.context.sharding import digest_of_all, local_part
+from frozen_peft.installed import module_versions
 
 __all__ = [
     "adapter_fingerprint",
@@ -87,7 +85,7 @@ def run_fingerprint(model: torch.nn.Module) -> str:
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
     facts = {
         "attention": get_decoder(pretrained).config._attn_implementation,
-        "kernels": _kernel_versions() if device != "cpu" else {},
+        "kernels": {name: module_versions(name) for name in KERNEL_MODULES} if device != "cpu" else {},
         "device": device,
         "autocast": autocast,
         "transformers": transformers.__version__,
@@ -122,11 +120,6 @@ def trained_base_weights(model: torch.nn.Module) -> list[str]:
     """Names of the trainable weights that are there with the adapters off as well."""
     switched_off = {id(tensor) for tensor in _switchable_tensors(model)}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in switched_off]
-
-
-@functools.cache
-def _kernel_versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in KERNEL_PACKAGES if importlib.util.find_spec(name)}
 
 
 def _architecture(model: PreTrainedModel) -> str:

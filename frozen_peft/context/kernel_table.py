@@ -8,8 +8,6 @@ known to be wrong somewhere is not run there, whatever the package itself allows
 
 import dataclasses
 import functools
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -17,8 +15,10 @@ from typing import Literal, NamedTuple
 import torch
 from packaging.version import InvalidVersion, Version
 
+from frozen_peft.installed import module_versions
+
 __all__ = [
-    "KERNEL_PACKAGES",
+    "KERNEL_MODULES",
     "Capabilities",
     "KernelRow",
     "Operation",
@@ -32,12 +32,8 @@ __all__ = [
     "operation_of",
 ]
 
-# Packages whose functions transformers binds at import, with what they are called on the package index.
-KERNEL_PACKAGES = {
-    "fla": "flash-linear-attention",
-    "causal_conv1d": "causal-conv1d",
-    "mamba_ssm": "mamba-ssm",
-}
+# Modules whose functions transformers binds at import.
+KERNEL_MODULES = ("fla", "causal_conv1d", "mamba_ssm")
 # The oldest flash-linear-attention of which kernels and their limits were read.
 FIRST_FLA = Version("0.6")
 # Triton's own limit for NVIDIA cards, and that of PyTorch's flash attention.
@@ -281,20 +277,17 @@ def current_capabilities(device: torch.device) -> Capabilities:
 
 
 def _with_installed(machine: Capabilities) -> Capabilities:
-    versions = {name: _version_of(name) for name in ("triton", *KERNEL_PACKAGES)}
+    versions = {name: _version_of(name) for name in ("triton", *KERNEL_MODULES)}
     return dataclasses.replace(machine, **versions)  # type: ignore[arg-type]
 
 
 @functools.cache
-def _version_of(package: str) -> Version | None:
-    """Version of an importable package; one that does not say its version counts as the newest."""
-    if importlib.util.find_spec(package) is None:
-        return None
-    for distribution in importlib.metadata.packages_distributions().get(
-        package, [KERNEL_PACKAGES.get(package, package)]
-    ):
+def _version_of(module: str) -> Version | None:
+    """Version of an importable module, the oldest of its parts; one that does not say its version is the newest."""
+    versions = []
+    for text in module_versions(module).values():
         try:
-            return Version(importlib.metadata.version(distribution))
-        except (importlib.metadata.PackageNotFoundError, InvalidVersion):
-            continue
-    return Version("9999")
+            versions.append(Version(text))
+        except InvalidVersion:
+            versions.append(Version("9999"))
+    return min(versions, default=None)

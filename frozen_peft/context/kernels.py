@@ -22,7 +22,7 @@ import torch
 
 from frozen_peft.context.handover import uncompiled
 from frozen_peft.context.kernel_table import (
-    KERNEL_PACKAGES,
+    KERNEL_MODULES,
     Operation,
     current_capabilities,
     is_accelerated,
@@ -81,7 +81,7 @@ def choose_kernels(model: torch.nn.Module, *, always: bool = False) -> list[str]
     Returns:
         Names of the functions for which the choice is in place, such as `modeling_qwen3_5.causal_conv1d_fn`.
     """
-    if not always and not any(importlib.util.find_spec(package) for package in KERNEL_PACKAGES):
+    if not always and not any(importlib.util.find_spec(module) for module in KERNEL_MODULES):
         return []
     names = {type(module).__module__ for module in model.modules()}
     modeling_files = [sys.modules[name] for name in sorted(names) if name.startswith("transformers.models.")]

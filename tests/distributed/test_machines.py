@@ -20,7 +20,7 @@ HERE = describe_machine(torch.device("cpu"), torch.float32)
 
 def test_this_machine_says_its_versions_and_kernels() -> None:
     assert HERE["torch"] == torch.__version__
-    assert {"transformers", "triton", "flash-linear-attention", "causal-conv1d", "python"} <= HERE.keys()
+    assert {"transformers", "triton", "fla", "causal_conv1d", "python"} <= HERE.keys()
     assert HERE["kernel for decision, gated delta rule"].startswith("PyTorch")
     require_same([HERE, dict(HERE), dict(HERE)])
 

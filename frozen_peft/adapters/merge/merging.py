@@ -9,7 +9,6 @@
 """
 
 import copy
-import importlib.metadata
 import json
 import logging
 import math
@@ -34,6 +33,7 @@ from frozen_peft.adapters.merge.updates import COMBINATIONS, Combination, Combin
 from frozen_peft.adapters.merge.verify import Reference, fits, verify_merge
 from frozen_peft.adapters.merge.writing import OutputShard, write_shards
 from frozen_peft.adapters.vocabulary import resized_vocabulary
+from frozen_peft.installed import installed_version
 
 __all__ = ["REPORT", "merge_adapter"]
 
@@ -154,7 +154,7 @@ def merge_adapter(
         "tensors": sum(len(shard.tensors) for shard in shards),
         "bytes": num_bytes,
         "untied_embeddings": untied,
-        "versions": {name: importlib.metadata.version(name) for name in _REPORTED_VERSIONS},
+        "versions": {name: installed_version(name) for name in _REPORTED_VERSIONS},
         "verification": None,
     }
     with whole_folder(output) as part:
