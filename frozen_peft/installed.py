@@ -2,9 +2,9 @@
 """Which packages are installed, and in which version.
 
 What is imported and what is installed have names of their own: `fla` comes from flash-linear-attention and from
-fla-core, `triton` from triton-windows on Windows. And what is imported need not be installed at all: a source folder on
-the path, or a build without metadata, says its version in its own file or nowhere. So nothing here asks the metadata
-for the name of a module.
+fla-core, `triton` from triton-windows on Windows. And what is imported need not be installed at all: a source folder
+on the path, or a build without metadata, says its version in its own file or nowhere. So nothing here asks the
+metadata for the name of a module.
 """
 
 import functools

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training that goes on after it was killed as if it had not been."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
 
 from frozen_peft.checkpoints import (
     UNFINISHED,
@@ -20,6 +22,11 @@ from frozen_peft.out_of_memory import AdvisedTrainer
 
 __all__ = ["ResumableTrainer"]
 
+logger = logging.get_logger(__name__)
+
+# In a checkpoint, what each process kept of earlier steps.
+_HISTORY = "history_{process}.json"
+
 
 class ResumableTrainer(AdvisedTrainer):
     """`SFTTrainer` whose checkpoints are there whole or not at all, and from which a run ends as it would have.
@@ -33,7 +40,8 @@ class ResumableTrainer(AdvisedTrainer):
     - `_run_epoch` does not train a run further that had ended.
     - `evaluation_loop` leaves the random state as it is.
 
-    A subclass says in `_forget_history` what it remembers of earlier steps, and in `_write_model` what else it saves.
+    A subclass says in `_forget_history` what it remembers of earlier steps, in `_history` and `_restore_history` what
+    of that a run has to know that goes on from here, and in `_write_model` what else it saves.
     """
 
     # Where a checkpoint is being written; None: nowhere.
@@ -43,6 +51,8 @@ class ResumableTrainer(AdvisedTrainer):
         """TRL's, from the checkpoint that `checkpoint_to_resume` chooses."""
         require_no_way_out(self.args.output_dir)
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            self._read_history(Path(checkpoint))
         return super().train(checkpoint, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,6 +67,17 @@ class ResumableTrainer(AdvisedTrainer):
 
     def _forget_history(self) -> None:
         """Drops what was kept of earlier steps and is not in a checkpoint."""
+
+    def _history(self) -> dict[str, Any]:
+        """What is kept of earlier steps and has to be known to go on in the same way, for JSON."""
+        return {}
+
+    def _restore_history(self, history: dict[str, Any]) -> None:
+        """Goes on with what `_history` said.
+
+        Raises:
+            ValueError: It did not say this.
+        """
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         # transformers 5.23 takes one more step when it goes on from the last checkpoint of a run whose `max_steps` end
@@ -83,6 +104,7 @@ class ResumableTrainer(AdvisedTrainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._part_dir = None
+        self._write_history(part)
         if self.args.should_save:
             settle_best(self.state, run_dir)
             self.state.save_to_json(str(part / "trainer_state.json"))
@@ -103,6 +125,24 @@ class ResumableTrainer(AdvisedTrainer):
             )
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
+
+    def _write_history(self, folder: Path) -> None:
+        history = self._history()
+        if history and not self.args.save_only_model:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / _HISTORY.format(process=self.args.process_index)
+            path.write_text(json.dumps(history) + "\n", encoding="utf-8")
+
+    def _read_history(self, folder: Path) -> None:
+        path = folder / _HISTORY.format(process=self.args.process_index)
+        if not path.is_file():
+            return
+        try:
+            self._restore_history(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, AttributeError, TypeError) as error:
+            logger.warning(
+                f"{path} is passed over ({error}): what the run had kept is encoded anew, and the same up to rounding."
+            )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # It uploads in the background, so not from a folder that is about to be renamed.

@@ -92,7 +92,8 @@ class FrozenContextTrainer(GroupingTrainer):
     - `log` adds what became of the contexts.
     - `_write_model` adds what is known of an adapter's base, for merging, and `_load_from_checkpoint` compares it
       where an adapter has changed its base.
-    - `_forget_history` drops encoded contexts, which a run that goes on from a checkpoint does not have.
+    - `_forget_history` drops encoded contexts that go stale, which a run that goes on from a checkpoint does not have;
+      `_history` and `_restore_history` tell it which others there were.
 
     A sample without context is a plain SFT sample. With `gradient_horizon=-1` (tiers 1 and 3) nothing is frozen, and
     every batch goes to TRL as it is.
@@ -323,6 +324,18 @@ class FrozenContextTrainer(GroupingTrainer):
             self._encoder.forget()
         if self._distiller is not None:
             self._distiller.forget()
+
+    def _history(self) -> dict[str, Any]:
+        contexts = self._encoder.record() if self._freezes_context else None
+        teacher = self._distiller.teacher.record() if self._distiller is not None else None
+        records = {"contexts": contexts, "teacher": teacher}
+        return {name: record for name, record in records.items() if record is not None}
+
+    def _restore_history(self, history: dict[str, Any]) -> None:
+        if self._freezes_context and "contexts" in history:
+            self._encoder.restore(history["contexts"])
+        if self._distiller is not None and "teacher" in history:
+            self._distiller.teacher.restore(history["teacher"])
 
     def _prepare_dataset(
         self,

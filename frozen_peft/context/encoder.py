@@ -9,7 +9,10 @@
    room for beyond that.
 5. Where the GPU's memory does not suffice for a forward, what that pass has written is dropped, and it begins again in
    chunks of half the size, which are kept to from there on.
-6. Processes that share a model's weights in shards encode at the same time, and run as many forwards as each other.
+6. What the base encodes for a store, which keeps it for good, is encoded one context at a time: then nothing about it
+   depends on what came along with it but where it was cut, and a process that goes on from this one, and knows that,
+   encodes it bit for bit again.
+7. Processes that share a model's weights in shards encode at the same time, and run as many forwards as each other.
    They do not go on in smaller chunks.
 """
 
@@ -17,6 +20,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,10 +167,23 @@ class ContextEncoder:
             self.store.read_ahead([(asked.tokens, asked.rope_length) for asked in self._asked(contexts)])
 
     def forget(self) -> None:
-        """Drops what is kept of earlier steps, but for contexts in files that are good for ever."""
+        """Drops what is kept of earlier steps, but for contexts that are good for ever."""
         self._kept.clear()
         if self.store is not None:
             self.store.forget()
+
+    def record(self) -> dict[str, Any] | None:
+        """What is kept of earlier steps, see `ContextStore.record`; None: nothing that has to be known."""
+        return self.store.record() if self.store is not None else None
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Goes on as the encoder whose `record` this is, where both have a store.
+
+        Raises:
+            ValueError: This is no record.
+        """
+        if self.store is not None and not self.adapters:
+            self.store.restore(record)
 
     def encode(
         self, contexts: Sequence[torch.Tensor | ContextTokens], *, step: int = 0, stale: bool = True
@@ -194,17 +211,20 @@ class ContextEncoder:
         if any(key is not None and key not in plan for key in keys):
             plan = self._planned(asked)
         found = dict(self._kept)
+        owed: dict[PrefixKey, _Extension] = {}
         extensions: dict[PrefixKey, _Extension] = {}
         for key, one in zip(keys, asked, strict=True):
             if key is not None:
-                extensions |= self._missing(plan.cuts(key), one, found)
-        self._extend(extensions, found)
+                owed_of_it, of_it = self._missing(plan.cuts(key), one, found)
+                owed |= owed_of_it
+                extensions |= of_it
+        self._extend(owed, extensions, found)
         for key in keys:
             if key is not None:
                 plan.finish(key)
         self._kept = {key: context for key, context in found.items() if self._plan.is_to_come(key)}
         self.counts.num_tokens_asked += sum(len(one.tokens) for one in asked)
-        self.counts.num_tokens_encoded += sum(len(extension.tokens) for extension in extensions.values())
+        self.counts.num_tokens_encoded += sum(len(each.tokens) for each in (owed | extensions).values())
         rows = [found[key] if key is not None else EMPTY for key in keys]
         rope_lengths = [one.rope_length for one in asked]
         return FrozenContext(rows, segmented=is_segmented(self._pretrained), rope_lengths=rope_lengths)
@@ -218,7 +238,7 @@ class ContextEncoder:
         """
         if are_sharded(self.model):
             self._open(step, stale)
-            self._extend({}, {})
+            self._extend({}, {}, {})
 
     def _open(self, step: int, stale: bool) -> None:
         if step != self._step:
@@ -244,26 +264,42 @@ class ContextEncoder:
 
     def _missing(
         self, cuts: tuple[PrefixKey, ...], asked: _Asked, found: dict[PrefixKey, EncodedContext]
-    ) -> dict[PrefixKey, _Extension]:
-        """What has to be encoded for one context, by the prefix that results; `found` gets what the store has."""
+    ) -> tuple[dict[PrefixKey, _Extension], dict[PrefixKey, _Extension]]:
+        """What has to be encoded for one context, by the prefix that results; `found` gets what the store has.
+
+        Returns:
+            What the store owes of it, and what follows on that.
+        """
         tokens, rope_length = asked.tokens, asked.rope_length
         base = next((cut for cut in reversed(cuts) if cut in found), None)
+        owed: tuple[PrefixKey, ...] = ()
         if self.store is not None and base != cuts[-1]:
             num_known = base.num_tokens if base is not None else 0
             whole = not self._can_extend
-            base = self.store.find(tokens, found, rope_length=rope_length, longer_than=num_known, whole=whole) or base
+            kept = self.store.find(tokens, found, rope_length=rope_length, longer_than=num_known, whole=whole)
+            if kept is not None:
+                base, owed = kept.prefix, kept.owed
             cuts = self.store.branch(tokens, cuts, rope_length=rope_length) if self._can_extend else cuts
-        extensions = {}
-        for cut in cuts:
-            start = base.num_tokens if base is not None else 0
-            if cut.num_tokens > start:
-                extensions[cut] = _Extension(base, tokens[start : cut.num_tokens], rope_length)
-                base = cut
-        return extensions
+        parts: list[dict[PrefixKey, _Extension]] = []
+        for ends in (owed, cuts):
+            extensions = {}
+            for end in ends:
+                start = base.num_tokens if base is not None else 0
+                if end.num_tokens > start:
+                    extensions[end] = _Extension(base, tokens[start : end.num_tokens], rope_length)
+                    base = end
+            parts.append(extensions)
+        return parts[0], parts[1]
 
-    def _extend(self, extensions: dict[PrefixKey, _Extension], found: dict[PrefixKey, EncodedContext]) -> None:
-        """Encodes what is missing, and adds it to `found`."""
-        groups = self._groups(extensions)
+    def _extend(
+        self,
+        owed: dict[PrefixKey, _Extension],
+        extensions: dict[PrefixKey, _Extension],
+        found: dict[PrefixKey, EncodedContext],
+    ) -> None:
+        """Encodes what is missing, what the store owes before all else, and adds it to `found`."""
+        groups = [*self._groups(owed), *self._groups(extensions)]
+        extensions = owed | extensions
         sizes = [len(extensions[group[0]].tokens) for group in groups]
         num_idle = num_missing_forwards(self.model, sum(num_forwards(size, self.chunk_size) for size in sizes))
         if not groups and not num_idle:
@@ -316,6 +352,7 @@ class ContextEncoder:
 
     def _groups(self, extensions: dict[PrefixKey, _Extension]) -> list[list[PrefixKey]]:
         """Extensions to run together, prefixes before what follows on them: of one shape, within one chunk."""
+        alone = self.store is not None and not self.adapters
         groups: list[list[PrefixKey]] = []
         waiting = list(extensions)
         while waiting:
@@ -327,7 +364,7 @@ class ContextEncoder:
                 shape = key.num_tokens, len(extension.tokens), extension.rope_length
                 by_shape.setdefault(shape, []).append(key)
             for (_, num_new, _), members in by_shape.items():
-                size = max(self.chunk_size // num_new, 1)
+                size = 1 if alone else max(self.chunk_size // num_new, 1)
                 groups += [members[start : start + size] for start in range(0, len(members), size)]
             waiting = [key for key in waiting if extensions[key].prefix in to_come]
         return groups

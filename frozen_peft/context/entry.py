@@ -24,6 +24,9 @@ class Entry:
         tensors: `EncodedContext.own_tensors`, or what `rounding.pack` made of them.
         on_host: The tensors were moved from the model's device to host memory.
         copying: They are on their way there, since they were read ahead; never of an entry that is kept.
+        owed_bytes: What the tensors will take, where another process kept them and this one has yet to encode them;
+            0: they are here.
+        last_use: Number of uses of a level's entries up to the last one of this.
     """
 
     prefix: PrefixKey | None
@@ -31,8 +34,10 @@ class Entry:
     tensors: dict[str, torch.Tensor]
     on_host: bool = False
     copying: DeviceCopy | None = None
+    owed_bytes: int = 0
+    last_use: int = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors, with whatever else their storage holds."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+        return self.owed_bytes or sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())

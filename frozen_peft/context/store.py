@@ -17,76 +17,44 @@
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from cachetools import Cache, LRUCache
+from cachetools import LRUCache
 
 from frozen_peft.context.disk import DiskLevel
 from frozen_peft.context.encoded import EncodedContext
 from frozen_peft.context.entry import Entry, EntryKey
 from frozen_peft.context.fingerprint import adapter_fingerprint, base_fingerprint, base_state, run_fingerprint
 from frozen_peft.context.keys import PrefixKey, prefix_keys
+from frozen_peft.context.memory import MemoryLevel
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.residence import DeviceCopy, copy_ahead, device_room, to_device, to_host
 from frozen_peft.context.rounding import CacheDtype, round_in_place, rounding_name, unpack
 from frozen_peft.context.sharding import reshard
 
-__all__ = ["ContextStore"]
+__all__ = ["ContextStore", "Found"]
 
 # Digests are kept of every so many tokens of a context, to notice where a later one branches off.
 BRANCH_TOKENS = 64
 MAX_BRANCHES = 1 << 20
 
 
-class _Memory(LRUCache):
-    """Entries within a budget of bytes, and how many of each length a namespace has."""
+@dataclass(frozen=True)
+class Found:
+    """What a store has of a context.
 
-    def __init__(self, max_bytes: int):
-        super().__init__(max_bytes, getsizeof=lambda entry: entry.num_bytes)
-        self.lengths: dict[str, Counter[int]] = {}
+    Attributes:
+        prefix: Its longest part that is at hand now; None: none is.
+        owed: What follows on it and was kept by the process that this one goes on from, shortest first: to be encoded
+            in these pieces, and put, to be what it was.
+    """
 
-    def __setitem__(self, key: EntryKey, entry: Entry) -> None:
-        is_new = key not in self
-        super().__setitem__(key, entry)
-        if is_new:
-            self.lengths.setdefault(key[0], Counter())[key[1].num_tokens] += 1
-
-    def __delitem__(self, key: EntryKey) -> None:
-        super().__delitem__(key)
-        self.lengths[key[0]][key[1].num_tokens] -= 1
-
-    def add(self, key: EntryKey, entry: Entry) -> None:
-        """Adds an entry if it fits, together with the prefixes that it needs."""
-        before = (key[0], entry.prefix) if entry.prefix is not None else None
-        if entry.num_bytes > self.maxsize or (before is not None and before not in self):
-            return
-        if before is not None:
-            self.touch(before)
-        self[key] = entry
-        if before is not None and before not in self:
-            del self[key]
-        else:
-            self.touch(key)
-
-    def touch(self, key: EntryKey) -> None:
-        """Marks an entry as used, and after it its prefixes, so that they go later."""
-        while (entry := self.get(key)) is not None and entry.prefix is not None:
-            key = (key[0], entry.prefix)
-
-    def unused(self) -> Iterator[Entry]:
-        """The entries in the order they came; looking at them here does not count as use."""
-        for key in self:
-            yield Cache.__getitem__(self, key)
-
-    def drop(self, namespace: str) -> None:
-        """Removes the entries of a namespace."""
-        for key in [key for key in self if key[0] == namespace]:
-            del self[key]
-        self.lengths.pop(namespace, None)
+    prefix: PrefixKey | None
+    owed: tuple[PrefixKey, ...] = ()
 
 
 class ContextStore:
@@ -110,7 +78,7 @@ class ContextStore:
         room: Callable[[torch.device], int] = device_room,
     ):
         self.max_staleness, self.dtype = max_staleness, dtype
-        self._memory = _Memory(max_bytes)
+        self._memory = MemoryLevel(max_bytes)
         self._disk = disk
         if disk is not None:
             disk.copy_ahead = self._copy_ahead
@@ -131,8 +99,8 @@ class ContextStore:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the entries in memory."""
-        return int(self._memory.currsize)
+        """Bytes of the entries in memory, without those that are owed."""
+        return int(self._memory.currsize) - sum(entry.owed_bytes for entry in self._memory.unused())
 
     @property
     def num_bytes_on_disk(self) -> int:
@@ -180,7 +148,7 @@ class ContextStore:
         rope_length: int = 0,
         longer_than: int = 0,
         whole: bool = False,
-    ) -> PrefixKey | None:
+    ) -> Found | None:
         """Looks for the longest prefix of a context that is kept, and adds it to `known`.
 
         Args:
@@ -191,12 +159,12 @@ class ContextStore:
             whole: Only the whole context will do.
 
         Returns:
-            The prefix; None where there is none.
+            What there is of it; None where there is nothing.
         """
         for namespace, key in self._candidates(tokens, rope_length, longer_than, whole):
-            if self._assemble(namespace, key, known) is not None:
+            if (found := self._assemble(namespace, key, known)) is not None:
                 self._memory.touch((namespace, key))
-                return key
+                return found
         return None
 
     def put(self, key: PrefixKey, context: EncodedContext, *, prefix: PrefixKey | None) -> None:
@@ -259,18 +227,56 @@ class ContextStore:
         return (*cuts[:-1], places[length], cuts[-1])
 
     def forget(self) -> None:
-        """Drops what another process that goes on from here would not find.
-
-        That is everything, or nothing where entries are in files and good for ever.
-        """
+        """Drops what goes stale, and where contexts branched off; what the base encoded is kept, see `record`."""
         self.flush()
-        if self._disk is not None and not self._adapters:
+        if self._adapters:
+            self._keep_only(set())
+            self._current, self._readable = "", ()
+            self._origin.clear()
+        elif self._disk is not None:
             return
-        self._keep_only(set())
-        self._current, self._readable = "", ()
-        self._origin.clear()
         self._branches.clear()
         self._copying.clear()
+
+    def record(self) -> dict[str, Any] | None:
+        """What a process that goes on from here has to know to encode as this one does, for JSON.
+
+        Which contexts are at hand decides where others are cut, and so the last bits of them. What goes stale is
+        forgotten and leaves nothing to know, and what lies in files is found there: None.
+        """
+        if self._adapters or self._disk is not None or not self._current:
+            return None
+        entries = [
+            [str(key), str(entry.prefix or ""), entry.num_bytes]
+            for (namespace, key), entry in self._memory.least_recent_first()
+            if namespace == self._current
+        ]
+        return {"base": self._readable_base, "namespace": self._current, "entries": entries}
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Owes from here on what another process kept; a store that keeps something already stays as it is.
+
+        What is owed is encoded where it is asked for, in the pieces in which the other process encoded it. Another
+        base than the other one's owes nothing: see `open`.
+
+        Raises:
+            ValueError: This is no `record`.
+        """
+        if len(self._memory):
+            return
+        try:
+            base, namespace = str(record["base"]), str(record["namespace"])
+            for text, prefix, num_bytes in record["entries"]:
+                key, before = PrefixKey.from_text(text), PrefixKey.from_text(prefix) if prefix else None
+                if key is None or bool(prefix) != (before is not None) or not isinstance(num_bytes, int):
+                    raise ValueError(f"{text} after {prefix} is not the name of a context")
+                if num_bytes <= self._memory.maxsize:
+                    self._memory[namespace, key] = Entry(before, (), {}, owed_bytes=num_bytes)
+        except (KeyError, TypeError, ValueError) as error:
+            self._memory.drop_all()
+            raise ValueError(f"not a record of kept contexts ({type(error).__name__}: {error})") from error
+        self._adapters, self._readable_base, self._current = False, base, namespace
+        self._steps, self._readable = {namespace: 0}, (namespace,)
 
     def flush(self) -> None:
         """Waits until everything is written."""
@@ -294,9 +300,7 @@ class ContextStore:
             if (namespace, keys[length]) in self._memory or keys[length] in on_disk[namespace]
         ]
 
-    def _assemble(
-        self, namespace: str, key: PrefixKey, known: dict[PrefixKey, EncodedContext]
-    ) -> EncodedContext | None:
+    def _assemble(self, namespace: str, key: PrefixKey, known: dict[PrefixKey, EncodedContext]) -> Found | None:
         """A context, of its entry and those of its prefixes; None where one of them is missing."""
         chain: list[tuple[PrefixKey, Entry, bool]] = []
         missing: PrefixKey | None = key
@@ -310,17 +314,18 @@ class ContextStore:
                 return None
             chain.append((missing, entry, is_new))
             missing = entry.prefix
-        context = known[missing] if missing is not None else None
-        for part, entry, is_new in reversed(chain):
+        at_hand, context = missing, known[missing] if missing is not None else None
+        while chain and not chain[-1][1].owed_bytes:
+            part, entry, is_new = chain.pop()
             copying = self._copying.pop((namespace, part), None) or entry.copying
             tensors = copying.wait() if copying is not None else to_device(entry.tensors, self._device)
             if is_new:
                 self._remember((namespace, part), replace(entry, tensors=tensors, copying=None))
             own = unpack(tensors) if self.dtype == "int8" else tensors
             context = EncodedContext.from_own_tensors(part.num_tokens, own, entry.windows, context)
-            known[part] = context
+            at_hand, known[part] = part, context
             self._origin[part] = namespace
-        return context
+        return Found(at_hand, tuple(part for part, _, _ in reversed(chain)))
 
     def _forget_extensions(self, namespace: str, chain: list[tuple[PrefixKey, Entry, bool]]) -> None:
         """Removes files of contexts whose prefix is lost, so that they are written again."""
@@ -334,12 +339,13 @@ class ContextStore:
     def _remember(self, key: EntryKey, entry: Entry) -> None:
         if self._room(self._device) < 0:
             entry = replace(entry, tensors=to_host(entry.tensors), on_host=True)
-        self._memory.add(key, entry)
+        if not self._memory.pay(key, entry):
+            self._memory.add(key, entry)
 
     def _make_room(self) -> None:
         """Moves entries off the device, in the order they came, until it has its reserve back."""
         for entry in self._memory.unused():
-            if entry.on_host:
+            if entry.on_host or entry.owed_bytes:
                 continue
             if self._room(self._device) >= 0:
                 return

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -76,9 +77,21 @@ class Teacher:
         self._encoder.expect([decision.to_encode for decision in missing if len(decision.context)])
 
     def forget(self) -> None:
-        """Drops what is kept in memory alone of earlier steps."""
+        """Drops the answers that are kept in memory alone."""
         self._answers.forget()
         self._encoder.forget()
+
+    def record(self) -> dict[str, Any] | None:
+        """What is kept of its contexts, see `ContextStore.record`."""
+        return self._encoder.record()
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Goes on as the teacher whose `record` this is.
+
+        Raises:
+            ValueError: This is no record.
+        """
+        self._encoder.restore(record)
 
     def answer(self, decisions: Sequence[Decision]) -> list[Answers]:
         """What the teacher says about the supervised tokens of each decision, in their order."""

@@ -2,6 +2,8 @@
 """What is found in the store is what would be encoded now, or it is not found; and budgets hold."""
 
 import functools
+import json
+import random
 import threading
 from pathlib import Path
 
@@ -237,6 +239,74 @@ class TestStaleEntries:
             counts.append(encoded_by(training, [tokens(66, 1)], step=step)[1])
             move_adapters(model)
         assert counts == [66, 0, 0]
+
+
+class TestGoingOn:
+    """An encoder that is told by `record` what another one kept encodes as that one finds, bit for bit."""
+
+    @staticmethod
+    def contexts() -> list[torch.Tensor]:
+        """Some that branch off from each other, and some that are as long as each other."""
+        document = tokens(130, 0)
+        return [torch.cat([document, tokens(21, seed)]) for seed in (1, 2)] + [tokens(21, seed) for seed in (3, 4, 5)]
+
+    def compare(self, name: str, seed: int, max_bytes: int, **options: object) -> None:
+        """One encoder for all of some random steps, and one that goes on after half of them."""
+        model, contexts = add_lora(tiny_model(name)), self.contexts()
+        whole, resumed = (encoder(model, memory(max_bytes, **options), adapters=False) for _ in range(2))
+        drawn = random.Random(seed)
+        for step in range(10):
+            if step == 5:
+                whole.forget()
+                resumed.restore(json.loads(json.dumps(whole.record())))
+                assert resumed.store.num_bytes == 0 < whole.store.num_bytes
+            parts = [drawn.sample(contexts, drawn.randint(1, 3)) for _ in range(2)]
+            both = (whole, resumed) if step >= 5 else (whole,)
+            for each in both:
+                each.expect([context for part in parts for context in part], step=step)
+            for part in parts:
+                frozen = [each.encode(part, step=step) for each in both]
+                assert same(frozen[0], frozen[-1])
+                # In the order in which they would go.
+                kept = [[key for key, _ in each.store._memory.least_recent_first()] for each in both]
+                assert kept[0] == kept[-1]
+
+    @pytest.mark.parametrize("options", [{}, {"dtype": "int8"}], ids=str)
+    @pytest.mark.parametrize("name", ["qwen3_5_text", "gemma3_text"])
+    def test_encodes_what_it_is_owed_in_the_same_pieces(self, name: str, options: dict) -> None:
+        for seed in range(3):
+            self.compare(name, seed, PLENTY, **options)
+
+    def test_drops_what_the_other_one_drops(self) -> None:
+        room = encode_context(add_lora(tiny_model("llama")), self.contexts()).num_bytes
+        for seed in range(4):
+            self.compare("llama", seed, int((0.3 + 0.1 * seed) * room))
+
+    def test_owes_nothing_of_another_base(self) -> None:
+        model, context = add_lora(tiny_model("llama")), tokens(66, 1)
+        first = encoder(model, memory(), adapters=False)
+        first.encode([context[:30], context])
+        other = add_lora(tiny_model("llama"))
+        with torch.no_grad():
+            other.get_input_embeddings().weight[5] += 1
+        going_on = encoder(other, memory(), adapters=False)
+        going_on.restore(first.record())
+        assert encoded_by(going_on, [context], step=1)[1] == 66
+        assert same(going_on.encode([context], step=1), encode_context(other, [context], adapters=False))
+
+    def test_what_goes_stale_leaves_nothing_to_go_on_from(self, tmp_path: Path) -> None:
+        model = add_lora(tiny_model("llama"))
+        for store, adapters in ((memory(max_staleness=3), True), (on_disk(tmp_path), False)):
+            asking = encoder(model, store, adapters=adapters)
+            asking.encode([tokens(20, 1)])
+            assert asking.record() is None
+
+    @pytest.mark.parametrize("entries", [[["7", "", 5]], [["x-1", "", 5]], [[1]], [["7-" + "0" * 32, "8", 5]], 3])
+    def test_what_is_no_record_is_refused(self, entries: object) -> None:
+        store = memory()
+        with pytest.raises(ValueError, match="not a record of kept contexts"):
+            store.restore({"base": "a", "namespace": "b", "entries": entries})
+        assert len(store._memory) == 0
 
 
 class TestNamespaces:

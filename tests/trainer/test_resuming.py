@@ -14,18 +14,20 @@ from tests.reference import IGNORED, Sample
 from tests.tiny_models import tiny_model
 from tests.trainer.runs import Run, as_dataset, config, equal, fresh_lora, samples, train
 from tests.trainer.test_activated import ROWS as INVOKED
+from tests.trainer.test_activated import TOKENS
 
 ROWS = samples()
 SAVING = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "learning_rate": 1e-2}
 
 
-def with_shared_documents() -> list[Sample]:
+def with_shared_documents(before_decision: tuple[int, ...] = ()) -> list[Sample]:
     """Contexts that begin alike, so that where they are cut depends on which are known."""
     made = []
+    before = torch.tensor(before_decision, dtype=torch.long)
     for seed in range(8):
         document = torch.randint(3, 95, (130,), generator=torch.Generator().manual_seed(seed % 2))
         tail = torch.randint(3, 95, (20 + seed,), generator=torch.Generator().manual_seed(100 + seed))
-        input_ids = torch.cat([document, tail])
+        input_ids = torch.cat([document, tail[:-5], before, tail[-5:]])
         labels = input_ids.clone()
         labels[:-5] = IGNORED
         made.append(Sample(input_ids, labels))
@@ -33,6 +35,13 @@ def with_shared_documents() -> list[Sample]:
 
 
 SHARED = with_shared_documents()
+BY_THE_BASE = {
+    "context_adapters": False,
+    "train_sampling_strategy": "random",
+    "context_cache_size": "1GiB",
+    "save_steps": 3,
+    "max_steps": 8,
+}
 STALE = {"max_context_staleness": 5, "context_cache_size": "1GiB", "save_steps": 3, "max_steps": 8}
 CASES = {
     "dropout": ({}, ROWS),
@@ -42,16 +51,13 @@ CASES = {
     "warmup": ({"lr_scheduler_type": "cosine", "warmup_steps": 2, "context_cache_size": "1GiB"}, SHARED),
     "stale": (STALE, SHARED),
     "stale, few kept": ({**STALE, "context_cache_size": "200KiB"}, SHARED),
-    "encoded by the base": (
-        {
-            "context_adapters": False,
-            "train_sampling_strategy": "random",
-            "context_cache_size": "1GiB",
-            "save_steps": 3,
-            "max_steps": 8,
-        },
-        INVOKED,
+    "encoded by the base": (BY_THE_BASE, INVOKED),
+    "encoded by the base, shared": ({**BY_THE_BASE, "save_steps": 1}, with_shared_documents(TOKENS)),
+    "encoded by the base, few kept": (
+        {**BY_THE_BASE, "context_cache_size": "130KiB", "gradient_accumulation_steps": 2},
+        with_shared_documents(TOKENS),
     ),
+    "encoded by the base, rounded": ({**BY_THE_BASE, "context_cache_dtype": "int8"}, with_shared_documents(TOKENS)),
     "distilled": (
         {
             "loss_type": "distill",

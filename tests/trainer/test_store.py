@@ -71,6 +71,30 @@ def test_later_epochs_encode_nothing_and_train_the_same(level: str, tmp_path: Pa
     assert "context/memory_bytes" not in plain.logs[-1]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"save_strategy": "epoch"}, {"save_strategy": "steps", "save_steps": 1}, {"load_best_model_at_end": True}],
+)
+def test_a_checkpoint_costs_no_context_that_the_base_encoded(fields: dict, tmp_path: Path) -> None:
+    """Nor does evaluating, going on with the best weights, or training further in the same process."""
+    if "load_best_model_at_end" in fields:
+        fields |= {"save_strategy": "epoch", "eval_strategy": "epoch", "metric_for_best_model": "loss"}
+    arguments = config(tmp_path, context_adapters=False, context_cache_size="1GiB", **EPOCHS, **fields)
+    dataset = as_dataset(INVOKED[:4])
+    run = train(FrozenContextTrainer, adapted(), arguments, dataset, eval_dataset=dataset)
+    assert encoded(run) == [*NUM_TOKENS, 0, 0, 0, 0]
+    assert [entry["context/hit_rate"] for entry in run.logs] == [0, 0, 1, 1, 1, 1]
+    run.trainer.evaluate()
+    run.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert encoded(run)[4:] == [0, 0]
+    assert equal(run.weights, off(tmp_path / "plain").weights)
+
+
+def test_a_checkpoint_leaves_no_context_that_adapters_encoded(tmp_path: Path) -> None:
+    run = on(tmp_path, context_cache_size="1GiB", max_context_staleness=9, save_strategy="epoch")
+    assert encoded(run) == encoded(on(tmp_path))
+
+
 def test_a_later_run_finds_the_contexts_of_an_earlier_one(tmp_path: Path) -> None:
     fields = {"context_cache_dir": str(tmp_path / "contexts")}
     first, second = off(tmp_path, **fields), off(tmp_path, **fields)
