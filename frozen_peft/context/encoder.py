@@ -5,7 +5,8 @@
    (see `prefixes`).
 2. Each context goes on from its longest prefix that is encoded already: earlier in this step, or in the store.
 3. What is missing is encoded between two cuts at a time, equal lengths together while they stay within one chunk.
-4. A prefix is kept while a context of this step is still to come that begins with it; the store keeps what it has
+4. A prefix is kept while a context of this step is still to come that begins with it, and the weights are what they
+   were; the store keeps what it has
    room for beyond that.
 5. Where the GPU's memory does not suffice for a forward, what that pass has written is dropped, and it begins again in
    chunks of half the size, which are kept to from there on.
@@ -30,6 +31,7 @@ from frozen_peft.context.boundary import MIN_DECISION_TOKENS, ContextTokens
 from frozen_peft.context.buffers import can_extend, keeps_all_keys
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.encoded import EncodedContext
+from frozen_peft.context.fingerprint import AdapterWatch
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.keys import PrefixKey, prefix_keys
 from frozen_peft.context.models import get_pretrained_model, require_exact_continuation, require_separable_adapters
@@ -39,7 +41,7 @@ from frozen_peft.context.prefill import extend_contexts, num_forwards
 from frozen_peft.context.prefixes import PrefixPlan
 from frozen_peft.context.rope import rope_limits
 from frozen_peft.context.segments import is_segmented
-from frozen_peft.context.sharding import are_sharded, num_missing_forwards, run_idle_forwards
+from frozen_peft.context.sharding import are_sharded, num_missing_forwards, reshard, run_idle_forwards
 from frozen_peft.context.store import ContextStore
 
 __all__ = ["ContextEncoder", "EncoderCounts", "encode_context"]
@@ -147,6 +149,7 @@ class ContextEncoder:
         self._plan = PrefixPlan([])
         self._step = 0
         self._kept: dict[PrefixKey, EncodedContext] = {}
+        self._watch = AdapterWatch()
 
     def expect(self, contexts: Sequence[torch.Tensor | ContextTokens], *, step: int = 0) -> None:
         """Announces all contexts that will be asked for in an optimizer step, in any order.
@@ -243,8 +246,12 @@ class ContextEncoder:
     def _open(self, step: int, stale: bool) -> None:
         if step != self._step:
             self.expect([], step=step)
+        reshard(self.model)
+        changed = self.adapters and self._watch.has_changed(self.model, step)
+        if changed:
+            self._kept.clear()
         if self.store is not None:
-            self.store.open(self.model, adapters=self.adapters, step=step, stale=stale)
+            self.store.open(self.model, adapters=self.adapters, step=step, stale=stale, changed=changed)
 
     def _asked(self, contexts: Sequence[torch.Tensor | ContextTokens]) -> list[_Asked]:
         asked = []

@@ -7,6 +7,7 @@ not read as a whole at every start; what training changes (adapters and any othe
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 
 import torch
@@ -24,6 +25,7 @@ from frozen_peft.context.sharding import digest_of_all, local_part
 from frozen_peft.installed import module_versions
 
 __all__ = [
+    "AdapterWatch",
     "adapter_fingerprint",
     "base_fingerprint",
     "base_state",
@@ -67,15 +69,43 @@ def base_state(model: torch.nn.Module) -> tuple[object, ...]:
 def adapter_fingerprint(model: torch.nn.Module) -> str:
     """Digest of everything that training changes, read in full, and of which adapters are active."""
     digest = xxhash.xxh3_128()
-    if isinstance(model, PeftModel):
-        digest.update(f"{model.active_adapters}".encode())
-        for name, module in model.named_modules():
-            if isinstance(module, BaseTunerLayer) and hasattr(module, "scaling"):
-                digest.update(f"{name} {module.scaling} {module.disable_adapters}".encode())
+    digest.update(repr(_switches(model)).encode())
     for name, tensor in sorted(_trained_tensors(model), key=lambda pair: pair[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_bytes(local_part(tensor)))
     return digest_of_all(model, digest.hexdigest())
+
+
+class AdapterWatch:
+    """Notices that what training changes is not what it was, without reading it in full.
+
+    Within an optimizer step that shows by any of these:
+
+    - which adapters are active, scaled and merged, and which weights there are;
+    - where a weight lies, and PyTorch's count of the writes to it;
+    - some thousand values of each weight, spread over its rows and columns. These notice what is not counted: writes
+      through `tensor.data`, as exchanging all weights for their running mean makes, and kernels of other libraries.
+      Of such a write alone, one to a few numbers of a weight may go unnoticed until the next step.
+    """
+
+    def __init__(self) -> None:
+        self._facts: tuple[object, ...] | None = None
+        self._samples: dict[torch.device, torch.Tensor] = {}
+
+    def has_changed(self, model: torch.nn.Module, step: int) -> bool:
+        """Whether anything may be different from what it was at the last call; True at the first.
+
+        Args:
+            model: Whose adapters are meant; the same in every call.
+            step: Optimizer steps so far.
+        """
+        tensors = [local_part(tensor) for _, tensor in _trained_tensors(model)]
+        places = tuple((t.device, t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors)
+        facts = (step, _switches(model), places)
+        samples = _samples_by_device(tensors)
+        is_same = facts == self._facts and all(torch.equal(part, self._samples[on]) for on, part in samples.items())
+        self._facts, self._samples = facts, samples
+        return not is_same
 
 
 def run_fingerprint(model: torch.nn.Module) -> str:
@@ -158,6 +188,32 @@ def _trained_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Adapters, trainable or not, and every other trainable weight."""
     adapters = {id(tensor) for tensor in _switchable_tensors(model)}
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad or id(p) in adapters]
+
+
+def _switches(model: torch.nn.Module) -> tuple[object, ...]:
+    """Which adapters act on each module, and how."""
+    if not isinstance(model, PeftModel):
+        return ()
+    names = ("scaling", "disable_adapters", "active_adapters", "merged_adapters")
+    tuned = [
+        (name, *(str(getattr(module, switch, None)) for switch in names))
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
+    return tuple(model.active_adapters), tuple(tuned)
+
+
+def _samples_by_device(tensors: list[torch.Tensor]) -> dict[torch.device, torch.Tensor]:
+    """Bits of some values of each tensor, as bytes; all of a small one."""
+    parts: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        # An odd distance that is no divisor of a width, so that neither rows nor columns are left out.
+        stride = flat.numel() // MIN_SAMPLES | 1
+        while math.gcd(stride, tensor.shape[-1] if tensor.ndim else 1) > 1:
+            stride += 2
+        parts.setdefault(tensor.device, []).append(flat[::stride].contiguous().view(torch.uint8))
+    return {device: torch.cat(of_device) for device, of_device in parts.items()}
 
 
 def _sampled(tensor: torch.Tensor) -> torch.Tensor:

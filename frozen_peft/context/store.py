@@ -34,7 +34,7 @@ from frozen_peft.context.memory import MemoryLevel
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.residence import DeviceCopy, copy_ahead, device_room, to_device, to_host
 from frozen_peft.context.rounding import CacheDtype, round_in_place, rounding_name, unpack
-from frozen_peft.context.sharding import reshard
+from frozen_peft.context.sharding import are_sharded, reshard
 
 __all__ = ["ContextStore", "Found"]
 
@@ -87,6 +87,7 @@ class ContextStore:
         self._base = ""
         self._readable_base = ""
         self._base_state: tuple[object, ...] | None = None
+        self._trained = ""
         self._adapters = True
         # Namespaces that are kept, with the last step at which they were current; the current one, and the readable.
         self._steps: dict[str, int] = {}
@@ -107,7 +108,9 @@ class ContextStore:
         """Bytes of the files that may be read now."""
         return sum(self._disk.files.num_bytes(namespace) for namespace in self._readable) if self._disk else 0
 
-    def open(self, model: torch.nn.Module, *, adapters: bool, step: int, stale: bool = True) -> None:
+    def open(
+        self, model: torch.nn.Module, *, adapters: bool, step: int, stale: bool = True, changed: bool = True
+    ) -> None:
         """Settles what may be read from here on, and under which namespace entries are put.
 
         Args:
@@ -115,6 +118,8 @@ class ContextStore:
             adapters: Whether adapters are active in contexts.
             step: Optimizer steps so far.
             stale: Whether entries up to `max_staleness` steps old may be read.
+            changed: Whether what training changes may be different from what it was at the last call. It is read in
+                full then.
         """
         reshard(model)
         state = base_state(model)
@@ -125,8 +130,12 @@ class ContextStore:
             self._disk.pins = self._device.type == "cuda"
         self._adapters = adapters
         base = f"{self._base} {run_fingerprint(model)}{rounding_name(self.dtype)}"
-        trained = adapter_fingerprint(model) if adapters else "adapters off"
-        namespace = hashlib.blake2b(f"{base} {trained}".encode(), digest_size=16).hexdigest()
+        if not adapters:
+            self._trained = "adapters off"
+        elif changed or are_sharded(model):
+            # In shards it takes all processes, and what one of them notices the others may not.
+            self._trained = adapter_fingerprint(model)
+        namespace = hashlib.blake2b(f"{base} {self._trained}".encode(), digest_size=16).hexdigest()
         if base != self._readable_base or (adapters and self._is_another_training(namespace, step)):
             # Nothing that was encoded before is known to be near the weights of now.
             self._keep_only(set())

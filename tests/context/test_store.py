@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is found in the store is what would be encoded now, or it is not found; and budgets hold."""
 
+import copy
 import functools
 import json
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ import torch
 from cachetools import Cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from frozen_peft.context import (
@@ -21,8 +25,10 @@ from frozen_peft.context import (
     DiskLevel,
     FrozenContext,
     encode_context,
+    fingerprint,
     use_segmented_attention,
 )
+from frozen_peft.context import store as store_module
 from frozen_peft.context.fingerprint import adapter_fingerprint, base_fingerprint, run_fingerprint
 from tests.context.test_prefixes import family, tokens
 from tests.frozen_runs import frozen_gradients, frozen_logprobs
@@ -239,6 +245,99 @@ class TestStaleEntries:
             counts.append(encoded_by(training, [tokens(66, 1)], step=step)[1])
             move_adapters(model)
         assert counts == [66, 0, 0]
+
+
+class TestWeightsAreReadInFull:
+    """Once per optimizer step, and wherever they changed within one."""
+
+    @pytest.fixture
+    def reads(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        made: list[int] = []
+        read = store_module.adapter_fingerprint
+        monkeypatch.setattr(store_module, "adapter_fingerprint", lambda model: made.append(1) or read(model))
+        return made
+
+    def test_once_per_step(self, reads: list[int]) -> None:
+        model = add_lora(tiny_model("llama"))
+        training = encoder(model, memory(max_staleness=1))
+        for step in range(3):
+            for seed in range(4):
+                training.encode([tokens(20, seed)], step=step)
+            training.encode([tokens(20, 0)], step=step, stale=False)
+            move_adapters(model, 0.01)
+        assert len(reads) == 3
+
+    @staticmethod
+    def weight(model: nn.Module) -> nn.Parameter:
+        """One that is larger than what is looked at of it within a step."""
+        return model.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight
+
+    def changes(self, model: nn.Module) -> dict[str, Callable[[], object]]:
+        """What may happen between two contexts of a step."""
+        weight = self.weight(model)
+        other = copy.deepcopy(get_peft_model_state_dict(model, adapter_name="other"))
+        means = {name: parameter.data * 1.5 for name, parameter in model.named_parameters() if "default" in name}
+
+        def exchange() -> None:
+            for name, parameter in model.named_parameters():
+                if name in means:
+                    parameter.data.copy_(means[name])
+
+        def one_number() -> None:
+            with torch.no_grad():
+                weight[17, 1] += 0.5
+
+        def of_all(kind: str, factor: float) -> None:
+            for module in model.modules():
+                if isinstance(module, LoraLayer):
+                    getattr(module, kind)("default", factor)
+
+        return {
+            "one number": one_number,
+            "weights exchanged for their mean": exchange,
+            "a row, uncounted": lambda: weight.data[1234].add_(0.5),
+            "a column, uncounted": lambda: weight.data[:, 1].add_(0.5),
+            "a tensor in its place": lambda: setattr(weight, "data", weight.data * 1.5),
+            "another adapter": lambda: model.set_adapter("other"),
+            "two adapters": lambda: model.base_model.set_adapter(["default", "other"]),
+            "loaded": lambda: set_peft_model_state_dict(model, other, adapter_name="default"),
+            "scaled": lambda: of_all("set_scale", 3.0),
+            "switched off": lambda: model.base_model.disable_adapter_layers(),
+        }
+
+    @pytest.mark.parametrize("change", [
+        "one number", "weights exchanged for their mean", "a row, uncounted", "a column, uncounted",
+        "a tensor in its place", "another adapter", "two adapters", "loaded", "scaled", "switched off",
+    ])  # fmt: skip
+    def test_and_where_they_changed_in_it(self, change: str, reads: list[int]) -> None:
+        model = add_lora(tiny_model("llama", intermediate_size=4096))
+        model.add_adapter("other", model.peft_config["default"])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".other." in name:
+                    parameter.normal_(generator=torch.Generator().manual_seed(1))
+        assert self.weight(model).numel() > 2 * fingerprint.MIN_SAMPLES - 1
+        training = encoder(model, memory(max_staleness=5))
+        contexts = [tokens(66, 1)]
+        before = training.encode(contexts, step=3)
+        self.changes(model)[change]()
+        frozen, num_encoded = encoded_by(training, contexts, step=3)
+        fresh = encode_context(model, contexts)
+        assert num_encoded == 66
+        assert same(frozen, fresh)
+        assert not same(before, fresh)
+        assert len(reads) == 2
+
+    def test_after_an_optimizer_that_counts_no_writes(self) -> None:
+        """As bitsandbytes' do; of one number, which nothing but the step tells."""
+        model = add_lora(tiny_model("llama", intermediate_size=4096))
+        training = encoder(model, memory())
+        contexts = [tokens(66, 1)]
+        training.encode(contexts, step=0)
+        self.weight(model).data[1, 1] += 0.5
+        frozen, num_encoded = encoded_by(training, contexts, step=1)
+        assert num_encoded == 66
+        assert same(frozen, encode_context(model, contexts))
 
 
 class TestGoingOn:

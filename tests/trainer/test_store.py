@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from frozen_peft import FrozenContextTrainer, lora_config, quantization_config
 from frozen_peft.context import ContextFiles, files
@@ -23,6 +24,7 @@ from tests.trainer.runs import (
     samples,
     train,
     trained_weights,
+    word_tokenizer,
     worst_update_error,
 )
 from tests.trainer.test_activated import ROWS as INVOKED
@@ -74,6 +76,7 @@ def test_later_epochs_encode_nothing_and_train_the_same(level: str, tmp_path: Pa
 @pytest.mark.parametrize(
     "fields",
     [{"save_strategy": "epoch"}, {"save_strategy": "steps", "save_steps": 1}, {"load_best_model_at_end": True}],
+    ids=str,
 )
 def test_a_checkpoint_costs_no_context_that_the_base_encoded(fields: dict, tmp_path: Path) -> None:
     """Nor does evaluating, going on with the best weights, or training further in the same process."""
@@ -88,6 +91,61 @@ def test_a_checkpoint_costs_no_context_that_the_base_encoded(fields: dict, tmp_p
     run.trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert encoded(run)[4:] == [0, 0]
     assert equal(run.weights, off(tmp_path / "plain").weights)
+
+
+class _Editing(TrainerCallback):
+    """Changes weights where no optimizer does, as a moving average of them does."""
+
+    def on_step_begin(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        for weight in (weight for weight in model.parameters() if weight.requires_grad):
+            weight.data.mul_(1.1)
+
+    on_substep_end = on_step_begin
+
+
+def test_weights_that_a_callback_changes_within_a_step(tmp_path: Path) -> None:
+    """Both micro-batches of a step have one context, which is another one for the second."""
+    dataset = as_dataset([ROWS[0]] * 4)
+    fields = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 2}
+    gradients = []
+    for more in ({}, {"context_cache_size": "1GiB"}):
+        arguments = config(tmp_path, **fields, **more)
+        run = train(FrozenContextTrainer, adapted(), arguments, dataset, callbacks=[_Editing()])
+        assert encoded(run) == [2 * ROWS[0].boundary] * 2
+        gradients.append(run.gradients[0])
+    # Two changes before the step's last backward, and one before its first.
+    models = [adapted(), adapted()]
+    for model, changes in zip(models, (1, 2), strict=True):
+        for weight in (weight for weight in model.parameters() if weight.requires_grad):
+            weight.data.mul_(1.1**changes)
+    first, second = (reference_gradients(model, [ROWS[0]]) for model in models)
+    expected = {name: (first[name] + second[name]) / 2 for name in first}
+    for found in gradients:
+        assert worst_gradient_error(found, expected) <= GRADIENT_TOLERANCE
+
+
+def test_evaluations_of_two_adapters_in_one_step(tmp_path: Path) -> None:
+    losses = []
+    for fields in ({}, {"context_cache_size": "1GiB"}):
+        model = adapted()
+        add_adapter_like(model, "other")
+        trainer = FrozenContextTrainer(
+            model, config(tmp_path, **fields), train_dataset=as_dataset(ROWS), processing_class=word_tokenizer()
+        )
+        for name in ("default", "other", "default"):
+            model.set_adapter(name)
+            losses.append(trainer.evaluate(as_dataset(ROWS))["eval_loss"])
+    assert losses[:3] == losses[3:]
+    assert losses[0] == losses[2] != losses[1]
+
+
+def add_adapter_like(model: torch.nn.Module, name: str) -> None:
+    """A second adapter, with weights of its own."""
+    model.add_adapter(name, model.peft_config["default"])
+    with torch.no_grad():
+        for full, weight in model.named_parameters():
+            if f".{name}." in full:
+                weight.normal_(generator=torch.Generator().manual_seed(1))
 
 
 def test_a_checkpoint_leaves_no_context_that_adapters_encoded(tmp_path: Path) -> None:
