@@ -88,16 +88,23 @@ class FrozenContextConfig(SFTConfig):
         default=None,
         metadata={"help": "Keep this many context tokens, the latest. The decision is never cut."},
     )
+    keep_context_start: str = field(
+        default="0",
+        metadata={
+            "help": "What stays of a cut context's start, besides a beginning-of-sequence token: 'system', its system "
+            "message, or so many tokens."
+        },
+    )
     context_cache_size: str = field(
         default="0",
         metadata={
             "help": "Memory for frozen contexts kept for later steps and epochs, such as '8GiB': on the GPU while it "
-            "has room to spare, else in pinned host memory."
+            "has room, else in host memory."
         },
     )
     context_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Directory for frozen contexts kept for later epochs and runs as files; runs may share it."},
+        metadata={"help": "Directory for frozen contexts kept for later epochs and other runs."},
     )
     context_cache_dtype: Literal["auto", "int8"] = field(
         default="auto",
@@ -202,8 +209,8 @@ class FrozenContextConfig(SFTConfig):
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Longest sample in tokens. A longer one loses its oldest context tokens, and is an error when its "
-            "decision alone is longer; a sample without context is cut at its end as `SFTTrainer` does."
+            "help": "Longest sample in tokens. A longer one loses its oldest context tokens, never its decision; one "
+            "without context loses its end."
         },
     )
 
@@ -274,9 +281,25 @@ class FrozenContextConfig(SFTConfig):
         for name in ("max_context_length", "max_length", "sequence_chunk_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "1 token or more, or None")
+        self._check_start()
         for name in ("decision_mode", "context_cache_dtype", "verify_context", "distill_divergence"):
             choices = next(f for f in fields(self) if f.name == name).metadata["choices"]
             _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
+
+    def _check_start(self) -> None:
+        # A recipe's number arrives as one.
+        self.keep_context_start = kept = str(self.keep_context_start)
+        is_number = kept.isascii() and kept.isdigit()
+        _require(kept == "system" or is_number, "keep_context_start", kept, "'system' or a number of tokens")
+        if is_number and self.max_context_length is not None and int(kept) > self.max_context_length:
+            raise ValueError(
+                f"`keep_context_start={kept}` keeps more tokens than `max_context_length={self.max_context_length}` "
+                "does. Lower it, or raise that."
+            )
+        if kept != "0" and self.max_context_length is None and self.max_length is None:
+            logger.warning(
+                f"No effect of `keep_context_start={kept}`: `max_context_length` and `max_length` drop nothing."
+            )
 
     def _check_store(self) -> None:
         assert self.gradient_horizon is not None

@@ -21,6 +21,7 @@ from frozen_peft.context import Cut, require_untouched_base
 from frozen_peft.context.adapter_kinds import require_adapter_by_position, require_adapters_by_position
 from frozen_peft.context.dropout import require_all_layers
 from frozen_peft.context.models import get_pretrained_model, require_exact_continuation
+from frozen_peft.context.start import NO_START, find_start
 
 __all__ = [
     "base_needed_for",
@@ -129,17 +130,22 @@ def make_cut(args: FrozenContextConfig, tokenizer: PreTrainedTokenizerBase, invo
 
     Args:
         args: The configuration.
-        tokenizer: Where the invocation is found when there is none yet.
+        tokenizer: Where the invocation is found when there is none yet, and the start of a context that stays.
         invocation: Tokens that the adapter is switched on by; empty: none are known.
+
+    Raises:
+        ValueError: There is no invocation, or no system message that could stay.
     """
     horizon = args.gradient_horizon
     assert horizon is not None, "the configuration resolves it"
+    cuts = args.max_context_length is not None or args.max_length is not None
+    start = find_start(tokenizer, args.keep_context_start) if cuts else NO_START
     if horizon == -1:
         # Nothing is frozen, and decisions in one sequence have the gradient of one each.
-        return Cut("tail", -1, args.max_context_length)
+        return Cut("tail", -1, args.max_context_length, start=start)
     tokens = () if args.context_adapters else invocation or find_invocation(tokenizer, args.invocation)
     max_length = args.max_length if args.decision_mode == "turns" else None
-    return Cut(args.decision_mode, horizon, args.max_context_length, max_length, tokens)
+    return Cut(args.decision_mode, horizon, args.max_context_length, max_length, tokens, start)
 
 
 def settle_context_adapters(model: torch.nn.Module, *, active: bool, invocation: tuple[int, ...]) -> None:

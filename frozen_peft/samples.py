@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
+from transformers.utils import logging
 
 from frozen_peft.context.boundary import IGNORED_LABEL, TAIL, Cut
 from frozen_peft.data import require_no_dates
@@ -26,6 +27,8 @@ __all__ = [
     "require_rows",
 ]
 
+logger = logging.get_logger(__name__)
+
 ROWS_PER_BATCH = 1000
 
 
@@ -39,6 +42,8 @@ class SampleLengths:
         boundaries: Context tokens; -1 where no label is supervised.
         invoked: Whether the decision begins with the invocation tokens.
         invoked_again: Whether they come again in it.
+        starts: Tokens that stay of the context's beginning, where others are dropped; 0 where none are.
+        dropped: Context tokens that are.
     """
 
     rows: np.ndarray
@@ -46,6 +51,8 @@ class SampleLengths:
     boundaries: np.ndarray
     invoked: np.ndarray
     invoked_again: np.ndarray
+    starts: np.ndarray
+    dropped: np.ndarray
 
 
 def require_rows(dataset: Dataset | IterableDataset | None, name: str) -> None:
@@ -98,7 +105,16 @@ def measure_table(table: pa.Table, cut: Cut, first_row: int = 0) -> SampleLength
     if cut.invocation:
         input_ids = pc.list_flatten(table["input_ids"]).to_numpy()
         invoked, invoked_again = _invocations(input_ids, np.asarray(cut.invocation), starts, firsts, stops)
-    return SampleLengths(rows + first_row, stops - starts, boundaries, invoked, invoked_again)
+    totals = stops - starts
+    kept_starts, dropped = np.zeros_like(totals), np.zeros_like(totals)
+    if cut.max_context_length is not None or cut.max_length is not None:
+        input_ids = pc.list_flatten(table["input_ids"]).to_numpy()
+        for index in np.flatnonzero(boundaries > 0):
+            boundary, place = int(boundaries[index]), int(starts[index])
+            if excess := cut.num_excess(boundary, int(totals[index])):
+                kept_starts[index] = cut.start.length(input_ids[place : place + boundary])
+                dropped[index] = min(excess, boundary - kept_starts[index])
+    return SampleLengths(rows + first_row, totals, boundaries, invoked, invoked_again, kept_starts, dropped)
 
 
 @dataclass(frozen=True)
@@ -120,13 +136,16 @@ class SampleLimits:
     cut: Cut = TAIL
 
 
-def check_samples(dataset: Dataset | IterableDataset, name: str, limits: SampleLimits) -> Dataset | IterableDataset:
+def check_samples(
+    dataset: Dataset | IterableDataset, name: str, limits: SampleLimits, *, says_cuts: bool = False
+) -> Dataset | IterableDataset:
     """Checks every sample of a prepared dataset; of a stream, samples are checked as they come.
 
     Args:
         dataset: A prepared dataset.
         name: What to call it in messages, such as `train`.
         limits: What its samples must keep to.
+        says_cuts: Whether to log what will be cut of the samples of a dataset that is no stream.
 
     Returns:
         The dataset.
@@ -143,31 +162,69 @@ def check_samples(dataset: Dataset | IterableDataset, name: str, limits: SampleL
             return sample
 
         return dataset.map(check_one, with_indices=True)
-    _require_sound(measure_samples(dataset, limits.cut), name, limits)
+    samples = measure_samples(dataset, limits.cut)
+    _require_sound(samples, name, limits)
+    if says_cuts:
+        _say_cuts(samples, name, limits.cut)
     return dataset
 
 
 def limit_length(
-    dataset: Dataset | IterableDataset, max_length: int, name: str, num_proc: int | None
+    dataset: Dataset | IterableDataset, max_length: int, name: str, num_proc: int | None, cut: Cut = TAIL
 ) -> Dataset | IterableDataset:
-    """Cuts samples to `max_length` tokens: contexts at their start, samples without context at their end.
+    """Cuts samples to `max_length` tokens: contexts behind their start, samples without context at their end.
 
     A decision that is longer stays as it is, for `check_samples` to name it.
-    """
 
-    def cut(sample: dict[str, Any]) -> dict[str, Any]:
+    Args:
+        dataset: A prepared dataset.
+        max_length: In tokens.
+        name: What to call it in messages.
+        num_proc: Processes to cut with.
+        cut: Which tokens a decision begins with, and what stays of a context's start.
+
+    Raises:
+        ValueError: A decision and what stays of its context's start have more tokens.
+    """
+    cut = Cut(max_length=max_length, invocation=cut.invocation, start=cut.start)
+
+    def limit(sample: dict[str, Any], index: int) -> dict[str, Any]:
         input_ids, labels = sample["input_ids"], sample["labels"]
-        excess = len(input_ids) - max_length
-        if excess > 0:
+        if len(input_ids) > max_length:
             first = next((index for index, label in enumerate(labels) if label != IGNORED_LABEL), 0)
-            boundary = max(first - 1, 0)
-            kept = slice(min(excess, boundary), None) if boundary else slice(None, max_length)
-            input_ids, labels = input_ids[kept], labels[kept]
+            boundary = max(first - (len(cut.invocation) or 1), 0)
+            if first > 1:
+                start = cut.start.length(np.asarray(input_ids[:boundary]))
+                num_decision = len(input_ids) - boundary
+                if start and num_decision <= max_length < start + num_decision:
+                    raise ValueError(_no_room(index, name, start, "max_length", max_length, start + num_decision))
+                stop = min(start + len(input_ids) - max_length, boundary)
+                input_ids, labels = ([*row[:start], *row[stop:]] for row in (input_ids, labels))
+            else:
+                input_ids, labels = input_ids[:max_length], labels[:max_length]
         return {"input_ids": input_ids, "labels": labels}
 
     if isinstance(dataset, IterableDataset):
-        return dataset.map(cut)
-    return dataset.map(cut, num_proc=num_proc, desc=f"Limiting {name} dataset to {max_length} tokens")
+        return dataset.map(limit, with_indices=True)
+    _say_cuts(measure_samples(dataset, cut), name, cut)
+    desc = f"Limiting {name} dataset to {max_length} tokens"
+    return dataset.map(limit, with_indices=True, num_proc=num_proc, desc=desc)
+
+
+def _say_cuts(samples: SampleLengths, name: str, cut: Cut) -> None:
+    """Logs how many contexts lose how much, if any do."""
+    if not samples.dropped.any():
+        return
+    limits = {"max_context_length": cut.max_context_length, "max_length": cut.max_length}
+    given = " and ".join(f"`{limit}={value}`" for limit, value in limits.items() if value is not None)
+    is_cut = samples.dropped > 0
+    num_kept = int(samples.starts[is_cut].max())
+    stays = f"up to {num_kept} tokens of their beginning and the latest stay" if num_kept else "the latest stay"
+    logger.warning(
+        f"{given}: of the {name} dataset, {len(set(samples.rows[is_cut]))} of {len(set(samples.rows))} samples lose "
+        f"{int(samples.dropped.sum())} of the {int(samples.boundaries.clip(min=0).sum())} tokens of their contexts; "
+        f"{stays} (`keep_context_start`)."
+    )
 
 
 def _tables(dataset: Dataset) -> Iterator[pa.Table]:
@@ -247,6 +304,7 @@ def _require_sound(samples: SampleLengths, name: str, limits: SampleLimits) -> N
             f"longer than `max_length={limit}`, and a decision is never cut. Raise `max_length` (None: no limit), or "
             "shorten the sample."
         )
+    _require_room(samples, name, limits.cut)
     positions, kept = limits.max_positions, totals
     if limits.cut.max_context_length is not None:
         kept = decisions + np.clip(contexts, 0, limits.cut.max_context_length)
@@ -258,6 +316,25 @@ def _require_sound(samples: SampleLengths, name: str, limits: SampleLimits) -> N
             f"of them context, and the model has {positions} positions. Set `max_context_length` or "
             "`max_length`, or use a model with longer contexts."
         )
+
+
+def _require_room(samples: SampleLengths, name: str, cut: Cut) -> None:
+    """Refuses limits that leave no room for what stays of a context's beginning."""
+    with_decision = samples.totals - samples.boundaries.clip(min=0) + samples.starts
+    for field, needed in (("max_context_length", samples.starts), ("max_length", with_decision)):
+        limit = getattr(cut, field)
+        if limit is not None and (found := _first(samples, (needed > limit) & (samples.starts > 0))) is not None:
+            raise ValueError(
+                _no_room(samples.rows[found], name, int(samples.starts[found]), field, limit, int(needed[found]))
+            )
+
+
+def _no_room(row: int, name: str, num_start: int, field: str, limit: int, needed: int) -> str:
+    beside = f", which with the decision are {needed}" if needed > num_start else ""
+    return (
+        f"Sample {row} of the {name} dataset begins with {num_start} tokens that stay (its beginning-of-sequence "
+        f"token, and what `keep_context_start` says){beside}, more than `{field}={limit}`. Raise it, or keep less."
+    )
 
 
 def _first(samples: SampleLengths, matches: np.ndarray) -> int | None:

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut
 from frozen_peft.context.boundary import DecisionMode
+from frozen_peft.context.start import NO_START, ContextStart
 from frozen_peft.samples import measure_table
 from frozen_peft.timing import TimedTrainer
 
@@ -53,7 +54,11 @@ def require_groupable(dataset: Any) -> None:
 
 
 def group_by_shared_prefix(
-    dataset: Dataset, *, decision_mode: DecisionMode = "tail", max_context_length: int | None = None
+    dataset: Dataset,
+    *,
+    decision_mode: DecisionMode = "tail",
+    max_context_length: int | None = None,
+    start: ContextStart = NO_START,
 ) -> np.ndarray:
     """Groups the rows of a prepared dataset by common prefixes of their contexts.
 
@@ -69,6 +74,7 @@ def group_by_shared_prefix(
         decision_mode: As the trainer's: "tail" takes as context what is before the boundary of the first supervised
             span, "turns" what is before that of the last.
         max_context_length: As the trainer's: only this many context tokens are kept, dropping the oldest.
+        start: What stays of a context's beginning all the same.
 
     Returns:
         Group and closer group of each row, shape `(rows, 2)`, int64; closer groups are numbered across groups.
@@ -82,7 +88,7 @@ def group_by_shared_prefix(
             f"{', '.join(f'`{name}`' for name in dataset.column_names)}. Let TRL prepare it, or leave "
             "`group_by_context` at False."
         )
-    contexts = list(_read_contexts(dataset, decision_mode, max_context_length))
+    contexts = list(_read_contexts(dataset, Cut(decision_mode, max_context_length=max_context_length, start=start)))
     groups = np.zeros((len(contexts), 2), dtype=np.int64)
     num_closer = 0
     for group, run in enumerate(_runs(sorted(range(len(contexts)), key=contexts.__getitem__), contexts)):
@@ -93,7 +99,7 @@ def group_by_shared_prefix(
     return groups
 
 
-def _read_contexts(dataset: Dataset, decision_mode: DecisionMode, max_context_length: int | None) -> Iterator[bytes]:
+def _read_contexts(dataset: Dataset, cut: Cut) -> Iterator[bytes]:
     """The context of each row, 4 bytes per token."""
     columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
     tables = dataset.select_columns(columns).with_format("arrow").iter(batch_size=ROWS_PER_BATCH)
@@ -102,13 +108,12 @@ def _read_contexts(dataset: Dataset, decision_mode: DecisionMode, max_context_le
             ids = pc.list_flatten(table["input_ids"]).to_numpy().astype(TOKEN_TYPE)
             lengths = pc.list_value_length(table["input_ids"]).to_numpy()
             starts = np.cumsum(lengths, dtype=np.int64) - lengths
-            decisions = measure_table(table, Cut(decision_mode))
+            decisions = measure_table(table, Cut(cut.mode))
             # Of several decisions the last one has the longest context.
             boundaries = np.zeros_like(starts)
             np.maximum.at(boundaries, decisions.rows, decisions.boundaries)
-            oldest = 0 if max_context_length is None else np.maximum(boundaries - max_context_length, 0)
-            for first, end in zip(starts + oldest, starts + boundaries, strict=True):
-                yield ids[first:end].tobytes()
+            for first, length in zip(starts, boundaries.clip(min=0), strict=True):
+                yield cut.kept(ids[first : first + length], cut.num_excess(length, length)).tobytes()
             bar.update(table.num_rows)
 
 
@@ -227,7 +232,12 @@ class GroupByContextSampler(torch.utils.data.Sampler[int]):
 
 
 def make_sampler(
-    dataset: Dataset, config: FrozenContextConfig, *, batch_size: int, num_processes: int
+    dataset: Dataset,
+    config: FrozenContextConfig,
+    *,
+    batch_size: int,
+    num_processes: int,
+    start: ContextStart = NO_START,
 ) -> GroupByContextSampler:
     """The sampler that `group_by_context` asks for, with a word on what it found.
 
@@ -236,9 +246,10 @@ def make_sampler(
         config: The configuration of the training.
         batch_size: Samples per process and micro-batch.
         num_processes: Processes that train.
+        start: What stays of a context's beginning where it is cut.
     """
     groups = group_by_shared_prefix(
-        dataset, decision_mode=config.decision_mode, max_context_length=config.max_context_length
+        dataset, decision_mode=config.decision_mode, max_context_length=config.max_context_length, start=start
     )
     num_groups = len(set(groups[:, 0].tolist()))
     if num_groups == len(dataset):
@@ -263,6 +274,7 @@ class GroupingTrainer(TimedTrainer):
 
     args: FrozenContextConfig
     train_dataset: Any
+    _cut: Cut
     _context_sampler: GroupByContextSampler | None = None
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
@@ -275,6 +287,7 @@ class GroupingTrainer(TimedTrainer):
             self.args,
             batch_size=size // (num_processes if self.accelerator.split_batches else 1),
             num_processes=num_processes,
+            start=self._cut.start,
         )
         return self._context_sampler
 

@@ -157,7 +157,7 @@ class FrozenContextTrainer(GroupingTrainer):
         self._cutter = BatchCutter(self._cut, max_decisions, self._tokenizer.pad_token_id or 0)
         for name, dataset in {"train": self.train_dataset, **named_datasets(self.eval_dataset)}.items():
             if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
-                self._check_samples(dataset, name)
+                self._check_samples(dataset, name, says_cuts=True)
         if self.aux_loss_enabled:
             self.aux_loss_enabled = has_auxiliary_loss(pretrained.config.get_text_config())
         restrict_adapter_rows(self.model)
@@ -375,7 +375,7 @@ class FrozenContextTrainer(GroupingTrainer):
         else:
             dataset = prepare(dataset)
         if args.max_length is not None and not packing and self._cut.mode == "tail":
-            dataset = limit_length(dataset, args.max_length, dataset_name, args.dataset_num_proc)
+            dataset = limit_length(dataset, args.max_length, dataset_name, args.dataset_num_proc, self._cut)
         return self._check_samples(dataset, dataset_name, args, packing)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -389,6 +389,8 @@ class FrozenContextTrainer(GroupingTrainer):
         name: str,
         args: FrozenContextConfig | None = None,
         packing: bool = False,
+        *,
+        says_cuts: bool = False,
     ) -> Dataset | IterableDataset:
         args = args or self.args
         limits = SampleLimits(
@@ -398,7 +400,7 @@ class FrozenContextTrainer(GroupingTrainer):
             max_length=args.max_length,
             cut=self._cut,
         )
-        dataset = check_samples(dataset, name, limits)
+        dataset = check_samples(dataset, name, limits, says_cuts=says_cuts)
         if self._distills:
             dataset = check_teacher(dataset, name, self._cut.mode, self._max_positions)
         return dataset

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+
+from frozen_peft.context.start import NO_START, ContextStart
 
 __all__ = [
     "TAIL",
@@ -66,6 +69,7 @@ class Cut:
             -1 keeps them all.
         max_context_length: Keep only this many context tokens, dropping the oldest.
         max_length: Keep only this many tokens of context and decision together, dropping the oldest of the context.
+        start: What stays of a context's beginning, where older tokens than the latest are dropped; it counts.
         invocation: Tokens that every decision begins with; empty: it begins with the token that predicts its first
             label.
     """
@@ -75,6 +79,19 @@ class Cut:
     max_context_length: int | None = None
     max_length: int | None = None
     invocation: tuple[int, ...] = ()
+    start: ContextStart = NO_START
+
+    def num_excess(self, boundary: int, stop: int) -> int:
+        """Context tokens too many of a decision with so many before it, which ends at `stop`; 0: none."""
+        limits = ((boundary, self.max_context_length), (stop, self.max_length))
+        return max(max(length - limit, 0) if limit is not None else 0 for length, limit in limits)
+
+    def kept(self, context: np.ndarray, num_excess: int) -> np.ndarray:
+        """What stays of a context `(tokens,)` that has so many tokens too many: its start, and the latest."""
+        if not num_excess:
+            return context
+        start = self.start.length(context)
+        return np.concatenate([context[:start], context[min(start + num_excess, len(context)) :]])
 
 
 TAIL = Cut()
@@ -206,18 +223,15 @@ def _cut_sample(input_ids: torch.Tensor, labels: torch.Tensor, cut: Cut) -> list
     decisions = []
     for first, stop in _spans(labels, cut.mode):
         boundary = _boundary(input_ids, first, stop, cut.invocation)
-        oldest = min(max(_oldest(boundary, cut.max_context_length), _oldest(stop, cut.max_length)), boundary)
-        start = oldest if cut.gradient_horizon == -1 else max(boundary - cut.gradient_horizon, oldest)
-        own_labels = labels[start:stop].clone()
-        # Labels of earlier turns that the horizon reaches.
-        own_labels[: first - start] = IGNORED_LABEL
-        decisions.append(Decision(input_ids[oldest:start], input_ids[start:stop], own_labels))
+        context = input_ids[:boundary]
+        if excess := cut.num_excess(boundary, stop):
+            context = torch.from_numpy(cut.kept(context.cpu().numpy(), excess)).to(context.device)
+        horizon = len(context) if cut.gradient_horizon == -1 else min(cut.gradient_horizon, len(context))
+        frozen, graded = context[: len(context) - horizon], context[len(context) - horizon :]
+        own_labels = torch.cat([labels.new_full((horizon,), IGNORED_LABEL), labels[boundary:stop]])
+        own_labels[: horizon + first - boundary] = IGNORED_LABEL
+        decisions.append(Decision(frozen, torch.cat([graded, input_ids[boundary:stop]]), own_labels))
     return decisions or [Decision(input_ids[:0], input_ids, labels)]
-
-
-def _oldest(stop: int, max_tokens: int | None) -> int:
-    """First of the last `max_tokens` tokens before `stop`."""
-    return 0 if max_tokens is None else max(stop - max_tokens, 0)
 
 
 def _spans(labels: torch.Tensor, mode: str) -> list[tuple[int, int]]:

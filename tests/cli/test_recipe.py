@@ -125,3 +125,12 @@ def test_help_begins_with_our_fields_and_stays_short(parser: RecipeParser) -> No
 def test_every_own_field_has_a_help_text(parser: RecipeParser) -> None:
     silent = [name for name, action in parser._fields.items() if not action.help]
     assert not silent
+
+
+@pytest.mark.parametrize(("value", "kept"), [("system", "system"), ("64", "64")])
+def test_what_a_context_keeps_of_its_start_is_a_word_or_a_number(value: str, kept: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"keep_context_start: {value}\nmax_context_length: 100\noutput_dir: {tmp_path}\n")
+    assert make_parser().parse([str(recipe)])[3].keep_context_start == kept
+    recipe.write_text(f"max_context_length: 100\noutput_dir: {tmp_path}\n")
+    assert make_parser().parse([str(recipe), "--keep_context_start", value])[3].keep_context_start == kept
