@@ -28,6 +28,7 @@ import transformers
 from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from trl.kernels import chunked_logprob
 
 IGNORED = -100
 # The argument of a model of transformers that takes a cache.
@@ -240,9 +241,9 @@ class _Float64Torch(ModuleType):
 def double_precision(model: nn.Module) -> Iterator[None]:
     """Let a model converted by `.double()` compute in float64 also where its code asks for float32 by name.
 
-    What is left of a difference is then not rounding.
+    So does TRL's head. What is left of a difference is then not rounding, which is another on each kind of processor.
     """
-    modeling = {sys.modules[type(module).__module__] for module in model.modules()}
+    modeling = {sys.modules[type(module).__module__] for module in model.modules()} | {chunked_logprob}
     patched = [module for module in modeling if getattr(module, "torch", None) is torch]
     to_float = torch.Tensor.float
     torch.Tensor.float = torch.Tensor.double

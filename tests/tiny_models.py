@@ -505,9 +505,10 @@ _TINY_VISION: dict[str, Any] = {
 }
 
 
-def to_double(model: PeftModel) -> PeftModel:
+def to_double(model: nn.Module) -> nn.Module:
     """The same weights in float64, computed with experts one by one: the grouped kernel has no float64."""
-    model.get_base_model().set_experts_implementation("eager")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.set_experts_implementation("eager")
     return model.double()
 
 

@@ -2,7 +2,8 @@
 """Short trainings of tiny models, by the trainer under test and by what it is compared with."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from frozen_peft import FrozenContextConfig
-from tests.reference import Sample, random_sample, reference_gradients, stop_gradient_at_context
-from tests.tiny_models import VOCAB_SIZE, add_lora, tiny_model
+from tests.reference import Sample, double_precision, random_sample, reference_gradients, stop_gradient_at_context
+from tests.tiny_models import VOCAB_SIZE, add_lora, tiny_model, to_double
 
 IGNORED = -100
 LEARNING_RATE = 0.1
+# Of what training added to a weight, relative, in float64, where rounding leaves 1e-14. In float32 every step begins
+# from the rounding of those before: after three steps that is 1e-6, after eight 5e-5, on another processor another.
+UPDATE_TOLERANCE = 1e-10
 # Modules of the preset `response` that llama and qwen3_5_text have, by their last name.
 RESPONSE = ("q_proj", "o_proj", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 
@@ -165,6 +169,20 @@ def train(
     return Run(trainer, losses, trained_weights(trainer.model), kept.gradients)
 
 
+@contextmanager
+def in_float64(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy of a model that computes in float64 throughout."""
+    model = to_double(copy.deepcopy(model))
+    with double_precision(model):
+        yield model
+
+
+def train_in_float64(trainer_class: type[SFTTrainer], model: nn.Module, *args: Any, **kwargs: Any) -> Run:
+    """`train`, of the same weights in float64: what is compared after several steps is then not rounding."""
+    with in_float64(model) as exact:
+        return train(trainer_class, exact, *args, **kwargs)
+
+
 # Wall-clock figures of TRL, and what follows from them.
 TIMINGS = ("runtime", "per_second")
 
@@ -185,21 +203,21 @@ def trained_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def reference_sgd(
     model: PeftModel, batches: Sequence[Sequence[Sample]], *, context_adapters: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Weights after one SGD step per batch, gradient stopped at context positions in plain forwards.
+    """Weights after one SGD step per batch in float64, gradient stopped at context positions in plain forwards.
 
     Args:
-        model: Left as it is.
+        model: Left as it is, in float32.
         batches: The samples of each optimizer step, micro-batches joined.
         context_adapters: Whether LoRA acts at context positions.
     """
-    model = copy.deepcopy(model)
-    parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    for batch in batches:
-        gradients = reference_gradients(model, batch, context_adapters=context_adapters)
-        with torch.no_grad():
-            for name, weight in parameters.items():
-                weight -= LEARNING_RATE * gradients[name]
-    return trained_weights(model)
+    with in_float64(model) as exact:
+        parameters = {name: weight for name, weight in exact.named_parameters() if weight.requires_grad}
+        for batch in batches:
+            gradients = reference_gradients(exact, batch, context_adapters=context_adapters)
+            with torch.no_grad():
+                for name, weight in parameters.items():
+                    weight -= LEARNING_RATE * gradients[name]
+        return trained_weights(exact)
 
 
 def batches(rows: Sequence[Sample], size: int, steps: int) -> list[list[Sample]]:
@@ -216,6 +234,12 @@ def worst_update_error(
     floor = 1e-2 * max(norms.values())
     assert floor > 0
     return max(float((actual[name] - expected[name]).double().norm()) / max(norms[name], floor) for name in expected)
+
+
+def assert_trained_as(run: Run, model: nn.Module, expected: dict[str, torch.Tensor]) -> None:
+    """Holds the weights of a run in float64 to others, `model` being what both started from."""
+    assert {weight.dtype for weight in run.weights.values()} == {torch.float64}
+    assert worst_update_error(run.weights, expected, trained_weights(model)) <= UPDATE_TOLERANCE
 
 
 def stopped_forward(model: nn.Module, row: Sample, **kwargs: Any) -> Any:

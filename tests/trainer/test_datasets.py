@@ -4,7 +4,6 @@
 `SFTTrainer` prepares the same dataset; what it would train on goes through plain forwards with a stop-gradient.
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,20 @@ from tests.trainer.runs import (
     Run,
     adapted,
     as_dataset,
+    assert_trained_as,
     batches,
     config,
     fresh_lora,
     reference_sgd,
     samples,
     train,
+    train_in_float64,
     trained_weights,
     word_tokenizer,
     words,
-    worst_update_error,
 )
 
 # As in test_frozen_gradient: three steps with gradients exact to 1e-5.
-UPDATE_TOLERANCE = 3e-5
 
 
 def message(role: str, count: int, seed: int) -> dict[str, str]:
@@ -101,7 +100,7 @@ def prepared(dataset: Any, folder: Path, *, formatting_func: Any = None, **field
 
 def assert_trained_on(run: Run, model: nn.Module, rows: list[Sample]) -> None:
     expected = reference_sgd(model, batches(rows, 2, 3))
-    assert worst_update_error(run.weights, expected, trained_weights(model)) <= UPDATE_TOLERANCE
+    assert_trained_as(run, model, expected)
 
 
 @pytest.mark.parametrize("kind", DATASETS)
@@ -111,7 +110,7 @@ def test_every_dataset_type(kind: str, tmp_path: Path) -> None:
     has_context = [row.boundary > 0 for row in rows]
     assert any(has_context) == (kind not in WITHOUT_CONTEXT)
     model = adapted("llama")
-    run = train(FrozenContextTrainer, copy.deepcopy(model), config(tmp_path, tier=2, **fields), dataset)
+    run = train_in_float64(FrozenContextTrainer, model, config(tmp_path, tier=2, **fields), dataset)
     assert_trained_on(run, model, rows)
 
 
@@ -121,7 +120,7 @@ def test_a_stream(kind: str, tmp_path: Path) -> None:
     stream = dataset.to_iterable_dataset()
     assert isinstance(stream, IterableDataset)
     model = adapted("llama")
-    run = train(FrozenContextTrainer, copy.deepcopy(model), config(tmp_path, **fields), stream)
+    run = train_in_float64(FrozenContextTrainer, model, config(tmp_path, **fields), stream)
     assert_trained_on(run, model, prepared(dataset, tmp_path, **fields))
 
 
@@ -148,14 +147,14 @@ def test_a_formatting_function(tmp_path: Path) -> None:
     assert len(rows) == len(PROMPT_COMPLETION)
     model = adapted("llama")
     arguments = config(tmp_path, completion_only_loss=False)
-    run = train(FrozenContextTrainer, copy.deepcopy(model), arguments, PROMPT_COMPLETION, formatting_func=join)
+    run = train_in_float64(FrozenContextTrainer, model, arguments, PROMPT_COMPLETION, formatting_func=join)
     assert_trained_on(run, model, rows)
 
 
 def test_a_prepared_dataset_is_taken_as_it_is(tmp_path: Path) -> None:
     model = adapted("llama")
     arguments = config(tmp_path, dataset_kwargs={"skip_prepare_dataset": True})
-    run = train(FrozenContextTrainer, copy.deepcopy(model), arguments, as_dataset(samples()))
+    run = train_in_float64(FrozenContextTrainer, model, arguments, as_dataset(samples()))
     assert_trained_on(run, model, samples())
 
 
@@ -244,5 +243,5 @@ def test_a_processor_in_place_of_a_tokenizer(tmp_path: Path) -> None:
     dataset = PROMPT_COMPLETION
     model = adapted("qwen3_5")
     processor = TextProcessor(word_tokenizer())
-    run = train(FrozenContextTrainer, copy.deepcopy(model), config(tmp_path), dataset, processing_class=processor)
+    run = train_in_float64(FrozenContextTrainer, model, config(tmp_path), dataset, processing_class=processor)
     assert_trained_on(run, model, prepared(dataset, tmp_path))

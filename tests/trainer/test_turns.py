@@ -16,20 +16,18 @@ from tests.trainer.runs import (
     Run,
     adapted,
     as_dataset,
+    assert_trained_as,
     batches,
     config,
     reference_sgd,
     train,
-    trained_weights,
+    train_in_float64,
     word_tokenizer,
     words,
-    worst_update_error,
 )
 
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-5
-# What is left of float32 weights after subtracting what they were.
-UPDATE_TOLERANCE = 3e-5
 # Spans of a conversation as (context tokens before it since the last span, labels): odd ones, of one label, with one
 # token between two spans, supervised from the start, with tokens after the last span.
 CONVERSATIONS = (
@@ -86,9 +84,9 @@ def mean_loss(model: torch.nn.Module, rows: list[Sample]) -> float:
 @pytest.mark.parametrize("name", ["llama", "qwen3_5_text"])
 def test_turns_train_as_one_sample_per_span(name: str, max_decisions: int, tmp_path: Path) -> None:
     arguments = config(tmp_path, decision_mode="turns", max_decisions_per_forward=max_decisions)
-    run = train(FrozenContextTrainer, adapted(name), arguments, as_dataset(ROWS))
+    run = train_in_float64(FrozenContextTrainer, adapted(name), arguments, as_dataset(ROWS))
     expected = reference_sgd(adapted(name), [per_span(batch) for batch in batches(ROWS, 2, 3)])
-    assert worst_update_error(run.weights, expected, trained_weights(adapted(name))) <= UPDATE_TOLERANCE
+    assert_trained_as(run, adapted(name), expected)
     assert run.losses[0] == pytest.approx(mean_loss(adapted(name), ROWS[:2]), abs=LOSS_TOLERANCE)
 
 
@@ -106,9 +104,9 @@ def test_turns_train_as_one_sample_per_span(name: str, max_decisions: int, tmp_p
 def test_fields_that_change_no_gradient(fields: dict, tmp_path: Path) -> None:
     arguments = config(tmp_path, decision_mode="turns", max_decisions_per_forward=2, max_steps=2, **fields)
     size = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    run = train(FrozenContextTrainer, adapted(), arguments, as_dataset(ROWS))
+    run = train_in_float64(FrozenContextTrainer, adapted(), arguments, as_dataset(ROWS))
     expected = reference_sgd(adapted(), [per_span(batch) for batch in batches(ROWS, size, 2)])
-    assert worst_update_error(run.weights, expected, trained_weights(adapted())) <= UPDATE_TOLERANCE
+    assert_trained_as(run, adapted(), expected)
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in ("llama", "qwen3_5_text")])
@@ -172,12 +170,12 @@ def test_turns_of_messages(tmp_path: Path) -> None:
         ]
         rows.append({"messages": turns})
     arguments = config(tmp_path, decision_mode="turns", assistant_only_loss=True, max_steps=1)
-    run = train(FrozenContextTrainer, adapted(), arguments, Dataset.from_list(rows))
+    run = train_in_float64(FrozenContextTrainer, adapted(), arguments, Dataset.from_list(rows))
     prepared = run.trainer.train_dataset
     samples = [Sample(torch.tensor(row["input_ids"]), torch.tensor(row["labels"])) for row in prepared]
     assert [len(one_sample_per_span(sample)) for sample in samples] == [2, 2]
     expected = reference_sgd(adapted(), [per_span(samples)])
-    assert worst_update_error(run.weights, expected, trained_weights(adapted())) <= UPDATE_TOLERANCE
+    assert_trained_as(run, adapted(), expected)
 
 
 def test_the_conversation_is_encoded_once(tmp_path: Path) -> None:
@@ -202,9 +200,9 @@ def test_limits_cut_each_turns_own_context(limit: dict, tmp_path: Path) -> None:
         return Sample(span.input_ids[oldest:], span.labels[oldest:])
 
     arguments = config(tmp_path, decision_mode="turns", max_steps=1, **limit)
-    run = train(FrozenContextTrainer, adapted("llama"), arguments, as_dataset(ROWS))
+    run = train_in_float64(FrozenContextTrainer, adapted("llama"), arguments, as_dataset(ROWS))
     expected = reference_sgd(adapted("llama"), [[cut(span) for span in per_span(ROWS[:2])]])
-    assert worst_update_error(run.weights, expected, trained_weights(adapted("llama"))) <= UPDATE_TOLERANCE
+    assert_trained_as(run, adapted("llama"), expected)
 
 
 def test_a_turn_longer_than_max_length(tmp_path: Path) -> None:
