@@ -20,7 +20,7 @@ from tests.distributed.cases import Case, Engine, cases, ragged_cases
 from tests.distributed.engines import engine_fields, whole
 from tests.distributed.extras import EXTRAS
 from tests.distributed.shards_on_cpu import shards_on_cpu
-from tests.trainer.runs import as_dataset, config, train
+from tests.trainer.runs import as_dataset, config, in_float64, train
 
 
 def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
@@ -28,8 +28,8 @@ def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     arguments = config(folder, **case.arguments(folder), **engine_fields(engine, case.model, **case.shards))
     rows = as_dataset(case.rows)
-    with shards_on_cpu() if engine == "fsdp2" else nullcontext():
-        run = train(FrozenContextTrainer, case.make_model(), arguments, rows)
+    with in_float64(case.make_model()) as model, shards_on_cpu() if engine == "fsdp2" else nullcontext():
+        run = train(FrozenContextTrainer, model, arguments, rows)
         eval_loss = run.trainer.evaluate(rows)["eval_loss"]
     return {
         "losses": run.losses,

@@ -108,7 +108,9 @@ def test_stretches_of_the_sequence(name: str) -> None:
 @pytest.mark.parametrize(
     "fields", [{"tier": 2}, pytest.param({"tier": 3, "sequence_chunk_size": 16, "checkpoint_every": 2}, marks=LONG)]
 )
-def test_training_gives_the_same_losses_and_weights(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_training_gives_the_same_losses_and_gradients(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Of every step from the same weights: those of a step before would differ by its rounding."""
+    fields = fields | {"learning_rate": 0.0}
     plain, fast = (
         train(
             FrozenContextTrainer,
