@@ -15,8 +15,11 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import transformers
+import trl
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, Json, LargeList, List, Value, concatenate_datasets
+from datasets.fingerprint import Hasher
 
 from frozen_peft.data.row_checks import TRAINED_COLUMNS
 
@@ -129,6 +132,9 @@ def as_table(prepared: IterableDataset, source: Dataset, columns: tuple[str, ...
             _prepared_rows,
             gen_kwargs={"prepared": prepared, "shards": list(range(num_shards)), "columns": columns},
             num_proc=num_shards if num_shards > 1 else None,
+            # datasets 5: what a stream computes, tokenizer and template included. The stream itself has a counter in
+            # shared memory, by which it would be another one in every process and every run.
+            fingerprint=Hasher.hash([prepared._ex_iterable, columns, trl.__version__, transformers.__version__]),
         )
     plain = [name for name, kind in source.features.items() if name not in made.column_names and not _holds_json(kind)]
     return concatenate_datasets([made, source.select_columns(plain)], axis=1) if plain else made

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows train as they are written: held to Python's `json` and the tokenizer's own rendering of what it reads."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,12 @@ def test_conversations_packing_and_processes(tmp_path: Path, tokenizer: PreTrain
     rows = prepared(tmp_path, tokenizer, load_samples(str(path)), dataset_num_proc=2)
     assert rows["input_ids"][:] == expected
     assert rows["id"][:] == [0, 1, 2, 3, 4]
+    # What was computed is found again, as long as nothing that it depends on has changed.
+    again = prepared(tmp_path, tokenizer, load_samples(str(path)), dataset_num_proc=2)
+    assert {file["filename"] for file in again.cache_files} == {file["filename"] for file in rows.cache_files}
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = TEMPLATE.replace("<|im_end|>", "the<|im_end|>")
+    assert prepared(tmp_path, other, load_samples(str(path)), dataset_num_proc=2)["input_ids"][0] != expected[0]
     packed = prepared(tmp_path, tokenizer, load_samples(str(path)), packing=True, max_length=4096, gradient_horizon=-1)
     assert sorted(packed["seq_lengths"][0]) == sorted(map(len, expected))
 
