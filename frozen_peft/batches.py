@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.trainer_pt_utils import nested_concat
 
 from frozen_peft.context import ContextTokens, Cut, Decision, cut_batch, pad_decisions
 from frozen_peft.context.boundary import IGNORED_LABEL
@@ -16,13 +15,11 @@ __all__ = [
     "TEACHERS",
     "BatchCutter",
     "from_first_label",
-    "join_predictions",
     "num_labels",
     "without_labels",
 ]
 
 Batch = dict[str, Any]
-Prediction = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 # What a batch of decisions has besides TRL's keys, until its contexts are encoded.
 CONTEXTS, NUM_CONTEXT_TOKENS = "contexts", "num_context_tokens"
@@ -63,7 +60,7 @@ class BatchCutter:
         """
         samples = self._samples(inputs)
         decisions = [decision for sample in samples for decision in sample]
-        if all(len(decision.context) == 0 for decision in decisions) and self._is_whole(inputs, decisions):
+        if self._stays(inputs, decisions):
             return [inputs]
         unknown = inputs.keys() - TOKEN_KEYS - {TEACHERS}
         if unknown and any(len(decision.context) for decision in decisions):
@@ -81,6 +78,12 @@ class BatchCutter:
         parts[0][NUM_CONTEXT_TOKENS] = sum(map(_num_context_tokens, samples))
         return parts
 
+    def num_decisions(self, inputs: Batch) -> list[int] | None:
+        """Decisions that each sample has in the parts of a batch; None where the batch itself is its only part."""
+        samples = self._samples(inputs)
+        decisions = [decision for sample in samples for decision in sample]
+        return None if self._stays(inputs, decisions) else [len(sample) for sample in samples]
+
     def contexts(self, inputs: Batch) -> list[ContextTokens]:
         """Every context in a batch of samples."""
         return [decision.to_encode for sample in self._samples(inputs) for decision in sample if len(decision.context)]
@@ -95,10 +98,12 @@ class BatchCutter:
             return []
         return cut_batch(inputs["input_ids"], inputs["labels"], inputs.get("attention_mask"), self.cut)
 
-    def _is_whole(self, inputs: Batch, decisions: list[Decision]) -> bool:
+    def _stays(self, inputs: Batch, decisions: list[Decision]) -> bool:
         """Whether the decisions are the samples, so that the batch can stay as the collator made it."""
         if not decisions:
             return True
+        if any(len(decision.context) for decision in decisions):
+            return False
         num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         return len(decisions) <= (self.max_decisions or len(decisions)) and num_tokens == sum(
             len(decision.input_ids) for decision in decisions
@@ -135,22 +140,6 @@ def without_labels(batch: Batch) -> Batch:
     """Two tokens of a batch's first decision, without context and labels: a forward and backward that add nothing."""
     tokens = {name: batch[name][:1, :2] for name in ("input_ids", "attention_mask")}
     return {**tokens, "labels": torch.full_like(tokens["input_ids"], IGNORED_LABEL), CONTEXTS: []}
-
-
-def join_predictions(predictions: list[Prediction], weights: list[int]) -> Prediction:
-    """Loss, logits and labels of a batch that was predicted in parts, of their mean losses and so many labels each."""
-    losses, logits, labels = zip(*predictions, strict=True)
-    loss = None
-    if losses[0] is not None:
-        loss = sum(part * weight for part, weight in zip(losses, weights, strict=True)) / max(sum(weights), 1)
-    return loss, _joined(logits), _joined(labels)
-
-
-def _joined(tensors: tuple[Any, ...]) -> Any:
-    joined = tensors[0]
-    for tensor in tensors[1:]:
-        joined = None if joined is None else nested_concat(joined, tensor, padding_index=IGNORED_LABEL)
-    return joined
 
 
 def _num_context_tokens(decisions: list[Decision]) -> int:

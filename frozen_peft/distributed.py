@@ -6,7 +6,8 @@ would each compute another gradient, and average them without a word.
 """
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from frozen_peft.resuming import ResumableTrainer
 
 __all__ = [
     "DistributedTrainer",
+    "adding_up",
     "as_many_everywhere",
     "check_engine",
     "describe_machine",
@@ -148,6 +150,23 @@ def as_many_everywhere(accelerator: Accelerator, parts: list[dict[str, Any]], cu
     num_parts = torch.tensor(len(parts), device=accelerator.device)
     missing = int(accelerator.gather(num_parts).max()) - len(parts)
     return parts + [without_labels(parts[-1])] * missing
+
+
+@contextmanager
+def adding_up(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a backward adds to the gradients of a step; one outside of it, the last, reduces them over processes.
+
+    With DeepSpeed that last one also steps: accelerate 1.15 has the engine step in every backward, and forget the
+    gradients, while `sync_gradients` is set, which it is for all of the last micro-batch of a step. `no_sync` does
+    not unset it, and does nothing at all with ZeRO-2.
+    """
+    syncs = accelerator.sync_gradients
+    accelerator.sync_gradients = False
+    try:
+        with accelerator.no_sync(model):
+            yield
+    finally:
+        accelerator.sync_gradients = syncs
 
 
 class DistributedTrainer(ResumableTrainer):

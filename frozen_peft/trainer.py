@@ -30,7 +30,6 @@ from frozen_peft.batches import (
     TEACHERS,
     BatchCutter,
     from_first_label,
-    join_predictions,
     num_labels,
 )
 from frozen_peft.config import FrozenContextConfig, make_store
@@ -47,7 +46,7 @@ from frozen_peft.distillation import (
     prepare_with_teacher,
     require_distillable,
 )
-from frozen_peft.distributed import as_many_everywhere, check_engine, require_same_machines
+from frozen_peft.distributed import adding_up, as_many_everywhere, check_engine, require_same_machines
 from frozen_peft.first_batch import BatchChecks
 from frozen_peft.forwards import DecisionForwards, LiveBatch
 from frozen_peft.gradient import group_checkpoints
@@ -65,6 +64,7 @@ from frozen_peft.model_setup import (
     sample_base,
     settle_context_adapters,
 )
+from frozen_peft.predictions import SampleRows, join_predictions
 from frozen_peft.samples import SampleLimits, check_samples, limit_length, require_rows
 from frozen_peft.sampling import GroupingTrainer, require_groupable
 from frozen_peft.utils.cache_argument import as_cache_argument, given_cache
@@ -228,9 +228,10 @@ class FrozenContextTrainer(GroupingTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """TRL's, on decisions, so that the logits and labels it returns belong to each other."""
+        """TRL's, on decisions, which become one row per sample again; see `predictions`."""
         self._require_own_model(self.accelerator.unwrap_model(model), inputs)
-        own = self._parts(self._prepare_inputs(inputs))
+        batch = self._prepare_inputs(inputs)
+        own = self._parts(batch)
         if len(own) > 1:
             contexts = [context for part in own for context in part.get(CONTEXTS, ())]
             self._encoder.expect(contexts, step=self.state.global_step)
@@ -241,9 +242,14 @@ class FrozenContextTrainer(GroupingTrainer):
                 )
                 for part in as_many_everywhere(self.accelerator, own, self._cut)
             ]
-        if len(own) == 1:
+        num_decisions = self._cutter.num_decisions(batch)
+        if num_decisions is None:
             return steps[0]
-        return join_predictions(steps[: len(own)], [num_labels(part) for part in own])
+        rows = SampleRows.of(own, num_decisions)
+        if "inputs" in self.args.include_for_metrics:
+            # From here the evaluation loop takes a metric's inputs, once a batch is predicted.
+            inputs.update(rows.inputs(own, self._cutter.pad_token_id))
+        return join_predictions(steps[: len(own)], own, rows)
 
     def training_step(
         self,
@@ -516,8 +522,7 @@ class FrozenContextTrainer(GroupingTrainer):
             self.current_gradient_accumulation_steps = steps * (len(parts) if is_mean else 1)
             is_last = index == len(parts) - 1
             try:
-                # Gradients of several processes are reduced after the last backward.
-                with nullcontext() if is_last else self.accelerator.no_sync(model):
+                with nullcontext() if is_last else adding_up(self.accelerator, model):
                     losses.append(super().training_step(model, part, num_items_in_batch))
             finally:
                 self.current_gradient_accumulation_steps = steps

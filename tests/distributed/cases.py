@@ -207,7 +207,9 @@ def cases(num_processes: int) -> dict[str, Case]:
         "tier3_stretches": Case(rows, horizon=-1, fields={"sequence_chunk_size": 9}),
         "horizon": Case(rows, horizon=12, fields={"activation_checkpointing": True}),
         "stretches_over_contexts": Case(rows, horizon=25, fields={"sequence_chunk_size": 8}),
-        "turns": Case(turns, turns=True, fields={"max_decisions_per_forward": 2, **STORE}, model="llama"),
+        "turns": Case(
+            turns, turns=True, accumulation=2, fields={"max_decisions_per_forward": 2, **STORE}, model="llama"
+        ),
         # Two epochs over the same rows, of which some find in the store what others have to encode.
         "store": Case(off, adapters=False, fields=STORE, steps=2 * len(off) // num_processes),
         "experts": Case(

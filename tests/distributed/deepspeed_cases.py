@@ -10,15 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from frozen_peft import FrozenContextTrainer
+from tests.distributed.cases import TURNS_TWO
 from tests.tiny_models import tiny_model
 from tests.trainer.runs import adapted, as_dataset, config, samples, word_tokenizer
 
+# Processes have other numbers of decisions, and so of parts.
+TURNS = {"tier": 2, "decision_mode": "turns", "max_decisions_per_forward": 1}
 CASES: dict[str, dict[str, Any]] = {
     "tier2": {"tier": 2},
     "accumulation": {"tier": 2, "gradient_accumulation_steps": 2},
     "stretches": {"tier": 3, "sequence_chunk_size": 9},
     "stretches_over_contexts": {"tier": 2, "gradient_horizon": 25, "sequence_chunk_size": 8},
     "checkpoints": {"tier": 3, "sequence_chunk_size": 9, "activation_checkpointing": True},
+    "turns": TURNS,
+    "turns_accumulated": TURNS | {"gradient_accumulation_steps": 2},
+    "turns_in_stretches": TURNS | {"gradient_horizon": 25, "sequence_chunk_size": 8},
 }
 ZERO_2 = {
     "zero_optimization": {"stage": 2},
@@ -34,23 +40,22 @@ def run(folder: Path, case: str, *, adapters: bool, samples_per_process: int, **
     model = adapted() if adapters else tiny_model("qwen3_5_text")
     fields |= {"per_device_train_batch_size": samples_per_process, "optim": "sgd", "learning_rate": 0.1}
     arguments = config(folder, **CASES[case], **fields)
-    trainer = FrozenContextTrainer(
-        model, arguments, train_dataset=as_dataset(samples()), processing_class=word_tokenizer()
-    )
+    rows = TURNS_TWO if "turns" in case else samples()
+    trainer = FrozenContextTrainer(model, arguments, train_dataset=as_dataset(rows), processing_class=word_tokenizer())
     trainer.train()
     return [
         {name: entry[name] for name in ("loss", "grad_norm")} for entry in trainer.state.log_history if "loss" in entry
     ]
 
 
-def main(folder: Path) -> None:
-    """Runs every case on this rank."""
+def main(folder: Path, wanted: list[str]) -> None:
+    """Runs every case, or those that are named, on this rank."""
     rank = os.environ["RANK"]
     results = {
         f"{case}-{adapters}": run(
             folder / case / rank, case, adapters=adapters, samples_per_process=1, deepspeed=ZERO_2
         )
-        for case in CASES
+        for case in wanted or CASES
         for adapters in (False, True)
     }
     (folder / f"rank-{rank}.json").write_text(json.dumps(results))
@@ -58,4 +63,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     faulthandler.register(signal.SIGUSR1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

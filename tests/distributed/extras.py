@@ -3,6 +3,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, EvalPrediction
 
 from frozen_peft import FrozenContextTrainer, distributed, lora_config, quantization_config
 from frozen_peft.installed import installed_version
@@ -23,6 +24,7 @@ from tests.distributed.engines import engine_fields, whole
 from tests.distributed.shards_on_cpu import shards_on_cpu
 from tests.tiny_models import tiny_model
 from tests.trainer.runs import Run, adapted, as_dataset, config, train, trained_weights, word_tokenizer
+from tests.trainer.test_predictions import ROWS as CONVERSATIONS
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 ROWS = as_dataset(TWO)
@@ -83,6 +85,30 @@ def evaluate_first(folder: Path) -> dict[str, Any]:
     return results
 
 
+def metrics(folder: Path) -> dict[str, Any]:
+    """What a metric sees of five conversations, so that the last batch is filled up with samples seen before."""
+    results: dict[str, Any] = {}
+    rows = as_dataset(CONVERSATIONS)
+    for name, engine, size in (("one each", "fsdp2", 1), ("two each", "ddp", 2)):
+        seen: list[EvalPrediction] = []
+        fields = {"decision_mode": "turns", "max_decisions_per_forward": 2, "include_for_metrics": ["inputs"]}
+        args = arguments(folder / name, engine, per_device_eval_batch_size=size, **fields)
+        with shards_on_cpu(), warnings.catch_warnings():
+            # TRL 1.16 announces that metrics from logits go in its 2.0.
+            warnings.simplefilter("ignore", FutureWarning)
+            trainer = FrozenContextTrainer(
+                adapted("llama"),
+                args,
+                train_dataset=rows,
+                processing_class=word_tokenizer(),
+                compute_metrics=lambda prediction, seen=seen: seen.append(prediction) or {},
+            )
+            loss = trainer.evaluate(rows)["eval_loss"]
+        parts = (seen[0].predictions, seen[0].label_ids, seen[0].inputs)
+        results[name] = {"loss": loss, "parts": [torch.from_numpy(part) for part in parts]}
+    return results
+
+
 def four_bit(folder: Path) -> dict[str, Any]:
     """A 4-bit base: whole on every process; whole beside adapters in shards; stored such that it is in shards too."""
     path = folder / "base"
@@ -98,12 +124,12 @@ def four_bit(folder: Path) -> dict[str, Any]:
         quantization = quantization_config(str(path), bnb_4bit_quant_storage=storage)
         base = AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization, dtype=torch.float32)
         torch.manual_seed(0)
-        model = get_peft_model(base, lora_config(base, r=2, init_lora_weights="gaussian"))
+        model = get_peft_model(base, lora_config(base, r=2, init_lora_weights=False))
         run = trained(folder / name, engine, model, "qwen3_5_text")
         codes = [weight for weight in run.trainer.model.parameters() if hasattr(weight, "quant_state")]
         results[name] = {
             "losses": run.losses,
-            "gradients": whole(run.gradients[-1]),
+            "gradients": whole(run.gradients[0]),
             "num_4bit": len(codes),
             "num_shards": sum(isinstance(weight, DTensor) for weight in run.trainer.model.parameters()),
         }
@@ -164,6 +190,7 @@ def recipes(folder: Path) -> dict[str, Any]:
 EXTRAS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "resume": resume,
     "evaluate_first": evaluate_first,
+    "metrics": metrics,
     "four_bit": four_bit,
     "sixteen_bit": sixteen_bit,
     "refusals": refusals,

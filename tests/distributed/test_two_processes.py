@@ -13,6 +13,8 @@ from tests.distributed.conftest import TIMEOUT_SECONDS, Results
 from tests.distributed.extras import RECIPES
 from tests.reference import worst_gradient_error
 from tests.trainer.runs import equal
+from tests.trainer.test_predictions import ROWS as CONVERSATIONS
+from tests.trainer.test_predictions import assert_rows_are_the_samples, mean_of_batches
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(TIMEOUT_SECONDS + 120)]
 
@@ -48,6 +50,16 @@ def test_an_evaluation_before_training(engine: str, results: Callable[[int], Res
         assert result["losses"] == pytest.approx(losses, rel=1e-5)
     # Where gradients are not reduced, each process ends somewhere else.
     assert equal(found[0]["weights"], found[1]["weights"])
+
+
+@pytest.mark.parametrize("name", ["one each", "two each"])
+def test_a_metric_sees_every_label_once(name: str, results: Callable[[int], Results]) -> None:
+    """Of processes with other numbers of decisions, whose last batch holds samples again that were seen before."""
+    for result in of_ranks(results, "metrics"):
+        logits, labels, inputs = (part.numpy() for part in result[name]["parts"])
+        assert_rows_are_the_samples(logits, labels, inputs, CONVERSATIONS)
+        if name == "one each":
+            assert result[name]["loss"] == pytest.approx(mean_of_batches(CONVERSATIONS, 1), rel=1e-5)
 
 
 def test_a_base_in_4_bit_is_the_same_whole_and_in_shards(results: Callable[[int], Results]) -> None:
