@@ -502,7 +502,7 @@ class FrozenContextTrainer(GroupingTrainer):
                 self._encoder.encode_elsewhere(**now)
         return kept
 
-    def _encode_as_now(self, contexts: list[torch.Tensor]) -> FrozenContext:
+    def _encode_as_now(self, contexts: list[ContextTokens]) -> FrozenContext:
         """Contexts for a forward in which the adapters are not what they are in training."""
         with self.accelerator.autocast():
             return ContextEncoder(self.model, chunk_size=self.args.prefill_chunk_size).encode(contexts)

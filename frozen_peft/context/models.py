@@ -20,6 +20,7 @@ from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureErro
 from frozen_peft.utils.cache_argument import CACHE_ARGUMENTS, cache_argument, takes_unknown_cache
 
 __all__ = [
+    "counts_from_longest",
     "get_decoder",
     "get_pretrained_model",
     "latent_attentions",
@@ -124,11 +125,18 @@ def latent_attentions(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in decoder.modules() if hasattr(module, "expand_kv")]
 
 
-def require_known_positions(model: PreTrainedModel, context_lengths: Sequence[int], num_tokens: int) -> None:
-    """Refuses a batch whose rows' positions a model would not tell from those of the longest.
+def counts_from_longest(model: PreTrainedModel) -> bool:
+    """Whether a model counts positions from the longest context of a batch, whatever positions it is given.
 
     Llama 4 (transformers 5.23, 5.24) scales the attention of its layers without rope by positions that it counts from
     the length of the cache, which is one for all rows.
+    """
+    config = model.config.get_text_config()
+    return config.model_type == "llama4_text" and bool(config.attn_temperature_tuning)
+
+
+def require_known_positions(model: PreTrainedModel, context_lengths: Sequence[int], num_tokens: int) -> None:
+    """Refuses a batch whose rows' positions a model would not tell from those of the longest.
 
     Args:
         model: The transformers model.
@@ -138,9 +146,9 @@ def require_known_positions(model: PreTrainedModel, context_lengths: Sequence[in
     Raises:
         ValueError: Rows differ in length where that counts.
     """
-    config = model.config.get_text_config()
-    if config.model_type != "llama4_text" or not config.attn_temperature_tuning or len(set(context_lengths)) == 1:
+    if len(set(context_lengths)) == 1 or not counts_from_longest(model):
         return
+    config = model.config.get_text_config()
     longest = max(context_lengths) + num_tokens
     if longest >= config.floor_scale:
         raise ValueError(

@@ -23,7 +23,12 @@ from frozen_peft.context.decision import decision_forward
 from frozen_peft.context.dropout import has_dropout
 from frozen_peft.context.encoder import encode_context
 from frozen_peft.context.kernels import choose_kernels
-from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
+from frozen_peft.context.models import (
+    counts_from_longest,
+    get_decoder,
+    get_pretrained_model,
+    require_exact_continuation,
+)
 from frozen_peft.context.modes import adapters_active, without_dropout
 from frozen_peft.context.rope import rope_limits
 from frozen_peft.context.rounding import round_in_place
@@ -245,9 +250,12 @@ def _changed_context(context: torch.Tensor, model: PreTrainedModel) -> torch.Ten
 
 
 def _companion(context: torch.Tensor, decision: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
-    """A context that goes on from another one by a third, as far as the model has positions for it."""
+    """A context that goes on from another one by a third, as far as the model has positions for it.
+
+    It is no longer where rows that differ are known to be inexact, and are refused where that counts.
+    """
     num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    num_more = len(context) // 3 + 1
+    num_more = 0 if counts_from_longest(model) else len(context) // 3 + 1
     if num_positions is not None:
         num_more = max(min(num_more, num_positions - len(context) - len(decision)), 0)
     return torch.cat([context, context[:num_more]])

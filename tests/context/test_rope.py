@@ -288,6 +288,8 @@ def test_llama4_is_exact_row_by_row_and_refused_where_rows_differ() -> None:
         frozen = encode_context(model, asked([sample]), chunk_size=16)
         expected = expected_logprobs(model, [sample])
         assert relative_error(frozen_logprobs(model, [sample], frozen), expected) <= TOLERANCE
+        check = verify_context(model, sample.input_ids, sample.boundary)
+        assert check.error < check.effect / 100
     pair = (SAMPLES[0], SAMPLES[1])
     with pytest.raises(
         ValueError, match=r"contexts of 40 to 57 tokens and reaches 70.*per_device_train_batch_size: 1"
