@@ -33,7 +33,7 @@ from frozen_peft.batches import (
     num_labels,
 )
 from frozen_peft.config import FrozenContextConfig, make_store
-from frozen_peft.context import TAIL, ContextEncoder, ContextTokens, FrozenContext, use_segmented_attention
+from frozen_peft.context import TAIL, ContextEncoder, ContextTokens, Cut, FrozenContext, use_segmented_attention
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.data import as_table, needs_python_rows, python_rows
@@ -462,6 +462,11 @@ class FrozenContextTrainer(GroupingTrainer):
                     FrozenContextTrainer.compute_loss(self, model, batch, return_outputs, num_items_in_batch)
                 )
         return losses[0] if len(losses) == 1 else sum(losses)
+
+    @property
+    def cut(self) -> Cut:
+        """Where samples are cut."""
+        return self._cut
 
     @property
     def _mode(self) -> Mode:

@@ -34,7 +34,7 @@ ARROWS = {
     # Of behaviour, what puts stripped instructions back.
     "distributed": {"batches", "config", "context", "gradient", "resuming"},
     "distillation": {"batches", "behavior", "config", "context", "first_batch", "metrics"},
-    "planning": {"adapters", "config", "context", "gradient"},
+    "planning": {"adapters", "config", "context", "distillation", "gradient"},
     "checkpoints": set(),
     "out_of_memory": {"batches", "config", "context", "planning"},
     "resuming": {"checkpoints", "out_of_memory"},

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from datasets import Dataset
@@ -14,7 +15,9 @@ from transformers import PretrainedConfig
 from frozen_peft.behavior.rows import whole_file
 from frozen_peft.cli.training import AdapterArguments, ModelArguments, is_sharded_run
 from frozen_peft.config import FrozenContextConfig
+from frozen_peft.context import Cut
 from frozen_peft.context.kernel_table import current_capabilities, is_accelerated
+from frozen_peft.distillation import TEACHER_COLUMNS
 from frozen_peft.planning import Plan, Setting, advise, make_plan, plan_of_weights
 from frozen_peft.samples import measure_samples
 from frozen_peft.trainer import FrozenContextTrainer
@@ -64,9 +67,7 @@ class MemoryCheck:
         """
         if self._model.check_memory == NEVER or not isinstance(trainer.train_dataset, Dataset):
             return
-        lengths = measure_samples(trainer.train_dataset)
-        contexts = lengths.boundaries.clip(min=0)
-        setting = self._setting(int(contexts.max()), int((lengths.totals - contexts).max()))
+        setting = self._setting_of(trainer)
         if setting.accelerator or self._model.check_memory == FULL:
             plan = make_plan(self._base, setting, self._limit)
         else:
@@ -76,7 +77,28 @@ class MemoryCheck:
             self._write(plan, advice)
         self._require(plan, advice)
 
-    def _setting(self, context_length: int, decision_length: int) -> Setting:
+    def _setting_of(self, trainer: FrozenContextTrainer) -> Setting:
+        """The setting of the longest of its samples, as they are cut."""
+        cut = trainer.cut
+        samples = measure_samples(trainer.train_dataset, cut)
+        contexts = samples.boundaries.clip(min=0)
+        # A new row begins with nothing before its first decision.
+        is_first = np.diff(samples.rows, prepend=-1) != 0
+        pieces = np.where(is_first, contexts, np.diff(contexts, prepend=0))
+        teacher_length = None
+        if self._config.loss_type == "distill":
+            names = dict(zip(TEACHER_COLUMNS, ("input_ids", "labels"), strict=True))
+            columns = trainer.train_dataset.select_columns(list(names)).rename_columns(names)
+            teacher_length = int(measure_samples(columns, Cut(cut.mode)).boundaries.max().clip(min=0))
+        return self._setting(
+            int(contexts.max()),
+            int((samples.totals - contexts).max()),
+            turns=int(np.unique(samples.rows, return_counts=True)[1].max()) if cut.mode == "turns" else 1,
+            turn_length=int(pieces.max()),
+            teacher_length=teacher_length,
+        )
+
+    def _setting(self, context_length: int, decision_length: int, **rest: Any) -> Setting:
         dtype = self._model.dtype if self._adapter.use_peft else self._model.dtype or "float32"
         if dtype in (None, "auto"):
             dtype = str(getattr(self._base, "dtype", None) or "float32").removeprefix("torch.")
@@ -95,6 +117,7 @@ class MemoryCheck:
             lora_r=self._adapter.lora_r,
             accelerator=on_card,
             reference_kernels=on_card and not delta_rule,
+            **rest,
         )
 
     def _write(self, plan: Plan, advice: Sequence[str]) -> None:

@@ -74,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--context-length", type=int, default=32768, help="context tokens of a sample (%(default)s)")
     what.add_argument("--decision-length", type=int, default=1024, help="tokens of its decision (%(default)s)")
+    what.add_argument(
+        "--turns", type=int, default=1,
+        help="decisions of a sample, --context-length before the last (%(default)s; decision_mode: turns)",
+    )  # fmt: skip
+    what.add_argument(
+        "--teacher-length", type=int, metavar="TOKENS",
+        help="of a distillation, before the teacher's last decision (loss_type: distill)",
+    )  # fmt: skip
     what.add_argument("--batch", type=int, default=1, help="samples per forward (%(default)s)")
     how = parser.add_argument_group("how it is trained")
     how.add_argument("--no-4bit", dest="load_in_4bit", action="store_false", help="the base in 16 bit, not in NF4")
@@ -104,6 +112,8 @@ def _settings(options: argparse.Namespace) -> tuple[list[Any], str, str, dict[st
         context_length=options.context_length,
         decision_length=options.decision_length,
         batch=options.batch,
+        turns=options.turns,
+        teacher_length=options.teacher_length,
         load_in_4bit=options.load_in_4bit,
         lora_preset=options.preset,
         lora_r=options.rank,
@@ -134,8 +144,18 @@ def _recipe_settings(options: argparse.Namespace) -> tuple[list[Any], str, str, 
         raise CommandError(f"{options.recipe} names no model; add `model_name_or_path`")
     name = model.model_name_or_path
     resolve_demo(model, data)
+    if options.turns > 1 and config.decision_mode != "turns":
+        raise CommandError(f"--turns {options.turns}: {options.recipe} has `decision_mode: {config.decision_mode}`")
+    if options.teacher_length is not None and config.loss_type != "distill":
+        raise CommandError(
+            f"--teacher-length: {options.recipe} has `loss_type: {config.loss_type}`, without a teacher"
+        )
+    # Instructions are short beside a context; how long both are together, --teacher-length says.
+    teacher_length = options.context_length if options.teacher_length is None else options.teacher_length
     setting = Setting.from_config(
         config,
+        turns=options.turns,
+        teacher_length=teacher_length if config.loss_type == "distill" else None,
         context_length=config.max_context_length or options.context_length,
         decision_length=options.decision_length,
         load_in_4bit=model.load_in_4bit,
@@ -166,8 +186,9 @@ def _page(plans: Sequence[Any], times: Sequence[Any], advice: Sequence[Sequence[
     lines = [f"{first.model}: {_count(first.num_parameters)}, {_per_token(first.cache_token_bytes)}"]
     setting = first.setting
     lines.append(
-        f"contexts of {max(plan.setting.context_length for plan in plans):,} tokens, decisions of "
-        f"{setting.decision_length:,}, {setting.batch} per forward"
+        f"contexts of {max(plan.setting.context_length for plan in plans):,} tokens, "
+        f"{f'{setting.turns} decisions' if setting.turns > 1 else 'decisions'} of {setting.decision_length:,}, "
+        f"{setting.batch} per forward"
     )
     if card is not None:
         lines.append(f"on {card.name}: {format_size(card.memory_bytes)}")

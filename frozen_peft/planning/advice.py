@@ -9,16 +9,16 @@ from frozen_peft.planning.plan import Plan
 
 __all__ = ["advise", "cheapest_fitting"]
 
-CHUNKS, STRETCHES = (2048, 1024, 512), (8192, 4096, 2048, 1024)
+CHUNKS, STRETCHES, DECISIONS = (2048, 1024, 512), (8192, 4096, 2048, 1024), (8, 4, 2, 1)
 SPARE_SHARE = 0.8
 
 
 def cheapest_fitting(plan: Plan) -> Plan | None:
     """The first of ever costlier settings of the same tier that fits; the plan itself where it does; None: none does.
 
-    Cheaper is what costs less time: smaller prefill chunks, checkpoints of layers, stretches (one forward more; the
-    longer, the fewer states), stretches on the host (copies), and each of these over a 4-bit base, which unpacks its
-    weights in every product.
+    Cheaper is what costs less time: fewer decisions of several turns in a forward, smaller prefill chunks, checkpoints
+    of layers, stretches (one forward more; the longer, the fewer states), stretches on the host (copies), and each of
+    these over a 4-bit base, which unpacks its weights in every product.
     """
     if plan.fits:
         return plan
@@ -41,6 +41,10 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
             yield base
         checkpointed = base | {"gradient_checkpointing": True}
         if setting.num_frozen:
+            fewer = [{"max_decisions_per_forward": n} for n in DECISIONS if n < setting.decisions_per_forward]
+            if setting.num_boundaries > 1:
+                yield from (base | decisions for decisions in fewer)
+                base, checkpointed = ({**each, **(fewer[-1] if fewer else {})} for each in (base, checkpointed))
             size = setting.prefill_chunk_size or setting.num_frozen
             smaller = [{"prefill_chunk_size": chunk} for chunk in CHUNKS if chunk < size]
             yield from (base | chunk for chunk in smaller)

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from frozen_peft.context.models import require_exact_continuation
 from frozen_peft.context.segments import CPU_SCORE_BLOCK, SCORE_BLOCK
+from frozen_peft.distillation.divergence import Divergence
 from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
 from frozen_peft.gradient.stretched_decoder import stretch_bounds
 from frozen_peft.planning.blueprint import Blueprint
@@ -30,6 +31,7 @@ TERMS = {
     "gradients": "of what is trained",
     "optimizer": "its state",
     "cache": "keys, values and states: of the context, or of what stretches hand on",
+    "teacher": "of a distillation: what its contexts and forward take beyond a step of the student",
     "cache gradient": "of keys and values before a stretch, in float32",
     "last hidden states": "of the labelled end and their gradient, for the loss behind the stretches",
     "activations": "kept from the forward to the backward pass",
@@ -118,8 +120,11 @@ class Estimator:
         if figures.num_parameters is not None and setting.num_frozen:
             try:
                 cache = self.cache(setting)
-                figures.terms["cache"] = setting.batch * cache.num_bytes(setting.num_frozen)
+                figures.terms["cache"] = _frozen_bytes(cache, setting)
                 figures.cache_token_bytes = cache.token_bytes
+                if (teacher := _teacher(setting)) is not None:
+                    # Both contexts are at hand while the teacher is asked.
+                    figures.terms["teacher"] = _frozen_bytes(cache, teacher)
             except _NOT_COUNTABLE as error:
                 figures.unknown.append(f"cache: {_reason(error)}")
         figures.unknown += [f"{term}: not counted" for term in ("activations", "workspace")]
@@ -148,7 +153,7 @@ class Estimator:
         except _NOT_COUNTABLE as error:
             figures.unknown += [f"{term}: {_reason(error)}" for term in ("activations", "workspace")]
             if setting.num_frozen:
-                figures.terms["cache"] = setting.batch * cache.num_bytes(setting.num_frozen)
+                figures.terms["cache"] = _frozen_bytes(cache, setting)
         figures.terms["reserve"] = RESERVE_BYTES if setting.accelerator else CPU_RESERVE_BYTES
         if setting.accelerator:
             slow = reference_counted(tracer.pretrained)
@@ -210,23 +215,49 @@ class Estimator:
         figures.terms["optimizer"] = math.ceil(num_trained * (own_type * number_bytes + fixed))
 
     def _add_step(self, figures: Figures, tracer: Tracer, cache: Cache, setting: Setting) -> None:
-        frozen_bytes = setting.batch * cache.num_bytes(setting.num_frozen)
+        frozen_bytes = _frozen_bytes(cache, setting)
         prefill = self._prefill(tracer, setting) if setting.num_frozen else 0
-        head = self._remembered(tracer, "head", setting.num_outputs, tracer.head)
+        # Decisions run by themselves, some of them together.
+        rows = replace(setting, batch=setting.decisions_per_forward, turns=1)
+        of_rows = self._tracer(rows)
+        head = self._remembered(of_rows, "head", rows.num_outputs, of_rows.head)
+        if setting.teacher_length is not None:
+            key, divergence = _divergence(setting)
+            count = self._remembered(
+                of_rows, ("distilled", key), setting.decision_length - 1, lambda n: of_rows.distilled(n, divergence)
+            )
+            head = max(head, count)
         if setting.in_stretches:
-            self._add_stretches(figures, tracer, cache, setting, head)
+            self._add_stretches(figures, of_rows, cache, rows, head)
+            figures.terms["cache"] += frozen_bytes
         else:
-            kept, peak = (self._graded(tracer, setting, part) for part in ("kept", "peak"))
+            kept, peak = (self._graded(of_rows, rows, part) for part in ("kept", "peak"))
             figures.terms["activations"] = kept
             figures.terms["workspace"] = max(kept + head, peak, prefill) - kept
             if frozen_bytes:
                 figures.terms["cache"] = frozen_bytes
         if setting.in_stretches and prefill:
             figures.terms["workspace"] = max(figures.terms["workspace"], prefill - figures.terms["activations"])
+        if (teacher := _teacher(setting)) is not None:
+            self._add_teacher(figures, cache, teacher)
         if setting.load_in_4bit:
             figures.terms["workspace"] += tracer.blueprint.largest_quantized * DTYPE_BYTES["bfloat16"]
         if setting.accelerator and tracer.can_segment and (setting.num_frozen or setting.in_stretches):
             figures.terms["workspace"] += BLOCKS_HELD * 4 * (SCORE_BLOCK - CPU_SCORE_BLOCK)
+
+    def _add_teacher(self, figures: Figures, cache: Cache, teacher: Setting) -> None:
+        """It is asked while the student's contexts are at hand, and before its decisions run; without adapters."""
+        rows = replace(teacher, batch=teacher.decisions_per_forward, turns=1)
+        of_rows, (key, divergence) = self._tracer(rows), _divergence(teacher)
+        points = _points(rows)
+        frozen = min(teacher.num_frozen, FEW_FROZEN if of_rows.can_segment else points[1])
+        asked = self._sampled(
+            of_rows, ("answered", key, frozen), rows.decision_length, points,
+            lambda n: of_rows.answered(n, frozen, divergence),
+        )  # fmt: skip
+        prefill = self._prefill(self._tracer(teacher), teacher) if teacher.num_frozen else 0
+        needed = _frozen_bytes(cache, teacher) + max(asked, prefill)
+        figures.terms["teacher"] = max(needed - figures.terms["activations"] - figures.terms["workspace"], 0)
 
     def _add_stretches(self, figures: Figures, tracer: Tracer, cache: Cache, setting: Setting, head: int) -> None:
         size, batch = max(setting.sequence_chunk_size or 2, 2), setting.batch
@@ -234,7 +265,6 @@ class Estimator:
         longest = max(stop - start for start, stop in bounds)
         handed = batch * _handed_on(cache, [stop - start for start, stop in bounds[:-1]])
         gradient = batch * cache.gradient_bytes(bounds[-1][0])
-        frozen = batch * cache.num_bytes(setting.num_frozen)
         number_bytes = DTYPE_BYTES["bfloat16" if setting.bf16 else setting.dtype]
         hidden = 2 * batch * setting.num_outputs * tracer.blueprint.hidden_size * number_bytes
         inside = self._inside_stretch(tracer, setting, longest)
@@ -243,7 +273,7 @@ class Estimator:
             # One set of states, to start from, and what attention reads at a time.
             handed, gradient = batch * cache.state_bytes, 0
             figures.host_bytes = on_host
-        figures.terms["cache"] = frozen + handed
+        figures.terms["cache"] = handed
         figures.terms["cache gradient"] = gradient
         figures.terms["last hidden states"] = hidden
         figures.terms["activations"] = inside
@@ -285,12 +315,13 @@ class Estimator:
         return value + math.ceil(slope * (setting.num_frozen - points[1]))
 
     def _prefill(self, tracer: Tracer, setting: Setting) -> int:
-        num_tokens = setting.num_frozen
+        num_tokens = setting.longest_piece
         chunk = min(setting.prefill_chunk_size or num_tokens, num_tokens)
         points = _points(setting)
-        num_chunks = min(math.ceil(num_tokens / chunk), 2)
+        # The second chunk takes most, if it is a whole one; in quarters, so that few are counted.
+        quarters = min(math.ceil(4 * num_tokens / chunk), 8)
         value = self._sampled(
-            tracer, ("prefill", num_chunks), chunk, points, lambda size: tracer.prefill(num_chunks * size, size)
+            tracer, ("prefill", quarters), chunk, points, lambda size: tracer.prefill(quarters * size // 4, size)
         )
         if tracer.continues_in_segments or num_tokens <= 2 * chunk:
             return value
@@ -350,6 +381,12 @@ def _without_lengths(setting: Setting) -> Setting:
     return replace(
         setting,
         context_length=0,
+        turns=1,
+        turn_length=None,
+        max_decisions_per_forward=1,
+        teacher_length=None,
+        distill_top_k=0,
+        distill_chunk_size=1,
         decision_length=decision,
         gradient_horizon=0,
         prefill_chunk_size=0,
@@ -358,6 +395,32 @@ def _without_lengths(setting: Setting) -> Setting:
         optim="sgd",
         context_cache_bytes=0,
     )
+
+
+def _frozen_bytes(cache: Cache, setting: Setting) -> int:
+    """What is kept of the contexts that are at hand together."""
+    return setting.samples_at_a_time * cache.num_bytes(setting.num_frozen, setting.num_boundaries)
+
+
+def _teacher(setting: Setting) -> Setting | None:
+    """How the teacher of a distillation runs; None: there is none."""
+    if setting.teacher_length is None or setting.tier is None:
+        return None
+    return replace(
+        setting,
+        tier=2,
+        context_length=setting.teacher_length,
+        gradient_horizon=0,
+        sequence_chunk_size=None,
+        turn_length=None,
+        use_peft=False,
+    )
+
+
+def _divergence(setting: Setting) -> tuple[tuple[int, int], Divergence]:
+    """What logits are made for, and by what it is remembered."""
+    key = (setting.distill_top_k, setting.distill_chunk_size)
+    return key, Divergence(top_k=key[0], chunk_size=key[1])
 
 
 def _handed_on(cache: Cache, lengths: list[int]) -> int:

@@ -36,6 +36,13 @@ class Setting:
         context_length: Tokens of a sample before its decision.
         decision_length: Tokens of the decision.
         batch: Samples per forward (`per_device_train_batch_size`).
+        turns: Decisions of a sample, each behind everything before it (`decision_mode: turns`). `context_length` is
+            that of the last one, and `decision_length` that of each. Where nothing is frozen they are one.
+        turn_length: Most context tokens from one decision to the next, or before the first; None: as many for each.
+        max_decisions_per_forward: Decisions that run together, of several turns.
+        teacher_length: Tokens of a distillation's teacher before the last decision; None: nothing is distilled.
+        distill_top_k: Tokens of the teacher's that are compared one by one; 0: all.
+        distill_chunk_size: Tokens of decisions whose logits exist at a time.
         gradient_horizon: Context tokens before the decision that carry gradient, for tier 2.
         prefill_chunk_size: Context tokens per prefill forward; 0: one forward.
         sequence_chunk_size: Tokens per stretch of what carries gradient; None: all at once.
@@ -59,6 +66,12 @@ class Setting:
     context_length: int
     decision_length: int
     batch: int = 1
+    turns: int = 1
+    turn_length: int | None = None
+    max_decisions_per_forward: int = 16
+    teacher_length: int | None = None
+    distill_top_k: int = 100
+    distill_chunk_size: int = 128
     gradient_horizon: int = 0
     prefill_chunk_size: int = 2048
     sequence_chunk_size: int | None = None
@@ -82,6 +95,10 @@ class Setting:
             ("context_length", 0),
             ("decision_length", 2),
             ("batch", 1),
+            ("turns", 1),
+            ("max_decisions_per_forward", 1),
+            ("distill_top_k", 0),
+            ("distill_chunk_size", 1),
             ("gradient_horizon", -1),
             ("prefill_chunk_size", 0),
             ("checkpoint_every", 1),
@@ -91,6 +108,10 @@ class Setting:
                 raise ValueError(f"`{name}` must be {least} or more, found {getattr(self, name)}.")
         if self.sequence_chunk_size is not None and self.sequence_chunk_size < 1:
             raise ValueError(f"`sequence_chunk_size` must be 1 token or more, found {self.sequence_chunk_size}.")
+        for name in ("turn_length", "teacher_length"):
+            length = getattr(self, name)
+            if length is not None and length < 0:
+                raise ValueError(f"`{name}` must be 0 tokens or more, found {length}.")
         if self.tier not in (None, *TIERS):
             raise ValueError(f"`tier` must be 1, 2, 3 or None (SFTTrainer), found {self.tier!r}.")
         if self.dtype not in DTYPE_BYTES:
@@ -106,7 +127,7 @@ class Setting:
             config: The trainer's configuration.
             context_length: Longest context of the data, in tokens.
             decision_length: Longest decision.
-            rest: What the configuration does not say: the model's type and adapters.
+            rest: What the configuration does not say: the model's type and adapters, turns, the teacher's length.
         """
         freezes = config.gradient_horizon != -1
         return cls(
@@ -115,6 +136,9 @@ class Setting:
             decision_length=max(decision_length, 2),
             batch=config.per_device_train_batch_size,
             gradient_horizon=max(config.gradient_horizon or 0, 0),
+            max_decisions_per_forward=config.max_decisions_per_forward,
+            distill_top_k=config.distill_top_k,
+            distill_chunk_size=config.distill_chunk_size,
             prefill_chunk_size=config.prefill_chunk_size,
             sequence_chunk_size=config.sequence_chunk_size,
             offload_stretches=config.offload_stretches,
@@ -133,6 +157,34 @@ class Setting:
         return max(self.context_length - self.gradient_horizon, 0)
 
     @property
+    def num_boundaries(self) -> int:
+        """Places of a context whose states are kept: before each of its decisions."""
+        return self.turns if self.num_frozen else 1
+
+    @property
+    def longest_piece(self) -> int:
+        """Most context tokens that are encoded between two such places."""
+        if self.num_boundaries == 1:
+            return self.num_frozen
+        even = -(-self.num_frozen // self.num_boundaries)
+        return min(self.turn_length or even, self.num_frozen)
+
+    @property
+    def decisions_per_forward(self) -> int:
+        """Decisions that run forward and backward together."""
+        if self.num_boundaries == 1:
+            return self.batch
+        return min(self.batch * self.turns, self.max_decisions_per_forward)
+
+    @property
+    def samples_at_a_time(self) -> int:
+        """Samples whose contexts are at hand together: those that the decisions of one forward belong to."""
+        size, turns = self.decisions_per_forward, self.num_boundaries
+        total = self.batch * turns
+        starts = range(0, total, size)
+        return max((min(start + size, total) - 1) // turns - start // turns + 1 for start in starts)
+
+    @property
     def num_graded(self) -> int:
         """Tokens of a sample that run forward and backward."""
         return self.context_length + self.decision_length - self.num_frozen
@@ -149,12 +201,16 @@ class Setting:
 
         In stretches those from the batch's first label on: of several samples any may begin its decision early.
         """
-        return self.decision_length if self.in_stretches and self.batch == 1 else self.num_graded
+        return self.decision_length if self.in_stretches and self.decisions_per_forward == 1 else self.num_graded
 
     @property
     def title(self) -> str:
         """What the setting is called in a table."""
         name = "SFTTrainer" if self.tier is None else f"tier {self.tier}"
+        if self.num_boundaries > 1:
+            name += f", {self.turns} turns"
+        if self.teacher_length is not None and self.tier is not None:
+            name += ", distilled"
         if self.sequence_chunk_size is not None:
             name += f", stretches of {self.sequence_chunk_size}"
         if self.offload_stretches:

@@ -55,8 +55,15 @@ def estimate_time(config: PretrainedConfig, setting: Setting, rates: Rates) -> S
     passes = 2 + setting.gradient_checkpointing + setting.in_stretches + (not setting.use_peft)
     # A token attends to those before it: half of a sequence on average, all of the context for what follows it.
     flops = frozen * shape.token_flops + _attended(frozen, 0, shape.windows) * shape.score_flops
-    flops += passes * (graded * shape.token_flops + _attended(graded, frozen, shape.windows) * shape.score_flops)
-    flops += 3 * setting.decision_length * shape.head_flops
+    turns = setting.num_boundaries
+    forward = graded * shape.token_flops + _attended(graded, frozen, shape.windows) * shape.score_flops
+    flops += turns * (passes * forward + 3 * setting.decision_length * shape.head_flops)
+    if setting.teacher_length is not None and setting.tier is not None:
+        # What it says is kept for later epochs; this is the first.
+        before, decision = setting.teacher_length, setting.decision_length
+        flops += before * shape.token_flops + _attended(before, 0, shape.windows) * shape.score_flops
+        flops += turns * decision * (shape.token_flops + shape.head_flops)
+        flops += turns * _attended(decision, before, shape.windows) * shape.score_flops
     host_bytes = 0.0
     if setting.offload_stretches and setting.in_stretches:
         num_stretches = graded / (setting.sequence_chunk_size or graded)

@@ -34,6 +34,8 @@ from frozen_peft.context.modes import prefill_mode
 from frozen_peft.context.prefill import extend_contexts
 from frozen_peft.context.rope import rope_limits
 from frozen_peft.context.segments import IMPLEMENTATION
+from frozen_peft.distillation.divergence import Answers, Divergence
+from frozen_peft.distillation.head import LogitHead
 from frozen_peft.gradient import group_checkpoints, stretched_forward
 from frozen_peft.gradient.stretched_decoder import stretch_bounds
 from frozen_peft.planning.blueprint import Blueprint, decoder_layers
@@ -67,9 +69,11 @@ class LayerCache:
         """Tokens whose keys and values are kept."""
         return num_tokens if self.sliding_window is None else min(num_tokens, self.sliding_window - 1)
 
-    def num_bytes(self, num_tokens: int) -> int:
-        """Bytes after so many tokens."""
-        return self.kv_bytes * self.num_kept(num_tokens) + (self.state_bytes if num_tokens else 0)
+    def num_bytes(self, num_tokens: int, num_boundaries: int = 1) -> int:
+        """Bytes after so many tokens, of which there are states, and keys of a window, at so many places."""
+        copies = 1 if self.sliding_window is None else num_boundaries
+        states = num_boundaries * self.state_bytes if num_tokens else 0
+        return copies * self.kv_bytes * self.num_kept(num_tokens) + states
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,9 @@ class Cache:
         """Bytes of linear-attention states, whatever the length."""
         return sum(layer.state_bytes for layer in self.layers)
 
-    def num_bytes(self, num_tokens: int) -> int:
-        """Bytes of a context of so many tokens."""
-        return sum(layer.num_bytes(num_tokens) for layer in self.layers)
+    def num_bytes(self, num_tokens: int, num_boundaries: int = 1) -> int:
+        """Bytes of a context of so many tokens, with its states at so many places: what turns share is there once."""
+        return sum(layer.num_bytes(num_tokens, num_boundaries) for layer in self.layers)
 
     def gradient_bytes(self, num_tokens: int) -> int:
         """Bytes of keys and values in float32, which stretches add gradient to."""
@@ -197,16 +201,59 @@ class Tracer:
             self._loss(hidden, torch.zeros(setting.batch, num_tokens, dtype=torch.long)).backward()
         return count.peak - before
 
-    def _step(
-        self, count: LiveBytes, num_graded: int, frozen: FrozenContext | None, num_frozen: int, num_before: int
-    ) -> Trace:
-        tokens = torch.zeros(self.setting.batch, num_graded, dtype=torch.long)
+    def distilled(self, num_tokens: int, divergence: Divergence) -> int:
+        """Bytes that the divergence of so many tokens takes, forward and backward, above their hidden states.
+
+        What is at hand of the teacher is among them.
+        """
+        head = LogitHead.of(self.pretrained)
+        with self._running(segmented=False) as count:
+            hidden = self._hidden(num_tokens).requires_grad_()
+            before = count.live
+            answers = self._answers(num_tokens, divergence)
+            num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in answers.values())
+            divergence.per_token(hidden, head, answers, head).sum().backward()
+        # Whole numbers are real, and not counted.
+        return count.peak - before + (num_bytes if divergence.top_k else 0)
+
+    def answered(self, num_tokens: int, num_frozen: int, divergence: Divergence) -> int:
+        """Bytes that a teacher's forward of so many tokens takes behind its frozen context, or behind none."""
+        segmented = self.can_segment and bool(num_frozen)
+        frozen = self._frozen(num_frozen, segmented) if num_frozen else None
+        with self._running(segmented, frozen) as count, prefill_mode(self.model), decision_forward(self.model):
+            hidden = self._forward(num_tokens, frozen, num_frozen)
+            divergence.answers(hidden.reshape(-1, hidden.shape[-1]), LogitHead.of(self.pretrained))
+        return count.peak
+
+    def _hidden(self, num_tokens: int) -> torch.Tensor:
+        """Last hidden states `(rows * tokens, hidden size)` without storage."""
+        weight = self.pretrained.get_output_embeddings().weight
+        dtype = torch.bfloat16 if self.setting.bf16 else weight.dtype
+        return torch.empty(self.setting.batch * num_tokens, weight.shape[1], dtype=dtype, device="cpu")
+
+    def _answers(self, num_tokens: int, divergence: Divergence) -> Answers:
+        """What is kept of a teacher for so many tokens of each row."""
+        num_rows, top_k = self.setting.batch * num_tokens, divergence.top_k
+        if not top_k or top_k >= LogitHead.of(self.pretrained).num_tokens:
+            return {"hidden": self._hidden(num_tokens)}
+        tokens = torch.zeros(num_rows, top_k, dtype=torch.int32)
+        return {"tokens": tokens, "logprobs": torch.empty(num_rows, top_k + 1, device="cpu")}
+
+    def _forward(self, num_tokens: int, frozen: FrozenContext | None, num_frozen: int) -> torch.Tensor:
+        """Last hidden states of so many tokens behind a frozen context, or behind none."""
+        tokens = torch.zeros(self.setting.batch, num_tokens, dtype=torch.long)
         arguments: dict[str, Any] = {"input_ids": tokens}
         if frozen is not None:
             arguments |= as_cache_argument(self.decoder, frozen)
-            arguments["position_ids"] = torch.arange(num_frozen, num_frozen + num_graded).expand(len(tokens), -1)
+            arguments["position_ids"] = torch.arange(num_frozen, num_frozen + num_tokens).expand(len(tokens), -1)
+        hidden: torch.Tensor = self.decoder(**arguments, use_cache=False).last_hidden_state
+        return hidden
+
+    def _step(
+        self, count: LiveBytes, num_graded: int, frozen: FrozenContext | None, num_frozen: int, num_before: int
+    ) -> Trace:
         with self._counted_layers(count) as kept_by_layer:
-            hidden = self.decoder(**arguments, use_cache=False).last_hidden_state
+            hidden = self._forward(num_graded, frozen, num_frozen)
             kept = count.live
             # The head's function held the hidden states until here.
             gradient = torch.empty_like(hidden)

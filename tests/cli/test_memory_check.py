@@ -52,6 +52,19 @@ def test_a_run_that_fits_leaves_its_plan(arguments: list[str], tmp_path: Path) -
     assert [text.partition(":")[0] for text in plan["unknown"]] == ["activations", "workspace"]
 
 
+def test_turns_are_planned_as_they_are_cut(tmp_path: Path, arguments: list[str]) -> None:
+    """Each has its own decision, and the last one's context is the longest."""
+    turns = [{"role": "user", "content": "The shop opens at nine. " * 20}]
+    for _ in range(3):
+        turns += [{"role": "assistant", "content": "Ok."}, {"role": "user", "content": "And when does it close? " * 4}]
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": turns[:-1]}) + "\n")
+    assert main([*arguments, "--decision_mode", "turns", "--assistant_only_loss", "true"]) == 0
+    setting = json.loads((tmp_path / "out" / "plan.json").read_text())["setting"]
+    assert setting["turns"] == 3
+    assert setting["decision_length"] < 10 < setting["turn_length"] < setting["context_length"]
+
+
 def test_a_model_that_does_not_fit_is_not_loaded(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

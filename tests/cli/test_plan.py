@@ -52,9 +52,33 @@ def test_a_recipe_is_planned_as_it_would_be_trained(
     assert "fits" not in capsys.readouterr().out
 
 
+def test_turns_and_a_teacher_are_planned(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = tmp_path / "plan.json"
+    arguments = ["--model", str(folder), "--context-length", "300", "--decision-length", "16", "--json", str(written)]
+    assert main(["plan", *arguments, "--turns", "4", "--teacher-length", "400"]) == 0
+    assert "contexts of 300 tokens, 4 decisions of 16" in capsys.readouterr().out
+    plans = json.loads(written.read_text())["plans"]
+    assert ["teacher" in plan["terms"] for plan in plans] == [False, True, True, True, True, True]
+    assert {plan["setting"]["turns"] for plan in plans} == {4}
+
+
+def test_turns_and_a_teacher_of_a_recipe(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, written = tmp_path / "recipe.yaml", tmp_path / "plan.json"
+    text = f"model_name_or_path: {folder}\ndataset_name: data.jsonl\noutput_dir: out\ntier: 2\n"
+    recipe.write_text(text + "decision_mode: turns\nmax_decisions_per_forward: 3\nloss_type: distill\n")
+    assert main(["plan", str(recipe), "--context-length", "200", "--turns", "7", "--json", str(written)]) == 0
+    setting = json.loads(written.read_text())["plans"][0]["setting"]
+    assert (setting["turns"], setting["max_decisions_per_forward"], setting["teacher_length"]) == (7, 3, 200)
+    recipe.write_text(text)
+    for option, message in (("--turns", "`decision_mode: tail`"), ("--teacher-length", "`loss_type: nll`")):
+        assert main(["plan", str(recipe), option, "7"]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--model", "Qwen3.5-27B", "--turns", "0"], "`turns` must be 1 or more, found 0"),
         (["--model", "Qwen3.5-27"], "Did you mean Qwen/Qwen3.5-27B"),
         (["--model", "Qwen3.5-27B", "--gpu", "H10"], "no accelerator 'H10'; did you mean H100"),
         (["--model", "Qwen3.5-27B", "--gpu", "banana"], "A size such as 24GB also does"),

@@ -7,7 +7,7 @@ from peft import get_peft_model
 
 from frozen_peft import lora_config
 from frozen_peft.context import encode_context
-from frozen_peft.planning import Setting, make_plan
+from frozen_peft.planning import Setting, make_plan, plan_of_weights
 from frozen_peft.planning.blueprint import Blueprint
 from frozen_peft.planning.estimating import estimator_of
 from frozen_peft.planning.traces import Tracer
@@ -61,3 +61,43 @@ def test_of_latents_a_decision_keeps_nothing_that_grows_with_the_context() -> No
     tracer = Tracer(Blueprint(tiny_model("deepseek_v3").config, plain), plain)
     short, long = (tracer.graded(9, num_frozen).kept for num_frozen in (64, 1024))
     assert short == long > 0
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "gemma3_text", "falcon_h1", "llama"])
+def test_turns_share_keys_and_values_and_keep_a_state_each(name: str) -> None:
+    """Bytes of all tensors that the contexts of one conversation hold together."""
+    model = tiny_model(name)
+    cache = estimator_of(model.config).cache(setting(0))
+    conversation = torch.arange(150) % 90
+    frozen = encode_context(model, [conversation[:length] for length in (30, 66, 109, 150)])
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for row in frozen.rows
+        for tensor in row.tensors()
+    }
+    assert cache.num_bytes(150, 4) == sum(storages.values())
+
+
+@pytest.mark.parametrize(("batch", "turns", "together"), [(1, 5, 2), (3, 4, 16), (3, 4, 6), (4, 3, 2), (5, 1, 2)])
+def test_samples_whose_decisions_run_together(batch: int, turns: int, together: int) -> None:
+    sample_of = [sample for sample in range(batch) for _ in range(turns)]
+    size = together if turns > 1 else batch
+    parts = [set(sample_of[start : start + size]) for start in range(0, len(sample_of), size)]
+    planned = setting(40, batch=batch, turns=turns, max_decisions_per_forward=together)
+    assert planned.samples_at_a_time == max(map(len, parts))
+    assert planned.decisions_per_forward == min(size, len(sample_of))
+
+
+def test_turns_and_a_teacher_count() -> None:
+    config = tiny_model("qwen3_5_text").config
+    one, several, taught = (
+        make_plan(config, setting(150, **fields)) for fields in ({}, {"turns": 4}, {"teacher_length": 180})
+    )
+    cache = estimator_of(config).cache(setting(0))
+    assert several.terms["cache"] - one.terms["cache"] == 3 * cache.state_bytes
+    assert several.terms["activations"] > 2 * one.terms["activations"]
+    assert taught.terms["cache"] == one.terms["cache"]
+    total = taught.total_bytes - taught.terms["workspace"] - taught.terms["activations"] - taught.terms["teacher"]
+    assert taught.total_bytes > total + cache.num_bytes(180)
+    quick = plan_of_weights(config, setting(150, teacher_length=180))
+    assert quick.terms["teacher"] == cache.num_bytes(180)
