@@ -219,7 +219,7 @@ class Tracer:
     def answered(self, num_tokens: int, num_frozen: int, divergence: Divergence) -> int:
         """Bytes that a teacher's forward of so many tokens takes behind its frozen context, or behind none."""
         segmented = self.can_segment and bool(num_frozen)
-        frozen = self._frozen(num_frozen, segmented) if num_frozen else None
+        frozen = self._frozen(num_frozen, segmented, num_tokens) if num_frozen else None
         with self._running(segmented, frozen) as count, prefill_mode(self.model), decision_forward(self.model):
             hidden = self._forward(num_tokens, frozen, num_frozen)
             divergence.answers(hidden.reshape(-1, hidden.shape[-1]), LogitHead.of(self.pretrained))
