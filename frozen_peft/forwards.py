@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from frozen_peft.adapters import active_everywhere
 from frozen_peft.config import FrozenContextConfig
@@ -86,8 +86,14 @@ class DecisionForwards:
                     stack.enter_context(self.distiller.distilled_loss(self.model, batch.target))
                 stack.enter_context(carried_context(self.model, batch.inputs, batch.encode_again))
                 if stretch_size is not None:
-                    offload = self.args.offload_stretches
-                    stretched = stretched_forward(self.model, stretch_size, offload=offload, pending=self.pending)
+                    stretched = stretched_forward(
+                        self.model,
+                        stretch_size,
+                        offload=self.args.offload_stretches,
+                        pending=self.pending,
+                        # DeepSpeed reduces gradients in the order in which they come.
+                        short_too=self.accelerator.distributed_type == DistributedType.DEEPSPEED,
+                    )
                     batch.stretching = stack.enter_context(stretched)
                 elif given_cache(batch.inputs) is not None:
                     stack.enter_context(decision_forward(self.model))

@@ -65,11 +65,13 @@ def stretched_forward(
     first_output: int = 0,
     offload: bool = False,
     pending: list[StretchedDecoder] | None = None,
+    short_too: bool = False,
 ) -> Iterator[Stretching]:
     """Lets `model(...)` run its decoder in stretches of the sequence, forward and backward.
 
     Inside, the model is called as ever, without a cache or with a `FrozenContext` as its cache; the backward
-    pass may run outside. A sequence of at most `stretch_size` tokens without a frozen context runs as ever.
+    pass may run outside. A sequence of at most `stretch_size` tokens without a frozen context runs as ever, unless
+    weights are in shards or `short_too`.
 
     Args:
         model: A causal language model of transformers, or a `PeftModel` of one.
@@ -80,6 +82,8 @@ def stretched_forward(
         offload: Keep keys, values, their gradients and starting states in host memory, and copy them to the model's
             device as they are needed.
         pending: Where weights are in shards, gets the stretches that a backward pass leaves for `finish_stretches`.
+        short_too: Run a short sequence in one stretch. Stretches give the weights their gradients in another order
+            than plain layers do, and an engine may need the same order on every process.
 
     Yields:
         What may still be changed for the forwards to come.
@@ -103,14 +107,15 @@ def stretched_forward(
     forward = decoder.forward
     had_own = "forward" in vars(decoder)
     stretching = Stretching(first_output)
-    # With shards, a short sequence runs in step with the longer ones of other processes.
     sharded = are_sharded(model)
+    # Then, a short sequence runs in step with the longer ones of other processes.
+    always = sharded or short_too
 
     @functools.wraps(forward)
     def in_stretches(*args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
         frozen = isinstance(given_cache(arguments), FrozenContext)
-        if not sharded and not frozen and _tokens(arguments).shape[1] <= max(stretch_size, MIN_STRETCH_TOKENS):
+        if not always and not frozen and _tokens(arguments).shape[1] <= max(stretch_size, MIN_STRETCH_TOKENS):
             outputs = forward(*args, **kwargs)
             if stretching.first_output:
                 outputs.last_hidden_state = outputs.last_hidden_state[:, stretching.first_output :]

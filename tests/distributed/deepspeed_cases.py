@@ -19,7 +19,8 @@ TURNS = {"tier": 2, "decision_mode": "turns", "max_decisions_per_forward": 1}
 CASES: dict[str, dict[str, Any]] = {
     "tier2": {"tier": 2},
     "accumulation": {"tier": 2, "gradient_accumulation_steps": 2},
-    "stretches": {"tier": 3, "sequence_chunk_size": 9},
+    # Some are longer than a stretch and some are not, on one process and on the other.
+    "stretches": {"tier": 3, "sequence_chunk_size": 30},
     "stretches_over_contexts": {"tier": 2, "gradient_horizon": 25, "sequence_chunk_size": 8},
     "checkpoints": {"tier": 3, "sequence_chunk_size": 9, "activation_checkpointing": True},
     "turns": TURNS,
@@ -38,7 +39,7 @@ ZERO_2 = {
 def run(folder: Path, case: str, *, adapters: bool, samples_per_process: int, **fields: Any) -> list[dict[str, float]]:
     """Loss and norm of the gradients, of three steps over two samples each."""
     model = adapted() if adapters else tiny_model("qwen3_5_text")
-    fields |= {"per_device_train_batch_size": samples_per_process, "optim": "sgd", "learning_rate": 0.1}
+    fields |= {"per_device_train_batch_size": samples_per_process, "optim": "sgd", "learning_rate": 0.01}
     arguments = config(folder, **CASES[case], **fields)
     rows = TURNS_TWO if "turns" in case else samples()
     trainer = FrozenContextTrainer(model, arguments, train_dataset=as_dataset(rows), processing_class=word_tokenizer())
