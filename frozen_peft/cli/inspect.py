@@ -118,7 +118,9 @@ def run(arguments: Sequence[str]) -> None:
             if folder is not None and not model.allow_pickle:
                 require_no_pickle(Path(folder))
         peft_config = None if trained is None else _read_adapter(trained, model, config)
-        trainer = build_trainer(model, data, adapter, config, peft_config=peft_config, trained=trained)
+        # A template that is asked for by name brings its tokens anew, as in training, to the base's tokenizer.
+        own_tokenizer = trained if config.chat_template_path is None else None
+        trainer = build_trainer(model, data, adapter, config, peft_config=peft_config, trained=own_tokenizer)
         if trained is not None:
             put_adapter_weights(trainer.model, trained)
             require_repeated_change(trainer.model, Path(trained))
