@@ -102,13 +102,14 @@ def _openings(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]
 
 
 def _system_message(tokenizer: PreTrainedTokenizerBase, openings: tuple[tuple[int, ...], ...]) -> SystemMessage:
-    around = _around_system(tokenizer)
-    before_user = _rendered(tokenizer, "user")
+    has_template = tokenizer.chat_template is not None
+    around = _around_system(tokenizer) if has_template else None
+    before_user = _rendered(tokenizer, "user") if has_template else None
     if around is None or before_user is None:
         raise ValueError(
-            "`keep_context_start='system'` keeps a system message, and this tokenizer's chat template writes none "
-            "that stands by itself (some put it into the user's message). Set a number of tokens to keep instead, "
-            "such as `keep_context_start: 64`."
+            "`keep_context_start='system'` keeps a system message, and this tokenizer's chat template, if any, writes "
+            "none that stands by itself (some put it into the user's message). Set a number of tokens to keep, such "
+            "as `keep_context_start: 64`."
         )
     first, last = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in around)
     other = tokenizer(before_user.partition(_CONTENT)[0], add_special_tokens=False)["input_ids"]

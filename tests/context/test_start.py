@@ -76,6 +76,13 @@ def test_a_conversation_without_one_keeps_nothing_of_it() -> None:
     assert kept_of(tokenizer, find_start(tokenizer, "system"), MESSAGES[1:]).startswith("<|im_start|>system\nYou are")
 
 
+def test_a_tokenizer_without_a_template_knows_no_system_message() -> None:
+    tokenizer = tokenizer_of("")
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="`keep_context_start='system'`"):
+        find_start(tokenizer, "system")
+
+
 def test_what_sequences_begin_with() -> None:
     added = tokenizer_of(TEMPLATES["qwen3"], bos="<s>", adds_bos=True)
     bos = added.bos_token_id
