@@ -8,6 +8,7 @@ softplus of uniform(0.001, 0.1), `A_log` in [0, 1], FLA's own choice) and weight
 `tests/test_reference.py` measures, per architecture, that losing any kind of state shows.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -437,7 +438,8 @@ def tiny_model(
     if name not in builders:
         raise ValueError(f"`name` must be one of {sorted(builders)}, got {name!r}.")
     architecture = builders[name]
-    fields = {**architecture.fields, **config_overrides}
+    # Copied, since some configurations write into what they are given of rope, which others are given too.
+    fields = copy.deepcopy({**architecture.fields, **config_overrides})
     if name == "qwen3_5":
         fields = {
             "text_config": {**fields, "model_type": "qwen3_5_text"},
