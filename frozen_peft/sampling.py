@@ -113,7 +113,9 @@ def _read_contexts(dataset: Dataset, cut: Cut) -> Iterator[bytes]:
             boundaries = np.zeros_like(starts)
             np.maximum.at(boundaries, decisions.rows, decisions.boundaries)
             for first, length in zip(starts, boundaries.clip(min=0), strict=True):
-                yield cut.kept(ids[first : first + length], cut.num_excess(length, length)).tobytes()
+                kept = cut.kept(ids[first : first + length], cut.num_excess(length, length))
+                # What is put together of two parts has the byte order of the machine.
+                yield kept.astype(TOKEN_TYPE, copy=False).tobytes()
             bar.update(table.num_rows)
 
 

@@ -250,6 +250,15 @@ def test_groups_are_those_found_token_by_token(
     assert partition(groups[:, 1]) == close
 
 
+def test_a_context_that_is_cut_belongs_to_an_equal_one_that_is_not() -> None:
+    shared = list(range(300, 320))
+    rows = [[*shared, 3, 4], [7, 8, 9, *shared, 3, 4]]
+    labels = [[IGNORED] * (len(row) - 1) + [4] for row in rows]
+    dataset = Dataset.from_dict({"input_ids": rows, "labels": labels})
+    groups = group_by_shared_prefix(dataset, max_context_length=20)
+    assert partition(groups[:, 0]) == {frozenset({0, 1})}
+
+
 @pytest.mark.parametrize("shared", [15, 16, 19, 20])
 def test_half_of_the_shorter_context_and_sixteen_tokens_make_a_group(shared: int) -> None:
     document = DOCUMENTS[0]
