@@ -16,7 +16,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.errors import ContextMismatchError
-from frozen_peft.utils.cache_argument import CACHE_ARGUMENTS, as_cache_argument, cache_argument, given_cache
+from frozen_peft.utils.cache_argument import (
+    CACHE_ARGUMENTS,
+    as_cache_argument,
+    cache_argument,
+    given_cache,
+    take_cache,
+)
 
 __all__ = ["carried_context"]
 
@@ -71,7 +77,8 @@ def carried_context(
                 return None
             context = context_now()
             was_read = was_read or context is frozen
-            return (), {**arguments, **as_cache_argument(module, context)}
+            take_cache(arguments)
+            return (), arguments | as_cache_argument(module, context)
         tokens = arguments.get("input_ids")
         if tokens is not batch["input_ids"]:
             if tokens is not None and tokens.shape == batch["input_ids"].shape:

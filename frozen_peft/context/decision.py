@@ -17,7 +17,7 @@ from frozen_peft.context.models import get_decoder, get_pretrained_model, requir
 from frozen_peft.context.rope import rope_limits, rows_of_lengths
 from frozen_peft.context.segments import is_segmented
 from frozen_peft.errors import ContextMismatchError
-from frozen_peft.utils.cache_argument import given_cache
+from frozen_peft.utils.cache_argument import given_cache, under_own_name
 
 __all__ = ["cache_under_checkpointing", "decision_forward", "rows_of_samples"]
 
@@ -26,7 +26,7 @@ __all__ = ["cache_under_checkpointing", "decision_forward", "rows_of_samples"]
 def decision_forward(model: torch.nn.Module) -> Iterator[None]:
     """Lets `model(..., cache=frozen_context)` run forward, to be followed by an ordinary backward.
 
-    The argument's name is `past_key_values` up to transformers 5.23; see `as_cache_argument`.
+    Up to transformers 5.23 the argument has another name (see `as_cache_argument`); any that is known will do.
 
     Inside, the model takes decisions padded on the right: `input_ids`, `attention_mask` and `position_ids` of shape
     `(B, D)` with D of 2 or more, positions counted from the start of each context (the default). Forwards without a
@@ -68,6 +68,8 @@ def decision_forward(model: torch.nn.Module) -> Iterator[None]:
         running.close()
 
     handles = [
+        # Of a model that is its own decoder, once.
+        *(module.register_forward_pre_hook(_name_cache, with_kwargs=True) for module in {pretrained, decoder}),
         decoder.register_forward_pre_hook(compute_rows, with_kwargs=True),
         decoder.register_forward_hook(finish_rows, always_call=True),
     ]
@@ -137,6 +139,12 @@ def rows_of_samples(
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """Token ids `(B, D)`, or embeddings `(B, D, E)` from a vision-language wrapper; by keyword or by position."""
     return next(value for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if value is not None)
+
+
+def _name_cache(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    return (args, under_own_name(module, kwargs)) if isinstance(given_cache(kwargs), FrozenContext) else None
 
 
 def _mask_context_and_decision(

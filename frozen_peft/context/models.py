@@ -33,11 +33,14 @@ __all__ = [
 # Architectures that transformers itself continues inexactly from a cache, with the error seen in the decision's
 # log-probabilities of a tiny random model (transformers 5.23.0). An entry goes when transformers continues it exactly.
 INEXACT_ARCHITECTURES = {"jamba": 1e-1, "moshi": 4e-1, "recurrent_gemma": 5e-2, "zamba": 1e-1}
+_ONE_MASK = "masks what it computes for the tokens at hand with the mask of the whole sequence"
 # Architectures whose cache is another, or is used in another way, than a frozen context can stand in for.
 UNSUPPORTED_ARCHITECTURES = {
     "cpmant": "puts its prompt tokens in front of every forward, of a decision too",
     "doge": "computes its attention mask from the cached values of the whole sequence again in each forward, with "
     "weights that are trained (`dt_proj`)",
+    "falcon_mamba": _ONE_MASK,
+    "mamba": _ONE_MASK,
     "minimax": "takes no other cache than one of a class of its own (MiniMaxCache)",
     "roformer": "counts positions from the length of its cache, in a batch from the longest context",
     "xlm": "masks the tokens at hand alone, whatever its cache holds before them",

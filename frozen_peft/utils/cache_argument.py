@@ -22,6 +22,7 @@ __all__ = [
     "given_cache",
     "take_cache",
     "takes_unknown_cache",
+    "under_own_name",
 ]
 
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
@@ -66,6 +67,18 @@ def take_cache(arguments: dict[str, Any]) -> Any:
     for name in CACHE_ARGUMENTS:
         arguments.pop(name, None)
     return given
+
+
+def under_own_name(module: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for `module.forward` with a cache that was passed under another known name under the module's own.
+
+    A forward with `**kwargs` swallows the others without a word.
+    """
+    if given_cache(arguments) is None:
+        return arguments
+    arguments = dict(arguments)
+    given = take_cache(arguments)
+    return arguments | as_cache_argument(module, given)
 
 
 def takes_unknown_cache(module: torch.nn.Module) -> bool:

@@ -39,6 +39,8 @@ def _on_meta(name: str) -> PreTrainedModel:
     ("name", "reason"),
     [
         ("doge", "attention mask from the cached values .*`dt_proj`"),
+        ("mamba", "the mask of the whole sequence"),
+        ("falcon_mamba", "the mask of the whole sequence"),
         ("minimax", "MiniMaxCache"),
         ("xlstm", "xLSTMCache"),
         ("cpmant", "prompt tokens in front of every forward"),
@@ -79,6 +81,25 @@ def test_attention_to_other_values_than_those_of_the_cache_keeps_its_own_attenti
     assert relative_error(frozen_logprobs(model, samples, frozen), logprobs) <= TOLERANCE
     gradients = frozen_gradients(model, samples, frozen)
     assert worst_gradient_error(gradients, reference_gradients(model, samples)) <= TOLERANCE
+
+
+def test_a_model_of_states_alone_continues_exactly() -> None:
+    """Mamba-2 has no attention; transformers 5.23 calls its cache `cache_params`."""
+    fields = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 97, "state_size": 16, "chunk_size": 16}
+    base = transformers.Mamba2ForCausalLM(
+        transformers.Mamba2Config(**fields, num_heads=4, head_dim=16, expand=2, n_groups=1)
+    )
+    make_every_state_matter(base)
+    model = add_lora(base, keep=lambda name: name.endswith("in_proj"))
+    samples = (random_sample(65, 11, seed=0), random_sample(7, 6, seed=1))
+    frozen = encode(model, samples, chunk_size=20)
+    logprobs = torch.cat([reference_logprobs(model, sample.input_ids, sample.boundary) for sample in samples])
+    assert relative_error(frozen_logprobs(model, samples, frozen), logprobs) <= TOLERANCE
+    gradients = frozen_gradients(model, samples, frozen)
+    assert worst_gradient_error(gradients, reference_gradients(model, samples)) <= TOLERANCE
+    for kind in ("conv", "recurrent"):
+        lost = frozen.mutated(kind, torch.zeros_like)
+        assert relative_error(frozen_logprobs(model, samples, lost), logprobs) > 100 * TOLERANCE
 
 
 DROPOUTS = [

@@ -48,6 +48,12 @@ def with_its_cache_alone(model: nn.Module, inputs: dict[str, Any]) -> torch.Tens
     return model(input_ids=inputs["input_ids"], **{CACHE: inputs[CACHE]}).logits
 
 
+def with_its_cache_by_another_name(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """As code that was written for another release of transformers passes it."""
+    other = "cache" if CACHE == "past_key_values" else "past_key_values"
+    return model(input_ids=inputs["input_ids"], **{other: inputs[CACHE]}).logits
+
+
 def by_hidden_states(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     pretrained = model.get_base_model()
     hidden = pretrained.get_decoder()(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
@@ -97,6 +103,7 @@ def turns_of(spans: Sequence[tuple[int, int]]) -> Sample:
     [
         *((call, "qwen3_5_text", {"tier": 2}) for call in (with_all, by_name, by_position, by_hidden_states)),
         (with_its_cache_alone, "qwen3_5_text", {"gradient_checkpointing": False}),
+        (with_its_cache_by_another_name, "qwen3_5_text", {"tier": 2}),
         (by_name, "llama", {}),
     ],
 )
