@@ -11,6 +11,9 @@ import functools
 import importlib.metadata
 import importlib.util
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -60,18 +63,28 @@ def module_versions(module: str) -> dict[str, str]:
 @functools.cache
 def _distributions() -> dict[str, tuple[str, ...]]:
     """Names of the distributions of each top-level module; what an interrupted installation left has none."""
-    return {
-        module: tuple(sorted({name for name in names if name}))
-        for module, names in importlib.metadata.packages_distributions().items()
-    }
+    with _without_warning():
+        return {
+            module: tuple(sorted({name for name in names if name}))
+            for module, names in importlib.metadata.packages_distributions().items()
+        }
 
 
 def _metadata_version(distribution: str) -> str | None:
     try:
         # None, whatever its annotation says, where the metadata is damaged.
-        return importlib.metadata.version(distribution) or None
+        with _without_warning():
+            return importlib.metadata.version(distribution) or None
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@contextmanager
+def _without_warning() -> Iterator[None]:
+    """Python 3.12 and 3.13 warn where metadata is damaged, of what their own look-up does with it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Implicit None on return values", DeprecationWarning)
+        yield
 
 
 def _declared_version(spec: ModuleSpec) -> str:

@@ -35,7 +35,7 @@ def warn_of_untested_versions() -> None:
     if found := untested_versions():
         warnings.warn(
             f"frozen_peft was not tested with {', '.join(found)}. What it cannot rely on there, it may refuse. "
-            "Install versions within these bounds (`pip install frozen-peft` does), or keep `verify_context` on, which "
+            "Install versions within these bounds (`pip install frozen-peft` does), or keep `verify_context` on: it "
             "finds on the first batch what is not exact.",
             UserWarning,
             stacklevel=3,

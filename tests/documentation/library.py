@@ -165,8 +165,8 @@ def _inspect_entries(name: str) -> Iterator[Entry]:
 def _signature(value: Callable[..., object]) -> str:
     try:
         return str(inspect.signature(value))
-    except (TypeError, ValueError):
-        # Many compiled functions declare none; they are documented all the same.
+    except (AttributeError, TypeError, ValueError):
+        # Many compiled functions declare none, or one that cannot be read; they are documented all the same.
         return ""
 
 

@@ -83,7 +83,8 @@ def test_versions_name_what_is_installed() -> None:
     import transformers
 
     found = versions()
-    assert found["torch"] == torch.__version__
+    assert found["torch"]
+    assert torch.__version__.startswith(found["torch"])
     assert found["transformers"] == transformers.__version__
     assert set(found) == {"frozen_peft", "torch", "transformers", "trl", "peft", "bitsandbytes", "python", "device"}
     assert found["device"]
