@@ -10,19 +10,25 @@ group's first layer is called and closed after its last. Its recomputation runs 
 the arguments it was called with, and the hidden states flowing from one to the next.
 """
 
+import inspect
 from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 
-# Private in torch 2.13, where `torch.distributed._composable.checkpoint` uses it for the same purpose: a checkpoint
-# whose beginning and end are in different calls. It can go when PyTorch offers that in public.
+# Private in torch 2.8 to 2.14, where `torch.distributed._composable.checkpoint` uses it for the same purpose: a
+# checkpoint whose beginning and end are in different calls. It can go when PyTorch offers that in public.
 from torch.utils.checkpoint import _checkpoint_without_reentrant_generator
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 __all__ = ["group_checkpoints"]
 
 LayerForward = Callable[..., Any]
+# Before the layers' own arguments, by position: random states are kept, nothing surrounds the recomputation, its
+# tensors are compared, and no trace is kept. Whether it stops early was added after torch 2.8, which does so unasked.
+_OPTIONS: tuple[Any, ...] = (True, torch.utils.checkpoint.noop_context_fn, "default", False)
+if "early_stop" in inspect.signature(_checkpoint_without_reentrant_generator).parameters:
+    _OPTIONS += (True,)
 
 
 def group_checkpoints(decoder: torch.nn.Module, layers_per_checkpoint: int) -> None:
@@ -93,9 +99,7 @@ class _Group:
                 hidden_states = _first(forward(hidden_states, *args))
 
         self._calls = calls
-        self._checkpoint = _checkpoint_without_reentrant_generator(
-            recompute, True, torch.utils.checkpoint.noop_context_fn, "default", False, True, hidden_states, *args
-        )
+        self._checkpoint = _checkpoint_without_reentrant_generator(recompute, *_OPTIONS, hidden_states, *args)
         next(self._checkpoint)
 
     def _close(self) -> None:
