@@ -8,12 +8,13 @@ from frozen_peft.utils.noise import silence_logs
 from frozen_peft.utils.versions import warn_of_untested_versions
 
 if TYPE_CHECKING:
-    from frozen_peft.adapters import lora_config, merge_adapter, quantization_config
+    from frozen_peft.adapters import lora_config, quantization_config
     from frozen_peft.config import FrozenContextConfig
     from frozen_peft.data import load_samples
     from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
     from frozen_peft.gradient import gradient_flow
-    from frozen_peft.trainer import FrozenContextTrainer
+    from frozen_peft.merging import merge_adapter
+    from frozen_peft.training.sft import FrozenContextTrainer
 
 __all__ = [
     "ContextMismatchError",
@@ -33,12 +34,12 @@ silence_logs()
 _MODULES = {
     "ContextMismatchError": "errors",
     "FrozenContextConfig": "config",
-    "FrozenContextTrainer": "trainer",
+    "FrozenContextTrainer": "training.sft",
     "UnsupportedArchitectureError": "errors",
     "gradient_flow": "gradient",
     "load_samples": "data",
     "lora_config": "adapters",
-    "merge_adapter": "adapters",
+    "merge_adapter": "merging",
     "quantization_config": "adapters",
 }
 

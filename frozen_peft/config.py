@@ -9,7 +9,8 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig
 
-from frozen_peft.context import ContextFiles, ContextStore, DiskLevel, parse_size
+from frozen_peft.context import ContextFiles, ContextStore, DiskLevel
+from frozen_peft.utils.sizes import parse_size
 
 __all__ = ["TIERS", "FrozenContextConfig", "make_store"]
 

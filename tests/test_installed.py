@@ -10,9 +10,10 @@ import pytest
 import torch
 from packaging.version import Version
 
-from frozen_peft import installed
-from frozen_peft.context import fingerprint, kernel_table
-from frozen_peft.distributed import describe_machine
+from frozen_peft.context.kernels import table as kernel_table
+from frozen_peft.context.store import fingerprint
+from frozen_peft.training.engines import describe_machine
+from frozen_peft.utils import installed
 from tests.tiny_models import tiny_model
 
 KERNELS = {"flash-linear-attention", "fla-core", "causal-conv1d", "mamba-ssm", "triton", "triton-windows"}

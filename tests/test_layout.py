@@ -14,53 +14,23 @@ from frozen_peft.cli import COMMANDS
 PACKAGE = Path(frozen_peft.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# What each side knows of the others. `errors` and `data` are leaves that anyone may use.
-LEAVES = {"errors", "data", "installed", "utils"}
+# What each folder knows of the others. `errors` and `utils` are leaves that anyone may use.
+LEAVES = {"errors", "utils"}
 ARROWS = {
-    # Of adapters, whether the model without them is its base.
-    "context": {"adapters"},
-    # Of adapters, which rows of which projection are adapted, and what they do.
-    "gradient": {"adapters", "context"},
-    "adapters": set(),
-    "config": {"context", "gradient"},
-    "samples": {"config", "context"},
-    "batches": {"context"},
-    "predictions": {"batches", "context"},
-    "metrics": {"context"},
-    "sampling": {"config", "context", "samples", "timing"},
-    "first_batch": {"context", "gradient"},
-    "forwards": {"adapters", "config", "context", "distillation", "first_batch", "gradient"},
-    "model_setup": {"config", "context", "adapters"},
-    # Of behaviour, what puts stripped instructions back.
-    "distributed": {"batches", "config", "context", "gradient", "resuming"},
-    "distillation": {"batches", "behavior", "config", "context", "first_batch", "metrics"},
-    "planning": {"adapters", "config", "context", "distillation", "gradient"},
-    "checkpoints": set(),
-    "out_of_memory": {"batches", "config", "context", "planning"},
-    "resuming": {"checkpoints", "out_of_memory"},
-    "timing": {"distributed", "metrics"},
-    "trainer": {
-        "adapters",
-        "batches",
-        "config",
-        "context",
-        "distillation",
-        "distributed",
-        "first_batch",
-        "forwards",
-        "gradient",
-        "metrics",
-        "model_setup",
-        "predictions",
-        "samples",
-        "sampling",
-    },
-    "inspection": {"adapters", "config", "context", "gradient", "model_setup", "planning", "trainer"},
-    # Of what a run leaves behind: rows and whole files, what decisions are generated with, and no trainer.
-    "report": {"adapters", "behavior", "context"},
-    "behavior": {"context", "adapters", "config", "samples", "trainer"},
     "errors": set(),
+    "utils": set(),
+    "config": {"context"},
     "data": set(),
+    "adapters": set(),
+    "context": {"adapters"},
+    "gradient": {"adapters", "context"},
+    "merging": {"adapters"},
+    "distillation": {"config", "context", "data", "training"},
+    "planning": {"adapters", "config", "context", "distillation", "gradient"},
+    "training": {"adapters", "config", "context", "data", "distillation", "gradient", "merging", "planning"},
+    "evaluation": {"adapters", "config", "context", "data", "gradient", "merging", "planning", "training"},
+    "report": {"adapters", "context", "data", "evaluation"},
+    "behavior": {"data", "evaluation"},
 }
 
 
@@ -122,7 +92,7 @@ def test_packages_export_what_they_name(package: str) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("package", ["frozen_peft", "frozen_peft.behavior"])
+@pytest.mark.parametrize("package", ["frozen_peft", "frozen_peft.evaluation"])
 def test_no_module_hides_a_name_that_is_imported_at_first_use(package: str) -> None:
     lazy = importlib.import_module(package)._MODULES
     for module in set(lazy.values()):

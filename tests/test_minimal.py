@@ -11,7 +11,7 @@ from peft import LoraConfig
 from frozen_peft import FrozenContextConfig, FrozenContextTrainer
 from recipes import minimal
 from tests.tiny_models import tiny_model
-from tests.trainer.runs import word_tokenizer
+from tests.training.runs import word_tokenizer
 
 CONTEXT, DECISION = 150, 20
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from frozen_peft.behavior import strip_instructions
-from frozen_peft.behavior.rows import dump_row
 from frozen_peft.cli import main
 from frozen_peft.cli.recipe import read_recipe
 from frozen_peft.cli.training import make_parser
+from frozen_peft.data import strip_instructions
+from frozen_peft.data.rows import dump_row
 from tests.documentation.tokenizer import train_tokenizer
 from tests.tiny_models import tiny_model
 

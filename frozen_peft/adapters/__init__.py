@@ -7,19 +7,14 @@ from frozen_peft.adapters.activated import (
     find_invocation,
     require_always_active,
 )
+from frozen_peft.adapters.adapted_rows import (
+    AdaptedProjection,
+    adapted_projections,
+    adapted_weights_summary,
+    restrict_adapter_rows,
+)
 from frozen_peft.adapters.initialisation import BaseSamples, change_of_base, require_base
 from frozen_peft.adapters.lora import PRESETS, RoleLoraConfig, is_lora, lora_config
-from frozen_peft.adapters.merge import (
-    REPORT,
-    MergeMismatchError,
-    export_adapter,
-    find_folder,
-    load_merged,
-    merge_adapter,
-    require_repeatable,
-    require_repeated_change,
-    save_base_record,
-)
 from frozen_peft.adapters.pickles import require_no_pickle
 from frozen_peft.adapters.quantization import (
     QuantizationReport,
@@ -29,24 +24,16 @@ from frozen_peft.adapters.quantization import (
     quantization_config,
     quantization_report,
 )
+from frozen_peft.adapters.role_table import ROLES, Role
 from frozen_peft.adapters.roles import RoleMatch, find_roles
-from frozen_peft.adapters.rows import (
-    AdaptedProjection,
-    adapted_projections,
-    adapted_weights_summary,
-    restrict_adapter_rows,
-)
-from frozen_peft.adapters.table import ROLES, Role
 from frozen_peft.adapters.tokenizers import load_tokenizer, require_embeddings
 from frozen_peft.adapters.vocabulary import resize_vocabulary, without_copies
 
 __all__ = [
     "PRESETS",
-    "REPORT",
     "ROLES",
     "AdaptedProjection",
     "BaseSamples",
-    "MergeMismatchError",
     "QuantizationReport",
     "Role",
     "RoleLoraConfig",
@@ -57,27 +44,20 @@ __all__ = [
     "adapted_projections",
     "adapted_weights_summary",
     "change_of_base",
-    "export_adapter",
-    "find_folder",
     "find_invocation",
     "find_roles",
     "is_lora",
     "keep_linear4bit_trainable",
-    "load_merged",
     "load_tokenizer",
     "log_quantization",
     "lora_config",
-    "merge_adapter",
     "quantization_config",
     "quantization_report",
     "require_always_active",
     "require_base",
     "require_embeddings",
     "require_no_pickle",
-    "require_repeatable",
-    "require_repeated_change",
     "resize_vocabulary",
     "restrict_adapter_rows",
-    "save_base_record",
     "without_copies",
 ]

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from frozen_peft.adapters.role_table import ROLES
 from frozen_peft.adapters.roles import (
     RoleMatch,
     as_model,
@@ -22,7 +23,6 @@ from frozen_peft.adapters.roles import (
     rows_of_roles,
     target_pattern,
 )
-from frozen_peft.adapters.table import ROLES
 
 __all__ = [
     "PRESETS",

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from frozen_peft.adapters.table import ATTENTION_LEAVES, BYPASSED, LAYOUTS, MLP_LEAVES, Role, RowRanges
+from frozen_peft.adapters.role_table import ATTENTION_LEAVES, BYPASSED, LAYOUTS, MLP_LEAVES, Role, RowRanges
 from frozen_peft.errors import UnsupportedArchitectureError
 
 __all__ = [

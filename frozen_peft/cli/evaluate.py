@@ -8,10 +8,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from frozen_peft.behavior import CONDITIONS, read_probes, whole_file
 from frozen_peft.cli.demo import model_source
 from frozen_peft.cli.dtypes import LOADED_DTYPES, full_name
 from frozen_peft.cli.errors import reported
+from frozen_peft.data import whole_file
+from frozen_peft.evaluation import CONDITIONS, read_probes
 
 __all__ = ["run"]
 
@@ -51,7 +52,7 @@ def run(arguments: Sequence[str]) -> None:
         _require_writable(options.output)
         probes = read_probes(options.probes, on_bad)
     # After what is wrong with the probes is said: torch and transformers take seconds.
-    from frozen_peft.behavior import compare_probes, load_model, probe_report, probe_table
+    from frozen_peft.evaluation import compare_probes, load_model, probe_report, probe_table
 
     with reported():
         model, tokenizer = load_model(

@@ -11,16 +11,7 @@ from peft import PeftConfig
 from peft.tuners.lora import LoraConfig
 from transformers import AutoTokenizer
 
-from frozen_peft.adapters import (
-    RoleLoraConfig,
-    find_folder,
-    is_lora,
-    require_no_pickle,
-    require_repeatable,
-    require_repeated_change,
-    restrict_adapter_rows,
-)
-from frozen_peft.behavior import put_adapter_weights, whole_file
+from frozen_peft.adapters import RoleLoraConfig, is_lora, require_no_pickle, restrict_adapter_rows
 from frozen_peft.cli.errors import reported
 from frozen_peft.cli.training import (
     AdapterArguments,
@@ -32,8 +23,9 @@ from frozen_peft.cli.training import (
 )
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context.models import get_pretrained_model
-from frozen_peft.gradient import GradientFlow
-from frozen_peft.inspection import (
+from frozen_peft.data import whole_file
+from frozen_peft.evaluation import put_adapter_weights
+from frozen_peft.evaluation.inspection import (
     advice_text,
     advise,
     as_inspected,
@@ -42,9 +34,11 @@ from frozen_peft.inspection import (
     inspect_samples,
     plan_memory,
 )
+from frozen_peft.gradient import GradientFlow
+from frozen_peft.merging import find_folder, require_repeatable, require_repeated_change
 from frozen_peft.planning import TierAdvice, find_card, load_config
 from frozen_peft.report.heatmap import draw_heatmap
-from frozen_peft.trainer import FrozenContextTrainer
+from frozen_peft.training.sft import FrozenContextTrainer
 
 __all__ = ["InspectArguments", "run"]
 

@@ -12,15 +12,15 @@ import torch
 from datasets import Dataset
 from transformers import PretrainedConfig
 
-from frozen_peft.behavior.rows import whole_file
 from frozen_peft.cli.training import AdapterArguments, ModelArguments, is_sharded_run
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut
-from frozen_peft.context.kernel_table import current_capabilities, is_accelerated
+from frozen_peft.context.kernels.table import current_capabilities, is_accelerated
+from frozen_peft.data.rows import whole_file
 from frozen_peft.distillation import TEACHER_COLUMNS
 from frozen_peft.planning import Plan, Setting, advise, make_plan, plan_of_weights
-from frozen_peft.samples import measure_samples
-from frozen_peft.trainer import FrozenContextTrainer
+from frozen_peft.training.samples import measure_samples
+from frozen_peft.training.sft import FrozenContextTrainer
 
 __all__ = ["MemoryCheck"]
 

@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> None:
     if options.layout is not None:
         _export(parser, options)
         return
-    from frozen_peft.adapters import merge_adapter
+    from frozen_peft.merging import merge_adapter
 
     with reported():
         probes = _read_probes(options.probes)
@@ -66,7 +66,7 @@ def _export(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Non
             raise ValueError(f"--layout writes the adapter itself, on which --{option} has no effect")
         if len(options.adapter) > 1:
             raise ValueError(f"--layout writes one adapter, got {len(options.adapter)}")
-        from frozen_peft.adapters import export_adapter
+        from frozen_peft.merging import export_adapter
 
         export_adapter(options.adapter[0], options.output, options.layout, allow_pickle=options.allow_pickle)
     print(_aligned([("adapter", str(options.output)), ("layout", options.layout)]))
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
 def _read_samples(path: Path | None) -> list[dict[str, Any]]:
     if path is None:
         return []
-    from frozen_peft.behavior import read_rows, sample_problem
+    from frozen_peft.data import read_rows, sample_problem
 
     samples = [row.values for row in read_rows(path, sample_problem)]
     if not samples:
@@ -148,7 +148,7 @@ def _read_samples(path: Path | None) -> list[dict[str, Any]]:
 
 def _read_probes(paths: list[Path]) -> dict[str, Any]:
     """Probe sets by the names of their files, or by their paths where two have one name."""
-    from frozen_peft.behavior import read_probes
+    from frozen_peft.evaluation import read_probes
 
     names = [path.name for path in paths]
     return {path.name if names.count(path.name) == 1 else str(path): read_probes(path) for path in paths}
@@ -158,8 +158,8 @@ def _score_probes(options: argparse.Namespace, probes: dict[str, Any]) -> dict[s
     """The figures of every probe set, of the merged model as it was written."""
     from transformers import AutoTokenizer
 
-    from frozen_peft.adapters import load_merged
-    from frozen_peft.behavior import score_probes, summarize
+    from frozen_peft.evaluation import score_probes, summarize
+    from frozen_peft.merging import load_merged
 
     model = load_merged(options.output, trust_remote_code=options.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(options.output, trust_remote_code=options.trust_remote_code)
@@ -173,8 +173,8 @@ def _score_probes(options: argparse.Namespace, probes: dict[str, Any]) -> dict[s
 
 
 def _rewrite_report(output: Path, report: dict[str, Any]) -> None:
-    from frozen_peft.adapters import REPORT
-    from frozen_peft.behavior import whole_file
+    from frozen_peft.data import whole_file
+    from frozen_peft.merging import REPORT
 
     with whole_file(output / REPORT) as file:
         file.write(json.dumps(report, indent=2) + "\n")

@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> None:
             for plan, lines, time in zip(plans, advice, times, strict=True)
         ]
         try:
-            from frozen_peft.behavior.rows import whole_file
+            from frozen_peft.data.rows import whole_file
 
             with whole_file(Path(options.json)) as file:
                 file.write(json.dumps({"gpu": options.gpu, "plans": records}, indent=2) + "\n")
@@ -179,8 +179,8 @@ def _time(planning: Any, config: Any, plan: Any, card: Any) -> Any:
 
 
 def _page(plans: Sequence[Any], times: Sequence[Any], advice: Sequence[Sequence[str]], card: Any) -> str:
-    from frozen_peft.context import format_size
     from frozen_peft.planning import TERMS
+    from frozen_peft.utils.sizes import format_size
 
     first = plans[0]
     lines = [f"{first.model}: {_count(first.num_parameters)}, {_per_token(first.cache_token_bytes)}"]
@@ -214,7 +214,7 @@ def _page(plans: Sequence[Any], times: Sequence[Any], advice: Sequence[Sequence[
 
 
 def _about_card(plans: Sequence[Any], advice: Sequence[Sequence[str]], card: Any) -> list[str]:
-    from frozen_peft.context.kernel_table import kernel_rows
+    from frozen_peft.context.kernels.table import kernel_rows
 
     source = card.rates.source if card.rates else "no rates are known for this size; name the card, or give --rates"
     measured = card.rates is not None and card.rates.measured

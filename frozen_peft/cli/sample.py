@@ -14,14 +14,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from frozen_peft.behavior import (
-    DEFAULT_MARKS,
+from frozen_peft.cli.demo import model_source
+from frozen_peft.cli.errors import CommandError, reported
+from frozen_peft.cli.functions import load_function
+from frozen_peft.cli.sample_options import make_parser, underscored
+from frozen_peft.data import DEFAULT_MARKS, Marks
+from frozen_peft.evaluation import (
     CandidateFilter,
     DecisionMargin,
     EndpointSampler,
     FilterError,
     LocalSampler,
-    Marks,
     PromptRow,
     RetrySettings,
     Sampler,
@@ -31,10 +34,6 @@ from frozen_peft.behavior import (
     run_sample_job,
     work_file,
 )
-from frozen_peft.cli.demo import model_source
-from frozen_peft.cli.errors import CommandError, reported
-from frozen_peft.cli.functions import load_function
-from frozen_peft.cli.sample_options import make_parser, underscored
 
 __all__ = ["run"]
 

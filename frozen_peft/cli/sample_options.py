@@ -5,8 +5,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from frozen_peft.behavior import RetrySettings, SamplingSettings
 from frozen_peft.cli.dtypes import LOADED_DTYPES, full_name
+from frozen_peft.evaluation import RetrySettings, SamplingSettings
 
 __all__ = ["make_parser", "underscored"]
 

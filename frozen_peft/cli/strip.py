@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from frozen_peft.behavior import (
+from frozen_peft.cli.demo import model_source
+from frozen_peft.cli.errors import reported
+from frozen_peft.cli.functions import load_function
+from frozen_peft.data import (
     DEFAULT_INDEPENDENT,
     DEFAULT_MARKS,
     Marks,
@@ -17,9 +20,6 @@ from frozen_peft.behavior import (
     read_units,
     strip_file,
 )
-from frozen_peft.cli.demo import model_source
-from frozen_peft.cli.errors import reported
-from frozen_peft.cli.functions import load_function
 
 __all__ = ["run"]
 

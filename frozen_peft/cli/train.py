@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from frozen_peft.adapters import require_no_pickle
-from frozen_peft.checkpoints import checkpoint_to_resume, require_no_way_out
 from frozen_peft.cli.errors import reported
 from frozen_peft.cli.memory_check import MemoryCheck
 from frozen_peft.cli.run_record import RunRecord
@@ -21,7 +20,8 @@ from frozen_peft.cli.training import (
     require_sources,
     resolve_demo,
 )
-from frozen_peft.trainer import FrozenContextTrainer
+from frozen_peft.training.checkpoints import checkpoint_to_resume, require_no_way_out
+from frozen_peft.training.sft import FrozenContextTrainer
 
 __all__ = ["run"]
 

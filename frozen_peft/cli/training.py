@@ -18,7 +18,7 @@ from frozen_peft.cli.recipe import RecipeParser
 from frozen_peft.cli.run_record import ReportArguments
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.data import has_split, load_samples
-from frozen_peft.trainer import FrozenContextTrainer
+from frozen_peft.training.sft import FrozenContextTrainer
 
 __all__ = [
     "AdapterArguments",

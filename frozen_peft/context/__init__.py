@@ -16,13 +16,12 @@ from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.capability import use_segmented_attention
 from frozen_peft.context.carried import carried_context
 from frozen_peft.context.decision import decision_forward
-from frozen_peft.context.disk import DiskLevel
 from frozen_peft.context.encoder import ContextEncoder, EncoderCounts, encode_context
-from frozen_peft.context.files import ContextFiles
-from frozen_peft.context.fingerprint import require_untouched_base, trained_base_weights
 from frozen_peft.context.generate import generate_over, tokens_within_rope
-from frozen_peft.context.sizes import format_size, parse_size
-from frozen_peft.context.store import ContextStore
+from frozen_peft.context.store.context_files import ContextFiles
+from frozen_peft.context.store.disk_level import DiskLevel
+from frozen_peft.context.store.fingerprint import require_untouched_base, trained_base_weights
+from frozen_peft.context.store.store import ContextStore
 from frozen_peft.context.verify import ContextCheck, RoundingCheck, verify_context, verify_rounding
 
 __all__ = [
@@ -44,10 +43,8 @@ __all__ = [
     "decision_forward",
     "encode_context",
     "find_boundary",
-    "format_size",
     "generate_over",
     "pad_decisions",
-    "parse_size",
     "require_untouched_base",
     "split_batch",
     "tokens_within_rope",

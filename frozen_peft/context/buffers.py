@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 
 from frozen_peft.context.encoded import AttentionState, EncodedContext, LayerState, LinearState
 from frozen_peft.context.handover import Segment, give_segment, mark_contiguous
-from frozen_peft.context.kernel_table import current_capabilities, has_flash_prefill
+from frozen_peft.context.kernels.table import current_capabilities, has_flash_prefill
 
 __all__ = ["can_extend", "frozen_row", "keeps_all_keys", "prefill_cache", "resume_linear", "resume_window"]
 

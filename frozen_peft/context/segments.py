@@ -36,7 +36,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from frozen_peft.context.handover import CONTIGUOUS, KeyValueGradient, Segment, current_use, get_segment, uncompiled
-from frozen_peft.context.kernel_table import has_16_bit_products
+from frozen_peft.context.kernels.table import has_16_bit_products
 from frozen_peft.context.models import get_decoder, latent_expansions
 from frozen_peft.errors import ContextMismatchError
 

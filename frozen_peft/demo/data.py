@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frozen_peft.behavior import strip_instructions, whole_file
-from frozen_peft.behavior.rows import dump_row
+from frozen_peft.data import strip_instructions, whole_file
+from frozen_peft.data.rows import dump_row
 from frozen_peft.demo.world import ITEMS, NAMES, NOUNS, Request, Scene, Vocabulary, draw_scene, message
 
 __all__ = ["DemoData", "DemoFiles", "write_demo_files"]

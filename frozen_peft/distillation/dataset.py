@@ -129,7 +129,7 @@ class TeacherCollator:
 def _restored(dataset: Rows, name: str, num_proc: int | None) -> Rows:
     """The rows with their instructions in place."""
     # Behaviour is above the trainer, and its package imports more than this.
-    from frozen_peft.behavior.strip import restore_instructions
+    from frozen_peft.data.stripping import restore_instructions
 
     def restore(sample: dict[str, Any], index: int) -> dict[str, Any]:
         if sample[STRIPPED] is None:

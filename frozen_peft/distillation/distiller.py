@@ -11,25 +11,18 @@ from accelerate import Accelerator, DistributedType
 from peft import PeftModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from frozen_peft.batches import TEACHERS
 from frozen_peft.config import FrozenContextConfig
-from frozen_peft.context import (
-    ContextFiles,
-    ContextStore,
-    Cut,
-    Decision,
-    cut_batch,
-    parse_size,
-    trained_base_weights,
-)
+from frozen_peft.context import ContextFiles, ContextStore, Cut, Decision, cut_batch, trained_base_weights
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.distillation.answers import AnswerStore
 from frozen_peft.distillation.dataset import TEACHER_IDS, TEACHER_KEYS, TEACHER_LABELS, TEACHER_MASK
 from frozen_peft.distillation.divergence import Answers, Direction, Divergence, join_answers, select_answers
 from frozen_peft.distillation.head import LogitHead, verify_head
 from frozen_peft.distillation.teacher import Teacher, predicted_labels
-from frozen_peft.first_batch import BatchChecks
-from frozen_peft.metrics import Mode, Stopwatch
+from frozen_peft.training.batches import TEACHERS
+from frozen_peft.training.checks import BatchChecks
+from frozen_peft.training.metrics import Mode, Stopwatch
+from frozen_peft.utils.sizes import parse_size
 
 __all__ = ["Distiller", "known_loss_type", "require_distillable"]
 

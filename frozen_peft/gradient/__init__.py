@@ -3,9 +3,9 @@
 
 from frozen_peft.gradient.checkpoint import group_checkpoints
 from frozen_peft.gradient.flow import GradientFlow, gradient_flow
+from frozen_peft.gradient.stretch_check import MIN_TOKENS_TO_VERIFY, StretchCheck, verify_stretches
 from frozen_peft.gradient.stretched_decoder import StretchedDecoder
 from frozen_peft.gradient.stretches import Stretching, finish_stretches, stretched_forward
-from frozen_peft.gradient.verify import MIN_TOKENS_TO_VERIFY, StretchCheck, verify_stretches
 
 __all__ = [
     "MIN_TOKENS_TO_VERIFY",

@@ -4,8 +4,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from frozen_peft.context import format_size
 from frozen_peft.planning.plan import Plan
+from frozen_peft.utils.sizes import format_size
 
 __all__ = ["advise", "cheapest_fitting"]
 

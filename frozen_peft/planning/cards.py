@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from frozen_peft.context import parse_size
+from frozen_peft.utils.sizes import parse_size
 
 __all__ = ["CARDS", "Card", "Rates", "find_card", "read_rates"]
 

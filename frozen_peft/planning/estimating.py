@@ -19,7 +19,7 @@ from frozen_peft.distillation.divergence import Divergence
 from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
 from frozen_peft.gradient.stretched_decoder import stretch_bounds
 from frozen_peft.planning.blueprint import Blueprint
-from frozen_peft.planning.kernels import reference_counted
+from frozen_peft.planning.kernel_memory import reference_counted
 from frozen_peft.planning.setting import DTYPE_BYTES, OPTIMIZER_BYTES, Setting
 from frozen_peft.planning.traces import Cache, Tracer
 

@@ -39,7 +39,7 @@ from frozen_peft.distillation.head import LogitHead
 from frozen_peft.gradient import group_checkpoints, stretched_forward
 from frozen_peft.gradient.stretched_decoder import stretch_bounds
 from frozen_peft.planning.blueprint import Blueprint, decoder_layers
-from frozen_peft.planning.kernels import accelerated_kernels
+from frozen_peft.planning.kernel_memory import accelerated_kernels
 from frozen_peft.planning.setting import Setting
 from frozen_peft.planning.tracing import LiveBytes, without_storage
 from frozen_peft.utils.cache_argument import as_cache_argument

@@ -34,15 +34,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from frozen_peft.adapters import change_of_base
-from frozen_peft.behavior import LocalSampler, PromptRow, SamplingSettings, message_texts, restore_instructions
-from frozen_peft.behavior.candidate_forms import CandidateForms
-from frozen_peft.behavior.conversation import Context, split_sample
-from frozen_peft.behavior.decision_tokens import prompt_tokens, stop_tokens
-from frozen_peft.behavior.pieces import STRIPPED, piece_texts
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.modes import without_dropout
-from frozen_peft.data import has_json_columns, python_row
+from frozen_peft.data import has_json_columns, message_texts, python_row, restore_instructions
+from frozen_peft.data.conversation import Context, split_sample
+from frozen_peft.data.pieces import STRIPPED, piece_texts
 from frozen_peft.errors import ContextMismatchError
+from frozen_peft.evaluation import LocalSampler, PromptRow, SamplingSettings
+from frozen_peft.evaluation.candidate_forms import CandidateForms
+from frozen_peft.evaluation.decision_tokens import prompt_tokens, stop_tokens
 
 __all__ = ["CONTEXT_CHARACTERS", "FORMAT", "VARIANTS", "ExampleSettings", "make_examples"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from frozen_peft.behavior import whole_file
+from frozen_peft.data import whole_file
 from frozen_peft.report.formats import visible
 from frozen_peft.report.run_folder import RunFolder, read_run_folder
 from frozen_peft.report.sections import build_sections

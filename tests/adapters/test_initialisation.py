@@ -12,14 +12,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import KasaConfig
 
 from frozen_peft import FrozenContextTrainer, merge_adapter
-from frozen_peft.adapters import initialisation, save_base_record
-from frozen_peft.behavior import compare_probes, load_model, score_probes
+from frozen_peft.adapters import initialisation
+from frozen_peft.evaluation import compare_probes, load_model, score_probes
+from frozen_peft.merging import save_base_record
 from frozen_peft.report.examples import ExampleSettings, make_examples
-from tests.behavior.test_probe_scores import PROBES
 from tests.distillation.pairs import Loss, Pair, as_dataset, pairs
+from tests.evaluation.test_probe_scores import PROBES
 from tests.reference import relative_error
 from tests.tiny_models import tiny_model
-from tests.trainer.runs import config, fresh_lora, train, word_tokenizer
+from tests.training.runs import config, fresh_lora, train, word_tokenizer
 
 IDS = torch.arange(3, 40)[None]
 TARGETS = ["q_proj", "o_proj"]

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, Phi3Config, PreTrainedModel
 
 from frozen_peft.adapters import find_roles
 from frozen_peft.adapters.lora import matches_by_module
+from frozen_peft.adapters.role_table import ROLES
 from frozen_peft.adapters.roles import rows_of_roles
-from frozen_peft.adapters.table import ROLES
 from frozen_peft.errors import UnsupportedArchitectureError
 from tests.tiny_models import ARCHITECTURES, REFUSABLE, VOCAB_SIZE, tiny_model
 

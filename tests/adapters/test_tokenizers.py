@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 
 from frozen_peft import merge_adapter
 from frozen_peft.adapters import load_tokenizer
-from frozen_peft.behavior import Probe, load_model, score_probes
 from frozen_peft.cli import main
 from frozen_peft.cli.training import AdapterArguments, DataArguments, ModelArguments, build_trainer
+from frozen_peft.evaluation import Probe, load_model, score_probes
 from tests.tiny_models import add_lora, tiny_model
-from tests.trainer.runs import CHAT_TEMPLATE, config, word_tokenizer
+from tests.training.runs import CHAT_TEMPLATE, config, word_tokenizer
 
 PROMPT = [{"role": "user", "content": "w1 w2 w3"}]
 TRAINED = "{{- '<|im_start|>w80 w79 <|im_end|>' -}}" + CHAT_TEMPLATE

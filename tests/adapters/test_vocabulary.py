@@ -15,11 +15,11 @@ from trl import clone_chat_template
 from trl.trainer.utils import create_model_from_path
 
 from frozen_peft import FrozenContextTrainer, merge_adapter
-from frozen_peft.behavior import load_model, score_probes
 from frozen_peft.cli import main
-from tests.behavior.test_probe_scores import PROBES
+from frozen_peft.evaluation import load_model, score_probes
+from tests.evaluation.test_probe_scores import PROBES
 from tests.tiny_models import tiny_model
-from tests.trainer.runs import config, train, word_tokenizer
+from tests.training.runs import config, train, word_tokenizer
 
 IDS = torch.arange(3, 60)[None]
 ROWS = [

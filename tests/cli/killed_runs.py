@@ -19,8 +19,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from frozen_peft.checkpoints import UNFINISHED, last_whole_checkpoint
 from frozen_peft.cli import main
+from frozen_peft.training.checkpoints import UNFINISHED, last_whole_checkpoint
 from tests.documentation.tokenizer import train_tokenizer
 from tests.tiny_models import tiny_model
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from frozen_peft.behavior import Probe, compare_probes, load_model, probe_table, strip_instructions, summarize
-from frozen_peft.behavior.intervals import wilson_proportion
 from frozen_peft.cli import main
+from frozen_peft.data import strip_instructions
+from frozen_peft.evaluation import Probe, compare_probes, load_model, probe_table, summarize
+from frozen_peft.evaluation.intervals import wilson_proportion
 from tests.tiny_models import add_lora, tiny_model
-from tests.trainer.runs import word_tokenizer, words
+from tests.training.runs import word_tokenizer, words
 
 
 def row(seed: int, **fields: object) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from frozen_peft.behavior.rows import dump_row
 from frozen_peft.cli import main
+from frozen_peft.data.rows import dump_row
 from tests.tiny_models import tiny_model
-from tests.trainer.runs import word_tokenizer, words
+from tests.training.runs import word_tokenizer, words
 
 
 @pytest.fixture(scope="module")

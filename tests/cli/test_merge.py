@@ -6,8 +6,8 @@ import pytest
 from safetensors.torch import load_file
 
 from frozen_peft.cli import main
-from tests.adapters.merge.cases import Case, preset, save_case
-from tests.trainer.runs import word_tokenizer, words
+from tests.merging.cases import Case, preset, save_case
+from tests.training.runs import word_tokenizer, words
 
 
 @pytest.fixture

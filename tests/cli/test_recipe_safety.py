@@ -18,7 +18,7 @@ from frozen_peft.cli import main
 from frozen_peft.cli.recipe import read_recipe
 from frozen_peft.cli.training import make_parser
 from tests.tiny_models import tiny_model
-from tests.trainer.runs import word_tokenizer
+from tests.training.runs import word_tokenizer
 
 FIELDS = sorted(make_parser()._fields)
 SECRET = "hf_abcdefghij"

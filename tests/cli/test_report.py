@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from frozen_peft.behavior import strip_instructions
-from frozen_peft.behavior.rows import dump_row
 from frozen_peft.cli import main
+from frozen_peft.data import strip_instructions
+from frozen_peft.data.rows import dump_row
 from tests.report.reading import Parsed
 from tests.report.run_files import SECTIONS, files, write_run
 from tests.tiny_models import tiny_model
-from tests.trainer.runs import word_tokenizer, words
+from tests.training.runs import word_tokenizer, words
 
 SECRET = "hf_abcdefghij"
 

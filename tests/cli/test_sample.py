@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from frozen_peft.cli import main
-from tests.behavior.answering import Reply, Request, answering, chat
-from tests.behavior.checkpoint import write_checkpoint
+from tests.evaluation.answering import Reply, Request, answering, chat
+from tests.evaluation.checkpoint import write_checkpoint
 
 PROMPTS = [{"prompt": [{"role": "user", "content": f"Road {number}?"}], "number": number} for number in range(5)]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from frozen_peft.behavior import restore_instructions
 from frozen_peft.cli import main
+from frozen_peft.data import restore_instructions
 
 GOOD = [
     {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from frozen_peft.context.files import ContextFiles
+from frozen_peft.context.store.context_files import ContextFiles
 from tests.context.stored import KEY, METADATA, SPACE, content
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from frozen_peft.context.files import ContextFiles
 from frozen_peft.context.keys import PrefixKey
+from frozen_peft.context.store.context_files import ContextFiles
 
 SPACE = "model-1"
 KEY = PrefixKey(300, "0123456789abcdef" * 2)

@@ -15,7 +15,7 @@ from frozen_peft.context.dropout import attention_dropout, has_dropout
 from frozen_peft.context.models import require_exact_continuation
 from frozen_peft.context.segments import is_segmented
 from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
-from frozen_peft.model_setup import check_parts
+from frozen_peft.training.model_setup import check_parts
 from tests.frozen_runs import decision_logits, encode, frozen_gradients, frozen_logprobs
 from tests.reference import (
     random_sample,

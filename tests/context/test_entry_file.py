@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from frozen_peft.context.files import ContextFiles
 from frozen_peft.context.keys import PrefixKey
+from frozen_peft.context.store.context_files import ContextFiles
 from tests.context.stored import KEY, METADATA, OTHER_KEY, SPACE, content, path_of, same, warnings
 
 
@@ -139,7 +139,7 @@ def test_entries_of_another_version_are_removed(
     files: ContextFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("frozen_peft.context.entry_file.VERSION", "0")
+        patch.setattr("frozen_peft.context.store.entry_file.VERSION", "0")
         assert files.write(SPACE, KEY, content(), METADATA)
     assert "no encoded context that this version wrote" in rejects(files, path_of(files).read_bytes(), caplog)
 

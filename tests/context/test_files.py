@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from frozen_peft.context.files import ContextFiles
 from frozen_peft.context.keys import prefix_keys
+from frozen_peft.context.store.context_files import ContextFiles
 from tests.context.stored import KEY, METADATA, OTHER_KEY, SPACE, content, path_of, same, warnings
 
 DTYPES = [
@@ -183,7 +183,7 @@ def test_a_file_that_cannot_be_read_is_reported_and_left(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr("frozen_peft.context.files.read_entry", failing)
+        patch.setattr("frozen_peft.context.store.context_files.read_entry", failing)
         for _ in range(2):
             assert files.read(SPACE, KEY) is None
     (warning,) = warnings(caplog)
@@ -215,7 +215,7 @@ def stops_writing(files: ContextFiles, caplog: pytest.LogCaptureFixture) -> str:
 
 
 @pytest.mark.parametrize(
-    "step", ["frozen_peft.context.files.write_entry", "pathlib.Path.replace", "pathlib.Path.mkdir"]
+    "step", ["frozen_peft.context.store.context_files.write_entry", "pathlib.Path.replace", "pathlib.Path.mkdir"]
 )
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 def test_a_failure_to_write_ends_writing_and_not_reading(

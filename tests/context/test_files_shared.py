@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from frozen_peft.context.files import ContextFiles
 from frozen_peft.context.keys import PrefixKey
+from frozen_peft.context.store.context_files import ContextFiles
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from packaging.version import Version
 
-from frozen_peft.context import kernels
 from frozen_peft.context.buffers import _BufferedLayer
 from frozen_peft.context.capability import use_segmented_attention
 from frozen_peft.context.encoder import encode_context
-from frozen_peft.context.kernel_table import (
+from frozen_peft.context.kernels import choice as kernels
+from frozen_peft.context.kernels.table import (
     CARDS,
     Capabilities,
     compute_capability_of,

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from frozen_peft.context import ContextEncoder, ContextStore, FrozenContext, use_segmented_attention
+from frozen_peft.context.halving import MIN_FORWARD_TOKENS, AdvisedOutOfMemoryError, halved_chunk
 from frozen_peft.context.models import get_decoder, get_pretrained_model
-from frozen_peft.context.out_of_memory import MIN_FORWARD_TOKENS, AdvisedOutOfMemoryError, halved_chunk
 from tests.frozen_runs import frozen_gradients, frozen_logprobs
 from tests.reference import (
     random_sample,

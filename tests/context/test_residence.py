@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from frozen_peft.context import ContextEncoder, ContextFiles, ContextStore, DiskLevel
-from frozen_peft.context.residence import DeviceCopy, copy_ahead, device_room, pinned, to_device, to_host
+from frozen_peft.context.store.residence import DeviceCopy, copy_ahead, device_room, pinned, to_device, to_host
 from tests.context.stored import content, same
 from tests.reference import random_sample
 from tests.tiny_models import tiny_model
@@ -39,7 +39,7 @@ def test_the_reader_pins_what_goes_to_a_gpu(pins: bool, tmp_path: Path, monkeypa
         threads.append(threading.current_thread().name)
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
-    monkeypatch.setattr("frozen_peft.context.disk.pinned", note)
+    monkeypatch.setattr("frozen_peft.context.store.disk_level.pinned", note)
     model, context = tiny_model("qwen3_5_text"), random_sample(70, 2).context
 
     def encoder() -> ContextEncoder:
@@ -102,7 +102,7 @@ def num_bytes(tensors: Tensors) -> int:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
-    monkeypatch.setattr("frozen_peft.context.residence.DeviceCopy", device.copy)
+    monkeypatch.setattr("frozen_peft.context.store.residence.DeviceCopy", device.copy)
     return device
 
 

@@ -13,9 +13,9 @@ from frozen_peft.context import (
     use_segmented_attention,
     verify_rounding,
 )
-from frozen_peft.context import rounding as module
 from frozen_peft.context.encoded import AttentionState, EncodedContext, LayerState
-from frozen_peft.context.rounding import pack, round_in_place, unpack
+from frozen_peft.context.store import rounding as module
+from frozen_peft.context.store.rounding import pack, round_in_place, unpack
 from frozen_peft.errors import ContextMismatchError
 from tests.frozen_runs import frozen_gradients, frozen_logprobs
 from tests.reference import random_sample, reference_gradients, reference_logprobs, worst_gradient_error

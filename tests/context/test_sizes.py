@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frozen_peft.context.sizes import format_size, parse_size
+from frozen_peft.utils.sizes import format_size, parse_size
 
 
 @pytest.mark.parametrize(

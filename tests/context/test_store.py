@@ -25,11 +25,11 @@ from frozen_peft.context import (
     DiskLevel,
     FrozenContext,
     encode_context,
-    fingerprint,
     use_segmented_attention,
 )
-from frozen_peft.context import store as store_module
-from frozen_peft.context.fingerprint import adapter_fingerprint, base_fingerprint, run_fingerprint
+from frozen_peft.context.store import fingerprint
+from frozen_peft.context.store import store as store_module
+from frozen_peft.context.store.fingerprint import adapter_fingerprint, base_fingerprint, run_fingerprint
 from tests.context.test_prefixes import family, tokens
 from tests.frozen_runs import frozen_gradients, frozen_logprobs
 from tests.reference import reference_gradients, reference_logprobs, relative_error, worst_gradient_error
@@ -447,7 +447,7 @@ class TestNamespaces:
         model.requires_grad_(False)
         before = base_fingerprint(model)
         read = []
-        import frozen_peft.context.fingerprint as module
+        import frozen_peft.context.store.fingerprint as module
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "_bytes", lambda tensor: read.append(tensor.numel()) or b"")

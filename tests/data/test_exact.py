@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from frozen_peft import FrozenContextTrainer
-from frozen_peft.behavior import DEFAULT_MARKS, strip_instructions
-from frozen_peft.data import load_samples, parse_json, python_rows
+from frozen_peft.data import DEFAULT_MARKS, load_samples, parse_json, python_rows, strip_instructions
 from tests.documentation.tokenizer import train_tokenizer
 from tests.tiny_models import tiny_model
-from tests.trainer.runs import config, fresh_lora
+from tests.training.runs import config, fresh_lora
 
 # Everything that a template can render of a message, tools and its own options.
 TEMPLATE = """\

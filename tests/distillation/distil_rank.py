@@ -11,7 +11,7 @@ import torch
 from frozen_peft import FrozenContextTrainer
 from tests.distillation.pairs import as_dataset, sharp
 from tests.distillation.test_distributed import CONVERSATIONS, LOSS
-from tests.trainer.runs import config, train
+from tests.training.runs import config, train
 
 
 def main(folder: Path) -> None:

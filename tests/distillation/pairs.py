@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from tests.reference import IGNORED, Sample, random_sample
-from tests.trainer.runs import RAGGED, adapted, stopped_forward
+from tests.training.runs import RAGGED, adapted, stopped_forward
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from frozen_peft.context import Decision, FrozenContext, verify
 from frozen_peft.distillation.answers import decision_key
 from tests.distillation.pairs import Loss, Pair, as_dataset, pairs, sharp
 from tests.reference import IGNORED, Sample
-from tests.trainer.runs import Run, adapted, config, train
-from tests.trainer.runs import as_dataset as plain_dataset
+from tests.training.runs import Run, adapted, config, train
+from tests.training.runs import as_dataset as plain_dataset
 
 ROWS = pairs()[:4]
 LOSS = Loss(top_k=5)
@@ -198,7 +198,7 @@ def test_figures_about_contexts_are_the_students(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "checks"), [("never", 0), ("first_batch", 1), ("always", 2)])
 def test_the_teacher_is_checked(mode: str, checks: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="frozen_peft.first_batch"):
+    with caplog.at_level(logging.INFO, logger="frozen_peft.training.checks"):
         two_epochs(tmp_path, tier=1, max_steps=2, verify_context=mode)
     texts = [record.getMessage() for record in caplog.records]
     assert sum("agrees with a plain forward" in text for text in texts) == checks

@@ -10,11 +10,11 @@ from datasets import Dataset
 from peft import PeftModel
 
 from frozen_peft import FrozenContextTrainer
-from frozen_peft.behavior import strip_instructions
+from frozen_peft.data import strip_instructions
 from tests.distillation.pairs import Loss, Pair, reference_loss, sharp
 from tests.reference import IGNORED, Sample
 from tests.tiny_models import tiny_model
-from tests.trainer.runs import as_dataset, config, samples, train, word_tokenizer, words
+from tests.training.runs import as_dataset, config, samples, train, word_tokenizer, words
 
 LOSS = Loss(top_k=5)
 TOKENIZER = word_tokenizer()

@@ -10,7 +10,7 @@ from tests.distillation.pairs import Loss, Pair, reference_loss, sharp
 from tests.distillation.test_training import spans
 from tests.distributed.ranks import run_ranks
 from tests.reference import IGNORED, Sample, worst_gradient_error
-from tests.trainer.runs import gradients_of
+from tests.training.runs import gradients_of
 
 LOSS = Loss(top_k=5, likelihood_weight=0.2)
 IDS = torch.arange(3, 54)

@@ -33,7 +33,7 @@ from tests.reference import (
     worst_gradient_error,
 )
 from tests.tiny_models import tiny_model, to_double
-from tests.trainer.runs import Run, config, fresh_lora, gradients_of, train, word_tokenizer
+from tests.training.runs import Run, config, fresh_lora, gradients_of, train, word_tokenizer
 
 TOLERANCE = 1e-5
 ROWS = pairs()

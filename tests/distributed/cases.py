@@ -23,9 +23,9 @@ from tests.reference import (
     stop_gradient_at_context,
 )
 from tests.reference import num_labels as count_labels
-from tests.trainer.runs import LEARNING_RATE, adapted, in_float64, samples
-from tests.trainer.test_activated import invoked
-from tests.trainer.test_turns import conversation, per_span
+from tests.training.runs import LEARNING_RATE, adapted, in_float64, samples
+from tests.training.test_activated import invoked
+from tests.training.test_turns import conversation, per_span
 
 Engine = Literal["ddp", "fsdp2"]
 ENGINES: tuple[Engine, ...] = ("ddp", "fsdp2")
@@ -57,7 +57,7 @@ class Case:
         rows: Samples, in the order of the global batches.
         model: Of `LAYER_CLASSES`.
         overrides: Fields of the model's configuration.
-        fields: Of the training's configuration, besides those of `tests.trainer.runs.config`.
+        fields: Of the training's configuration, besides those of `tests.training.runs.config`.
         steps: Optimizer steps.
         horizon: The gradient horizon, which the reference stops the gradient by.
         turns: Each supervised span is a decision.

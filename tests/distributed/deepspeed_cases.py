@@ -12,7 +12,7 @@ from typing import Any
 from frozen_peft import FrozenContextTrainer
 from tests.distributed.cases import TURNS_TWO
 from tests.tiny_models import tiny_model
-from tests.trainer.runs import adapted, as_dataset, config, samples, word_tokenizer
+from tests.training.runs import adapted, as_dataset, config, samples, word_tokenizer
 
 # Processes have other numbers of decisions, and so of parts.
 TURNS = {"tier": 2, "decision_mode": "turns", "max_decisions_per_forward": 1}

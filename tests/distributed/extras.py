@@ -17,14 +17,15 @@ from peft import PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, EvalPrediction
 
-from frozen_peft import FrozenContextTrainer, distributed, lora_config, quantization_config
-from frozen_peft.installed import installed_version
+from frozen_peft import FrozenContextTrainer, lora_config, quantization_config
+from frozen_peft.training import engines as distributed
+from frozen_peft.utils.installed import installed_version
 from tests.distributed.cases import TWO
 from tests.distributed.engines import engine_fields, whole
 from tests.distributed.shards_on_cpu import shards_on_cpu
 from tests.tiny_models import tiny_model
-from tests.trainer.runs import Run, adapted, as_dataset, config, train, trained_weights, word_tokenizer
-from tests.trainer.test_predictions import ROWS as CONVERSATIONS
+from tests.training.runs import Run, adapted, as_dataset, config, train, trained_weights, word_tokenizer
+from tests.training.test_predictions import ROWS as CONVERSATIONS
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 ROWS = as_dataset(TWO)

@@ -15,7 +15,7 @@ from frozen_peft import FrozenContextTrainer
 from tests.distributed.cases import TWO
 from tests.distributed.engines import engine_fields
 from tests.distributed.shards_on_cpu import shards_on_cpu
-from tests.trainer.runs import adapted, as_dataset, config, word_tokenizer
+from tests.training.runs import adapted, as_dataset, config, word_tokenizer
 
 
 class FailingTrainer(FrozenContextTrainer):

@@ -20,7 +20,7 @@ from tests.distributed.cases import Case, Engine, cases, ragged_cases
 from tests.distributed.engines import engine_fields, whole
 from tests.distributed.extras import EXTRAS
 from tests.distributed.shards_on_cpu import shards_on_cpu
-from tests.trainer.runs import as_dataset, config, in_float64, train
+from tests.training.runs import as_dataset, config, in_float64, train
 
 
 def run_case(case: Case, engine: Engine, folder: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 
 from frozen_peft import FrozenContextTrainer
 from tests.reference import Sample, negative_log_likelihood, num_labels, reference_gradients, worst_gradient_error
-from tests.trainer.runs import adapted, as_dataset, batches, config, gradients_of, samples, word_tokenizer
-from tests.trainer.test_turns import ROWS, per_span
+from tests.training.runs import adapted, as_dataset, batches, config, gradients_of, samples, word_tokenizer
+from tests.training.test_turns import ROWS, per_span
 
 
 class Engine:

@@ -9,10 +9,10 @@ import torch
 from accelerate import DistributedType
 from accelerate.commands.config.config_args import load_config_from_file
 
-from frozen_peft import distributed
-from frozen_peft.context.kernel_table import Capabilities, Version
-from frozen_peft.distributed import check_engine, describe_machine, require_same
-from tests.trainer.runs import config
+from frozen_peft.context.kernels.table import Capabilities, Version
+from frozen_peft.training import engines as distributed
+from frozen_peft.training.engines import check_engine, describe_machine, require_same
+from tests.training.runs import config
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 HERE = describe_machine(torch.device("cpu"), torch.float32)

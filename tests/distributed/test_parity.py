@@ -11,7 +11,7 @@ from tests.distributed.cases import Case, Reference, cases, ragged_cases, refere
 from tests.distributed.conftest import TIMEOUT_SECONDS, Results
 from tests.distributed.ranks import run_ranks
 from tests.reference import worst_gradient_error
-from tests.trainer.runs import UPDATE_TOLERANCE, trained_weights, worst_update_error
+from tests.training.runs import UPDATE_TOLERANCE, trained_weights, worst_update_error
 
 # The trainer adds losses up in float32.
 LOSS_TOLERANCE = 1e-6

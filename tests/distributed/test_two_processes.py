@@ -12,9 +12,9 @@ from tests.distributed.cases import TWO, Case, reference
 from tests.distributed.conftest import TIMEOUT_SECONDS, Results
 from tests.distributed.extras import RECIPES
 from tests.reference import worst_gradient_error
-from tests.trainer.runs import equal
-from tests.trainer.test_predictions import ROWS as CONVERSATIONS
-from tests.trainer.test_predictions import assert_rows_are_the_samples, mean_of_batches
+from tests.training.runs import equal
+from tests.training.test_predictions import ROWS as CONVERSATIONS
+from tests.training.test_predictions import assert_rows_are_the_samples, mean_of_batches
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(TIMEOUT_SECONDS + 120)]
 

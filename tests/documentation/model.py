@@ -94,7 +94,7 @@ def pretrain(
     """
     # The rest of the package needs none of this module, and the trainer takes seconds to import.
     from frozen_peft.config import FrozenContextConfig
-    from frozen_peft.trainer import FrozenContextTrainer
+    from frozen_peft.training.sft import FrozenContextTrainer
 
     steps = len(lessons) // batch_size
     args = FrozenContextConfig(

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from frozen_peft.behavior.intervals import bootstrap_mean, wilson_proportion
+from frozen_peft.evaluation.intervals import bootstrap_mean, wilson_proportion
 from frozen_peft.report import read_run_folder, render_page
 
 NUM_LOGS = 6

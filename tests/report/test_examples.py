@@ -10,11 +10,11 @@ from datasets import Dataset, load_dataset
 from peft import PeftModel
 
 from frozen_peft.adapters import activated
-from frozen_peft.behavior import strip_instructions
-from frozen_peft.behavior.rows import dump_row
+from frozen_peft.data import strip_instructions
+from frozen_peft.data.rows import dump_row
 from frozen_peft.report import ExampleSettings, make_examples
 from tests.tiny_models import add_lora, tiny_model
-from tests.trainer.runs import word_tokenizer, words
+from tests.training.runs import word_tokenizer, words
 
 TOKENIZER = word_tokenizer()
 STOP = TOKENIZER.convert_tokens_to_ids("<|im_end|>")

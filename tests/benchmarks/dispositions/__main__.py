@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from frozen_peft.behavior import read_probes, score_probes, summarize
 from frozen_peft.demo import CHECKPOINT
+from frozen_peft.evaluation import read_probes, score_probes, summarize
 from tests.benchmarks.dispositions.report import draw_figure, render_page
 from tests.benchmarks.dispositions.study import EQUAL_TIME, TIER_2, VARIANTS, Size, demo_files, run_variant
 from tests.benchmarks.machine import describe_machine

@@ -17,8 +17,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from frozen_peft import FrozenContextConfig, FrozenContextTrainer, lora_config
-from frozen_peft.behavior import ProbeTokens, VariantSettings, compare_probes, read_probes, summarize, vary_context
+from frozen_peft.data import VariantSettings, vary_context
 from frozen_peft.demo import CHECKPOINT, DemoData, DemoFiles, write_demo_files
+from frozen_peft.evaluation import ProbeTokens, compare_probes, read_probes, summarize
 
 __all__ = ["EQUAL_TIME", "VARIANTS", "Size", "Variant", "demo_files", "run_variant"]
 

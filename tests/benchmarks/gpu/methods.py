@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from frozen_peft import FrozenContextConfig, FrozenContextTrainer
 from tests.benchmarks.gpu.device import Device
-from tests.trainer.runs import word_tokenizer
+from tests.training.runs import word_tokenizer
 
 Method = Literal["tier 2", "tier 2, reused", "tier 3, stretches", "SFTTrainer", "tier 2, reused and compiled"]
 # The last of them is measured once, since compiling takes minutes.

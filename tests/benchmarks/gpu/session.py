@@ -12,8 +12,8 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from frozen_peft import lora_config
-from frozen_peft.context import format_size
-from frozen_peft.context.kernel_table import kernel_rows
+from frozen_peft.context.kernels.table import kernel_rows
+from frozen_peft.utils.sizes import format_size
 from tests.benchmarks.gpu import page
 from tests.benchmarks.gpu.build import build_model, needed_bytes
 from tests.benchmarks.gpu.device import Budget, Device, host_copy_rate, matmul_rate

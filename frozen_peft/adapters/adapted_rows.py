@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapt part of a fused projection: rows of `lora_B` that stay exactly zero.
+
+The update of a module is `scaling * lora_B @ lora_A`, and row i of it depends on row i of `lora_B` alone. PEFT starts
+`lora_B` at zero, so a row that never moves adds nothing, neither to the forward nor to a merged weight:
+
+1. A hook on `lora_B.weight` zeroes the gradient of the rows that are not adapted, before any optimizer sees it.
+2. An optimizer that works by gradients then leaves such a row at zero: its moments are zero, and weight decay
+   scales a zero.
+3. Saving, loading and merging treat `lora_B` as the ordinary matrix that it is.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from frozen_peft.adapters.lora import RoleLoraConfig, check_partial, is_lora, matches_by_module, partial_problem
+from frozen_peft.adapters.role_table import ROLES
+from frozen_peft.adapters.roles import RoleMatch, find_roles, linear_modules, rows_of_roles
+from frozen_peft.errors import UnsupportedArchitectureError
+
+__all__ = ["AdaptedProjection", "adapted_projections", "adapted_weights_summary", "restrict_adapter_rows"]
+
+# Installed restrictions by parameter: what makes a second call find its own hooks. Weak, so that it keeps no
+# weight alive; not on the parameter itself, where it would be saved with it.
+_installed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True)
+class AdaptedProjection:
+    """One adapter on one linear module.
+
+    Attributes:
+        module: Full name of the module, without PEFT's wrapping.
+        path: Its name within the layer.
+        index: Index of its layer in the model.
+        name: Name of the adapter.
+        layer: PEFT's layer.
+        matches: Roles of the module, none if it has no role.
+        adapted: bool[out_features], the rows that are adapted.
+    """
+
+    module: str
+    path: str
+    index: int
+    name: str
+    layer: LoraLayer
+    matches: list[RoleMatch]
+    adapted: torch.Tensor
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """`lora_B`, [out_features, r]."""
+        return self.layer.lora_B[self.name].weight
+
+
+def restrict_adapter_rows(model: nn.Module) -> list[str]:
+    """Keep the rows of fused projections that are not to be adapted at exactly zero; call it after PEFT wrapping.
+
+    Which rows those are follows from the `roles` of the adapter's configuration. An adapter whose configuration
+    has none (loaded by plain PEFT, which drops the field) is read instead: where some of the roles fused into a
+    module have only zeros in `lora_B` and others do not, the former were not adapted. Calling it again changes
+    nothing; call it again after anything that replaces parameters. A model without LoRA is left alone.
+
+    Args:
+        model: The model as wrapped by PEFT.
+
+    Returns:
+        Names of the modules of which only some rows are adapted.
+
+    Raises:
+        ValueError: Rows that are not to be adapted are not zero, or the adapter is of a kind that has no rows of
+            its own (see `lora_config`).
+    """
+    restricted = []
+    for adapter in adapted_projections(model):
+        frozen = ~adapter.adapted
+        previous = _installed.get(adapter.weight)
+        if previous is not None:
+            handle, rows = previous
+            if torch.equal(rows, frozen):
+                restricted.append(adapter.module)
+                continue
+            handle.remove()
+            del _installed[adapter.weight]
+        if not frozen.any():
+            continue
+        assert isinstance(model, PeftModel)
+        check_partial(model.peft_config[adapter.name], [adapter.module])
+        weight = adapter.weight
+        if weight.device.type != "meta" and bool(weight.detach()[frozen.to(weight.device)].any()):
+            raise ValueError(
+                f"Adapter {adapter.name!r} of {adapter.module} already changes rows that its `roles` "
+                f"({model.peft_config[adapter.name].roles}) leave out. Load it with the roles it was trained with."
+            )
+        _installed[weight] = (_zero_gradient_of(weight, frozen), frozen)
+        restricted.append(adapter.module)
+    return restricted
+
+
+def _zero_gradient_of(weight: nn.Parameter, frozen: torch.Tensor) -> RemovableHandle:
+    # Moved once, not at every backward; the weight may still move, hence the `to` below, which is then free.
+    on_device = frozen.to(weight.device) if weight.device.type != "meta" else frozen
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.masked_fill(on_device.to(gradient.device)[:, None], 0.0)
+
+    # A parameter that is not trainable (an adapter loaded for inference) takes no hook until it is.
+    trainable = weight.requires_grad
+    weight.requires_grad_(True)
+    handle = weight.register_hook(hook)
+    weight.requires_grad_(trainable)
+    return handle
+
+
+def adapted_projections(model: nn.Module) -> list[AdaptedProjection]:
+    """Every LoRA adapter on a linear module of the text model, with the rows it adapts."""
+    if not isinstance(model, PeftModel):
+        return []
+    configs = {name: config for name, config in model.peft_config.items() if is_lora(config)}
+    base = model.get_base_model()
+    try:
+        grouped = matches_by_module(find_roles(base))
+    except UnsupportedArchitectureError:
+        if any(getattr(config, "roles", None) for config in configs.values()):
+            raise
+        grouped = {}
+    found = []
+    for linear in linear_modules(base):
+        layer = base.get_submodule(linear.name)
+        if not isinstance(layer, LoraLayer):
+            continue
+        matches = grouped.get(linear.name, [])
+        for name, config in configs.items():
+            if name in layer.lora_B:
+                weight = layer.lora_B[name].weight
+                found.append(
+                    AdaptedProjection(
+                        linear.name,
+                        linear.path,
+                        linear.layer,
+                        name,
+                        layer,
+                        matches,
+                        _adapted_rows(config, matches, weight),
+                    )
+                )
+    return found
+
+
+def _adapted_rows(config: LoraConfig, matches: list[RoleMatch], weight: torch.Tensor) -> torch.Tensor:
+    """bool[out_features]: the rows of one module that its adapter changes."""
+    everything = torch.ones(weight.shape[0], dtype=torch.bool, device="cpu")
+    if all(match.rows is None for match in matches):
+        return everything
+    if isinstance(config, RoleLoraConfig):
+        return everything if config.roles is None else rows_of_roles(matches, config.roles)
+    # DoRA and its like change every row, whatever `lora_B` holds; weights on the meta device hold nothing to read.
+    if weight.device.type == "meta" or partial_problem(config) is not None:
+        return everything
+    changed = weight.detach().ne(0).any(dim=1).cpu()
+    # Rows by the set of roles they serve (a latent of keys and values serves two), written as a binary number.
+    code = torch.zeros(weight.shape[0], dtype=torch.long, device="cpu")
+    for match in matches:
+        code += rows_of_roles([match], [match.role]).long() << ROLES.index(match.role)
+    adapted = torch.zeros_like(everything)
+    for group in code.unique():
+        rows = code == group
+        if changed[rows].any():
+            adapted |= rows
+    # An adapter that has not been trained yet tells nothing: all of it may move.
+    return adapted if adapted.any() else everything
+
+
+def adapted_weights_summary(model: nn.Module) -> str:
+    """Tabulate what is adapted: role, module, number of layers, rows, trainable parameters.
+
+    Parameters are those of `lora_A` and of the adapted rows of `lora_B`. What else is trainable has a line of its
+    own.
+
+    Args:
+        model: The model as wrapped by PEFT.
+    """
+    lines: dict[tuple[str, str, str], list[int]] = {}
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    accounted = 0
+    for adapter in adapted_projections(model):
+        rows = adapter.adapted
+        held = [match.role for match in adapter.matches if (rows_of_roles([match], ROLES) & rows).any()]
+        rank = adapter.weight.shape[1]
+        label = "+".join(held) or "(none)"
+        num_rows = int(rows.sum())
+        count = adapter.layer.lora_A[adapter.name].weight.numel() + num_rows * rank
+        of_rows = f"{num_rows}" if num_rows == len(rows) else f"{num_rows} of {len(rows)}"
+        lines.setdefault((label, adapter.path, of_rows), []).append(count)
+        if adapter.weight.requires_grad:
+            accounted += count + (len(rows) - num_rows) * rank
+    table = [("role", "module", "layers", "rows", "parameters")]
+    table += [
+        (label, path, str(len(counts)), of_rows, f"{sum(counts):,}")
+        for (label, path, of_rows), counts in sorted(lines.items(), key=lambda line: _role_order(line[0][0]))
+    ]
+    if trainable > accounted:
+        table.append(("(none)", "other trainable weights", "", "", f"{trainable - accounted:,}"))
+    total = sum(sum(counts) for counts in lines.values()) + max(trainable - accounted, 0)
+    table.append(("total", "", "", "", f"{total:,}"))
+    widths = [max(len(line[column]) for line in table) for column in range(5)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column >= 2 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    )
+
+
+def _role_order(label: str) -> int:
+    first = label.split("+")[0]
+    return [*ROLES].index(first) if first in ROLES else len(ROLES)

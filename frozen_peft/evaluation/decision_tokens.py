@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens of a prompt and of a decision, as TRL prepares them for training."""
+
+import json
+from typing import Any, Protocol
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import _tokenize, common_prefix_length
+
+from frozen_peft.data.conversation import Context, Message
+
+__all__ = [
+    "TemplateRow",
+    "decision_tokens",
+    "prompt_tokens",
+    "rendered_tokens",
+    "row_tools",
+    "stop_tokens",
+    "whole_tokens",
+]
+
+
+class TemplateRow(Protocol):
+    """What the tokens of a row's prompt depend on beside the prompt."""
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The row's fields, of which `tools` and `chat_template_kwargs` go to the chat template."""
+
+    @property
+    def place(self) -> str:
+        """Where the row is, for messages."""
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, row: TemplateRow, prompt: Context) -> list[int]:
+    """Tokens that a decision follows on, the assistant's header included.
+
+    Args:
+        tokenizer: The model's.
+        row: The row whose prompt it is, for its tools and its options of the chat template.
+        prompt: Its prompt, with instructions or without.
+
+    Raises:
+        ValueError: It has no tokens, or the chat template does not render it.
+    """
+    tokens = _before_decision(tokenizer, row, prompt)
+    if not tokens:
+        raise ValueError(f"{row.place}: `prompt` has no tokens")
+    return tokens
+
+
+def decision_tokens(
+    tokenizer: PreTrainedTokenizerBase, row: TemplateRow, prompt: Context, decision: str | Message
+) -> tuple[list[int], list[int]]:
+    """Tokens before a decision, and the decision's own to the end of its turn; the cut is where training has it.
+
+    Args:
+        tokenizer: The model's.
+        row: The row whose prompt it is, for its tools and its options of the chat template.
+        prompt: Its prompt, with instructions or without.
+        decision: Its text or, behind messages, the assistant's whole message.
+
+    Raises:
+        ValueError: The decision has no tokens, or the tokenizer nothing to end it with.
+    """
+    before = _before_decision(tokenizer, row, prompt)
+    whole = whole_tokens(tokenizer, row, prompt, decision)
+    length = common_prefix_length(before, whole)
+    if length == len(whole):
+        raise ValueError(
+            f"{row.place}: the decision {decision!r} has no tokens after its prompt; see the chat template"
+        )
+    return whole[:length], whole[length:]
+
+
+def whole_tokens(
+    tokenizer: PreTrainedTokenizerBase, row: TemplateRow, prompt: Context, decision: str | Message
+) -> list[int]:
+    """Tokens of a prompt and its decision, arguments and errors as of `decision_tokens`."""
+    if not isinstance(prompt, str):
+        message = {"role": "assistant", "content": decision} if isinstance(decision, str) else decision
+        return rendered_tokens(tokenizer, row, [*prompt, message])
+    assert isinstance(decision, str), "behind text there are no messages"
+    if tokenizer.eos_token is None:
+        raise ValueError(f"{row.place}: a prompt of text needs a tokenizer with an `eos_token` to end its decision")
+    end = "" if decision.endswith(tokenizer.eos_token) else tokenizer.eos_token
+    return _tokenize(tokenizer, prompt + decision + end)["input_ids"]
+
+
+def row_tools(row: TemplateRow) -> Any:
+    """A row's tools as the chat template gets them."""
+    tools = row.values.get("tools")
+    return json.loads(tools) if isinstance(tools, str) else tools
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
+    """Tokens that end a decision: those of the checkpoint's generation configuration and the tokenizer's own.
+
+    Raises:
+        ValueError: There are none.
+    """
+    configured = generation_config.eos_token_id if generation_config is not None else None
+    tokens = list(configured) if isinstance(configured, list | tuple) else [configured]
+    found = list(dict.fromkeys(token for token in (*tokens, tokenizer.eos_token_id) if token is not None))
+    if not found:
+        raise ValueError("neither the tokenizer nor the generation configuration has a token that ends a decision")
+    return found
+
+
+def rendered_tokens(
+    tokenizer: PreTrainedTokenizerBase, row: TemplateRow, messages: list[dict[str, Any]], **options: Any
+) -> list[int]:
+    """Tokens of messages by the chat template, which gets the `options` too.
+
+    Raises:
+        ValueError: The chat template does not render them.
+    """
+    try:
+        return _tokenize(
+            tokenizer,
+            messages,
+            tools=row_tools(row),
+            **(row.values.get("chat_template_kwargs") or {}),
+            **options,
+        )["input_ids"]
+    except (ValueError, jinja2.TemplateError) as error:
+        raise ValueError(f"{row.place}: the chat template does not render its messages: {error}") from error
+
+
+def _before_decision(tokenizer: PreTrainedTokenizerBase, row: TemplateRow, prompt: Context) -> list[int]:
+    if isinstance(prompt, str):
+        return _tokenize(tokenizer, prompt)["input_ids"]
+    return rendered_tokens(tokenizer, row, prompt, add_generation_prompt=True)

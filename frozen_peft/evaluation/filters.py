@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which candidates are kept, and why the others are not."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from frozen_peft.evaluation.candidates import Candidate, PromptRow, completed
+
+__all__ = ["CandidateFilter", "FilterError", "MarginMeasure", "Verdict"]
+
+
+class FilterError(ValueError):
+    """A function of the user's own failed, or gave no verdict."""
+
+
+class MarginMeasure(Protocol):
+    """Measures margins of candidates; see `behavior.margins`."""
+
+    def measure(self, rows: Sequence[PromptRow], candidates: Sequence[Candidate]) -> list[float]:
+        """One margin for each candidate, given its prompt's row."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a candidate.
+
+    Attributes:
+        rejected: Why it is not kept, in a few words; None: it is kept.
+        margin: Its margin, where that was measured.
+    """
+
+    rejected: str | None
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class CandidateFilter:
+    """Keeps the candidates that pass every test; the cheap ones come first.
+
+    Attributes:
+        pattern: Regular expression that must match somewhere in the text.
+        function: Must return True, given the sample that prompt and candidate make.
+        function_name: How messages name it.
+        margin: Measures margins; None: they are not measured.
+        min_margin: The least margin that is kept.
+        keep_unfinished: Also keep what was cut off at `max_new_tokens`.
+    """
+
+    pattern: re.Pattern[str] | None = None
+    function: Callable[[dict[str, Any]], Any] | None = None
+    function_name: str = ""
+    margin: MarginMeasure | None = None
+    min_margin: float = float("-inf")
+    keep_unfinished: bool = False
+
+    def judge(
+        self, rows: Sequence[PromptRow], candidates: Sequence[Candidate], known: Sequence[float | None] | None = None
+    ) -> list[Verdict]:
+        """Judges candidates, one verdict each.
+
+        Args:
+            rows: The prompt of each candidate.
+            candidates: What was sampled.
+            known: Margins of the candidates, None for each that is not known; by default none of them is.
+
+        Raises:
+            FilterError: The function fails, or returns something else than True or False.
+        """
+        verdicts = [Verdict(self._rejection(row, candidate)) for row, candidate in zip(rows, candidates, strict=True)]
+        if self.margin is None:
+            return verdicts
+        margins: list[float | None] = list(known) if known is not None else [None] * len(candidates)
+        passed = [index for index, verdict in enumerate(verdicts) if verdict.rejected is None]
+        unknown = [index for index in passed if margins[index] is None]
+        if unknown:
+            measured = self.margin.measure([rows[i] for i in unknown], [candidates[i] for i in unknown])
+            for index, value in zip(unknown, measured, strict=True):
+                margins[index] = value
+        for index in passed:
+            margin = margins[index]
+            assert margin is not None
+            enough = margin >= self.min_margin
+            verdicts[index] = Verdict(None if enough else f"margin below {self.min_margin:g}", margin)
+        return verdicts
+
+    def _rejection(self, row: PromptRow, candidate: Candidate) -> str | None:
+        if candidate.finish == "length" and not self.keep_unfinished:
+            return "cut off at max_new_tokens"
+        if candidate.finish not in ("stop", "length"):
+            return f"ended by {candidate.finish}"
+        if not candidate.text.strip() and candidate.message is None:
+            return "empty"
+        if candidate.differs == "text":
+            return "would not train as generated"
+        if self.pattern is not None and self.pattern.search(candidate.text) is None:
+            return "does not match keep_regex"
+        if self.function is not None and not self._holds(row, candidate):
+            return f"refused by {self.function_name}"
+        return None
+
+    def _holds(self, row: PromptRow, candidate: Candidate) -> bool:
+        """The verdict of a function that is the user's own, so anything may be raised in it."""
+        assert self.function is not None
+        where = f"{row.place}, candidate {candidate.number}: `{self.function_name}`"
+        try:
+            kept = self.function(completed(row, candidate))
+        except Exception as error:
+            raise FilterError(f"{where} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(kept, bool):
+            raise FilterError(f"{where} returned {kept!r}, expected True or False")
+        return kept

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates from a local model: one prefill for each shared context, then batches of candidates.
+
+1. Prompts are worked through in the order of their tokens, so that those that begin alike follow each other. What they
+   share is encoded once, and dropped when the last of them has come (`ContextEncoder`).
+2. The candidates of a prompt are decoded from its one encoded context, several prompts together while they fit into a
+   batch.
+3. What is drawn for a candidate depends on its seed alone (`context.generate`). The rows beside it, and what is
+   already done when a job goes on, change the last digits of its logits and nothing else.
+4. A candidate is written in the form that trains as it was generated (`candidate_forms`).
+"""
+
+import json
+from collections.abc import Iterator, Sequence, Set
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from frozen_peft.adapters.activated import require_always_active
+from frozen_peft.context import (
+    ContextEncoder,
+    ContextTokens,
+    FrozenContext,
+    generate_over,
+    tokens_within_rope,
+    use_segmented_attention,
+)
+from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.evaluation.candidate_forms import CandidateForms
+from frozen_peft.evaluation.candidates import Candidate, PromptRow, SamplingSettings
+from frozen_peft.evaluation.decision_tokens import prompt_tokens, stop_tokens
+
+__all__ = ["LocalSampler"]
+
+
+class LocalSampler:
+    """Samples from a model of transformers.
+
+    The model's attention may be switched to the exact one over two segments (`use_segmented_attention`).
+
+    Args:
+        model: A causal language model, or a `PeftModel` of one, which samples with its adapters.
+        tokenizer: The model's.
+        settings: How candidates are drawn.
+        batch_size: Candidates that are decoded together.
+        chunk_size: Context tokens per prefill forward; 0: one forward.
+
+    Raises:
+        ValueError: `batch_size` is out of range, or an adapter is switched on by tokens or puts in tokens of its own.
+        ContextMismatchError: transformers does not continue this architecture exactly from a cache.
+        UnsupportedArchitectureError: The model has no cache to continue from.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SamplingSettings,
+        *,
+        batch_size: int = 16,
+        chunk_size: int = 2048,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be 1 candidate or more, got {batch_size}")
+        require_always_active(model)
+        _require_weights_only(model)
+        self._model, self._tokenizer, self._settings, self._batch_size = model, tokenizer, settings, batch_size
+        self._pretrained = get_pretrained_model(model)
+        self._encoder = ContextEncoder(model, chunk_size=chunk_size)
+        self._stop_tokens = stop_tokens(tokenizer, self._pretrained.generation_config)
+        self._forms = CandidateForms(tokenizer, self._stop_tokens)
+        self._tokens: dict[str, list[int]] = {}
+        use_segmented_attention(model)
+
+    def check(self, rows: Sequence[PromptRow]) -> None:
+        """Refuses prompts that could not be sampled for, before anything is sampled.
+
+        Raises:
+            ValueError: A prompt has no tokens, or more than the model has positions.
+        """
+        limit = getattr(self._pretrained.config.get_text_config(), "max_position_embeddings", None)
+        for row in rows:
+            num_tokens = len(self._prompt(row))
+            if limit is not None and num_tokens + self._settings.max_new_tokens > limit:
+                raise ValueError(
+                    f"{row.place}: {num_tokens} tokens and `max_new_tokens` {self._settings.max_new_tokens} are more "
+                    f"than the {limit} positions of the model; shorten the prompt"
+                )
+
+    def sample(self, rows: Sequence[PromptRow], done: Set[tuple[int, int]] = frozenset()) -> Iterator[list[Candidate]]:
+        """Samples every candidate of these prompts that is not done.
+
+        Args:
+            rows: The prompts.
+            done: Index of the prompt and number of the candidate, for those that there are already.
+
+        Yields:
+            The candidates of one batch.
+        """
+        wanted = [
+            (row, [number for number in range(len(row.seeds)) if (row.index, number) not in done]) for row in rows
+        ]
+        wanted = sorted((item for item in wanted if item[1]), key=lambda item: _order(self._prompt(item[0])))
+        groups = list(self._groups(wanted))
+        self._encoder.expect([self._context(self._prompt(row)) for group in groups for row, _ in group])
+        for group in groups:
+            contexts = [self._context(self._prompt(row)) for row, _ in group]
+            frozen = self._encoder.encode(contexts) if any(map(len, contexts)) else None
+            places = [(place, number) for place, (_, numbers) in enumerate(group) for number in numbers]
+            for start in range(0, len(places), self._batch_size):
+                batch = places[start : start + self._batch_size]
+                yield self._decoded([row for row, _ in group], frozen, batch)
+
+    def _groups(self, wanted: list[tuple[PromptRow, list[int]]]) -> Iterator[list[tuple[PromptRow, list[int]]]]:
+        """Prompts that are encoded together: as many as one batch of candidates has room for, or one.
+
+        A prompt whose candidates may go beyond a limit of the rope is by itself: they all reach it at the same token.
+        """
+        group: list[tuple[PromptRow, list[int]]] = []
+        size = 0
+        for item in wanted:
+            is_alone = self._num_alike(self._prompt(item[0])) < self._settings.max_new_tokens
+            if group and (is_alone or size + len(item[1]) > self._batch_size):
+                yield group
+                group, size = [], 0
+            group.append(item)
+            size += len(item[1])
+            if is_alone:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+    def _num_alike(self, prompt: list[int]) -> int:
+        """How many tokens can be decoded before positions are computed in another way."""
+        return tokens_within_rope(self._model, len(prompt), self._settings.max_new_tokens)
+
+    def _decoded(
+        self, rows: list[PromptRow], frozen: FrozenContext | None, batch: list[tuple[int, int]]
+    ) -> list[Candidate]:
+        """Candidates of one batch: each the place of its prompt among the rows, and its number."""
+        settings = self._settings
+        draws = None
+        if settings.temperature > 0.0:
+            draws = np.stack(
+                [
+                    np.random.default_rng(rows[place].seeds[number]).random(settings.max_new_tokens)
+                    for place, number in batch
+                ]
+            )
+        outputs = self._generated(
+            frozen.select([place for place, _ in batch]) if frozen is not None else None,
+            [self._prompt(rows[place]) for place, _ in batch],
+            draws,
+            settings.max_new_tokens,
+        )
+        return [
+            self._candidate(rows[place], number, tokens)
+            for (place, number), tokens in zip(batch, outputs, strict=True)
+        ]
+
+    def _generated(
+        self, frozen: FrozenContext | None, prompts: list[list[int]], draws: np.ndarray | None, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Candidates of prompts that reach a limit of the rope at the same token, or not at all."""
+        num_alike = min(tokens_within_rope(self._model, len(prompt), max_new_tokens) for prompt in prompts)
+        outputs = generate_over(
+            self._model,
+            frozen,
+            prompts,
+            draws=draws[:, :num_alike] if draws is not None else None,
+            max_new_tokens=num_alike,
+            stop_tokens=self._stop_tokens,
+            temperature=self._settings.temperature or 1.0,
+            top_p=self._settings.top_p,
+        )
+        unfinished = [row for row, tokens in enumerate(outputs) if tokens[-1] not in self._stop_tokens]
+        if num_alike == max_new_tokens or not unfinished:
+            return outputs
+        longer = [prompts[row] + outputs[row] for row in unfinished]
+        rest = self._generated(
+            self._encoder.encode([self._context(prompt) for prompt in longer]),
+            longer,
+            draws[unfinished, num_alike:] if draws is not None else None,
+            max_new_tokens - num_alike,
+        )
+        for row, tokens in zip(unfinished, rest, strict=True):
+            outputs[row] = outputs[row] + tokens
+        return outputs
+
+    def _candidate(self, row: PromptRow, number: int, tokens: list[int]) -> Candidate:
+        finish = "stop" if tokens[-1] in self._stop_tokens else "length"
+        form = self._forms.find(row, tokens)
+        return Candidate(
+            row.index, number, row.seeds[number], form.text, len(tokens), finish, form.message, form.differs
+        )
+
+    def _prompt(self, row: PromptRow) -> list[int]:
+        key = json.dumps([row.prompt, row.values.get("tools"), row.values.get("chat_template_kwargs")])
+        if key not in self._tokens:
+            self._tokens[key] = prompt_tokens(self._tokenizer, row, row.prompt)
+        return self._tokens[key]
+
+    def _context(self, prompt: list[int]) -> ContextTokens:
+        """All but the last token, whose output is the decision's first token."""
+        return ContextTokens(torch.tensor(prompt[:-1], dtype=torch.long), len(prompt))
+
+
+def _require_weights_only(model: torch.nn.Module) -> None:
+    """Refuses adapters that stand before a context, which would be left out where contexts are encoded below them."""
+    if not isinstance(model, PeftModel):
+        return
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"Adapter `{name}` is a {type(config).__name__}, which puts tokens of its own before a context; only "
+                "adapters on weights (LoRA and its kin) can be sampled with."
+            )
+
+
+def _order(tokens: list[int]) -> bytes:
+    """Sorts as the tokens do, and as the encoder's plan does."""
+    return np.asarray(tokens, dtype=">i4").tobytes()

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Probes: questions to a model of the form "which of these two decisions, in this context?".
+
+Conditions say which context a decision is scored in:
+
+- `given`: the probe's prompt.
+- `instructed`: the prompt with the instructions that were stripped from it put back.
+- `shuffled`: the prompt of another probe of its kind. Which one is drawn as a derangement of the distinct prompts, so
+  none keeps its own.
+- `empty`: nothing but what the chat template puts before every assistant message, and the beginning of the sequence
+  where the tokenizer marks it.
+
+A decision keeps its tokens in the last two, whatever it stands behind.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from frozen_peft.data.conversation import sample_problem
+from frozen_peft.data.rows import read_rows
+
+__all__ = ["CONDITIONS", "KINDS", "Condition", "Probe", "ProbeKind", "read_probes"]
+
+ProbeKind = Literal["target", "control"]
+KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
+Condition = Literal["given", "instructed", "shuffled", "empty"]
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A context, and two decisions of which one is preferred.
+
+    Attributes:
+        prompt: The context: messages, or text.
+        preferred: The decision that is wanted; after messages the content of the assistant's next one.
+        rejected: One that is not.
+        kind: `"target"`: what training is to bring about. `"control"`: what it must leave as it is.
+        expected: What greedy decoding is to give, where that is known.
+        stripped: The instructions that were stripped from the prompt, as `strip_instructions` keeps them.
+        id: A name of its own among the probes of a file.
+        place: Where it came from, as messages name it.
+        values: The row's fields, of which `tools` and `chat_template_kwargs` go to the chat template.
+    """
+
+    prompt: list[dict[str, Any]] | str
+    preferred: str
+    rejected: str
+    kind: ProbeKind = "target"
+    expected: str | None = None
+    stripped: list[dict[str, Any]] = field(default_factory=list)
+    id: str = ""
+    place: str = "probe"
+    values: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_row(cls, values: dict[str, Any], place: str = "probe", default_id: str = "") -> "Probe":
+        """Makes a probe of a row.
+
+        Args:
+            values: The row's fields.
+            place: Where it is, for messages.
+            default_id: Its name where the row has no `id`.
+
+        Raises:
+            ValueError: A field is missing or is not what it should be.
+        """
+        problem = _problem(values)
+        if problem:
+            raise ValueError(f"{place}: {problem}")
+        return cls(
+            prompt=values["prompt"],
+            preferred=values["preferred"],
+            rejected=values["rejected"],
+            kind=cast(ProbeKind, values.get("kind") or "target"),
+            expected=values.get("expected"),
+            stripped=values.get("stripped") or [],
+            id=values.get("id") or default_id,
+            place=place,
+            values=values,
+        )
+
+
+def read_probes(path: Path, on_bad: Callable[[str], None] | None = None) -> list[Probe]:
+    """Reads the probes of a JSON Lines file.
+
+    Args:
+        path: The file.
+        on_bad: Called with the message of a bad line, which is then left out. Without it a bad line is an error.
+
+    Returns:
+        The probes in their order; one without an `id` is called by its line.
+
+    Raises:
+        ValueError: A line is bad, two probes have the same `id`, or there are no probes.
+        FileNotFoundError: There is no such file.
+    """
+    places: dict[str, str] = {}
+    probes = []
+    for row in read_rows(path, _problem, on_bad):
+        probe = Probe.from_row(row.values, row.place, default_id=f"line {row.line}")
+        if probe.id in places:
+            message = f"{row.place}: `id` {probe.id!r} is that of {places[probe.id]}; give each probe its own"
+            if on_bad is None:
+                raise ValueError(message)
+            on_bad(message)
+            continue
+        places[probe.id] = row.place
+        probes.append(probe)
+    if not probes:
+        raise ValueError(f"{path}: no probes to score; a line is {{'prompt': ..., 'preferred': ..., 'rejected': ...}}")
+    return probes
+
+
+def _problem(values: dict[str, Any]) -> str | None:
+    """What keeps a row from being a probe."""
+    missing = [f"`{name}`" for name in ("prompt", "preferred", "rejected") if values.get(name) is None]
+    if missing:
+        found = ", ".join(f"`{name}`" for name in values) or "nothing"
+        return f"a probe needs {', '.join(missing)}; found {found}"
+    for name in ("preferred", "rejected", "expected"):
+        value = values.get(name)
+        if name == "expected" and value is None:
+            continue
+        if not isinstance(value, str):
+            return f"`{name}` is the text of a decision, got {type(value).__name__}"
+        if not value:
+            return f"`{name}` is empty: a decision has at least one token"
+    if values["preferred"] == values["rejected"]:
+        return f"`preferred` and `rejected` are equal ({_short(values['preferred'])}): there is nothing to prefer"
+    if values.get("kind") not in (None, *KINDS):
+        return f"`kind` is one of {', '.join(KINDS)}; got {values['kind']!r}"
+    if not isinstance(values.get("id") or "", str):
+        return f"`id` is text, got {type(values['id']).__name__}"
+    stripped = values.get("stripped") or []
+    if not isinstance(stripped, list) or not all(isinstance(piece, dict) for piece in stripped):
+        return "`stripped` is a list of objects, as `frozen-peft strip` writes it"
+    prompt = values["prompt"]
+    # No messages are a decision without context, which is no sample to strip but one to score.
+    return None if prompt == [] else sample_problem({"prompt": prompt})
+
+
+def _short(text: str, length: int = 40) -> str:
+    return repr(text if len(text) <= length else text[: length - 1] + "…")

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What has to hold across processes before they train together.
+
+Another version of a kernel rounds otherwise, and another choice of kernels has other limits: processes that differ
+would each compute another gradient, and average them without a word.
+"""
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin, gather_object
+from torch.distributed.fsdp import FSDPModule
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from frozen_peft.config import FrozenContextConfig
+from frozen_peft.context import Cut
+from frozen_peft.context.compiled import compile_layers
+from frozen_peft.context.kernels.table import KERNEL_MODULES, current_capabilities, kernel_choices
+from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.context.sharding import are_sharded, reshard
+from frozen_peft.gradient import StretchedDecoder, finish_stretches
+from frozen_peft.training.batches import without_labels
+from frozen_peft.training.resuming import ResumableTrainer
+from frozen_peft.utils.installed import installed_version, module_versions
+
+__all__ = [
+    "DistributedTrainer",
+    "adding_up",
+    "as_many_everywhere",
+    "check_engine",
+    "describe_machine",
+    "require_same",
+    "require_same_machines",
+]
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+MISSING = "not installed"
+
+
+def require_same_machines(accelerator: Accelerator, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses processes that would not compute the same; to be called by all of them, and raised by all of them.
+
+    Args:
+        accelerator: Of the training.
+        device: Where this process computes.
+        dtype: In which its model computes.
+
+    Raises:
+        ValueError: See `require_same`.
+    """
+    if accelerator.num_processes > 1:
+        require_same(gather_object([describe_machine(device, dtype)]))
+
+
+def check_engine(accelerator: Accelerator, model: torch.nn.Module, config: FrozenContextConfig) -> None:
+    """Refuses weights in shards that cannot be gathered where the configuration has layers run.
+
+    Args:
+        accelerator: Of the training.
+        model: Before it is prepared for training.
+        config: Of the training.
+
+    Raises:
+        ValueError: `checkpoint_every` with FSDP; contexts or stretches with DeepSpeed ZeRO-3, FSDP of version 1 or
+            a model that was in shards before.
+    """
+    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if is_fsdp and config.checkpoint_every > 1:
+        raise ValueError(
+            f"`checkpoint_every={config.checkpoint_every}` computes several layers again in one go, and FSDP has the "
+            "weights of one at a time. Leave it at 1."
+        )
+    if config.gradient_horizon == -1 and config.sequence_chunk_size is None:
+        return
+    way_out = "or train the whole sequence at once (`tier: 1` without `sequence_chunk_size`)"
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "DeepSpeed ZeRO-3 gathers weights in the order of the first step, and contexts of different lengths take "
+            "another number of forwards in each. Use ZeRO-2, or FSDP2, which shards weights as well "
+            f"(`frozen-peft recipes accelerate/fsdp2`), {way_out}."
+        )
+    if is_fsdp and not accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP of version 1 gathers weights for a forward of the whole model alone, and contexts are encoded below "
+            f"its head. Set `fsdp_version: 2` (`frozen-peft recipes accelerate/fsdp2`), {way_out}."
+        )
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError(
+            "This model's weights were put in shards when it was loaded. Load it without `distributed_config`, and "
+            f"let `accelerate launch` put them in shards (`frozen-peft recipes accelerate/fsdp2`), {way_out}."
+        )
+
+
+def describe_machine(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What has to be the same on every process, by name: versions, and the kernel for each part of a step."""
+    rows = kernel_choices(current_capabilities(device), dtype)
+    return {
+        "python": platform.python_version(),
+        **{name: installed_version(name) or MISSING for name in PACKAGES},
+        **{name: _parts(module_versions(name)) for name in ("triton", *KERNEL_MODULES)},
+        **{f"kernel for {row.purpose}": row.kernel for row in rows},
+    }
+
+
+def _parts(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) or MISSING
+
+
+def require_same(machines: Sequence[Mapping[str, str]]) -> None:
+    """Refuses machines that differ.
+
+    Args:
+        machines: What `describe_machine` gave, by rank.
+
+    Raises:
+        ValueError: Names everything that differs, with the value and the ranks that have it.
+    """
+    names = dict.fromkeys(name for machine in machines for name in machine)
+    different = []
+    for name in names:
+        ranks: dict[str, list[int]] = {}
+        for rank, machine in enumerate(machines):
+            ranks.setdefault(machine.get(name, MISSING), []).append(rank)
+        if len(ranks) > 1:
+            values = ", ".join(f"{value} on rank {', '.join(map(str, found))}" for value, found in ranks.items())
+            different.append(f"{name}: {values}")
+    if different:
+        raise ValueError(
+            f"The processes of this training would not compute the same. {'; '.join(different)}. Install the same "
+            "versions everywhere (`pip install -c constraints.txt`), and use GPUs of one kind."
+        )
+
+
+def as_many_everywhere(accelerator: Accelerator, parts: list[dict[str, Any]], cut: Cut) -> list[dict[str, Any]]:
+    """Parts of a batch, with some that add nothing where another process has more.
+
+    The forward and backward of each part have collective operations, which every process must enter.
+
+    Args:
+        accelerator: Of the training.
+        parts: Batches of decisions, one at least.
+        cut: Where samples are cut; but for turns, every process has one part.
+    """
+    if cut.mode == "tail" or accelerator.num_processes == 1:
+        return parts
+    num_parts = torch.tensor(len(parts), device=accelerator.device)
+    missing = int(accelerator.gather(num_parts).max()) - len(parts)
+    return parts + [without_labels(parts[-1])] * missing
+
+
+@contextmanager
+def adding_up(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
+    """Inside, a backward adds to the gradients of a step; one outside of it, the last, reduces them over processes.
+
+    With DeepSpeed that last one also steps: accelerate 1.15 has the engine step in every backward, and forget the
+    gradients, while `sync_gradients` is set, which it is for all of the last micro-batch of a step. `no_sync` does
+    not unset it, and does nothing at all with ZeRO-2.
+    """
+    syncs = accelerator.sync_gradients
+    accelerator.sync_gradients = False
+    try:
+        with accelerator.no_sync(model):
+            yield
+    finally:
+        accelerator.sync_gradients = syncs
+
+
+class DistributedTrainer(ResumableTrainer):
+    """`SFTTrainer` on several processes, whose weights may be in shards (FSDP2).
+
+    Everything is inherited but these hooks and those of `ResumableTrainer`, which add to the parent's:
+
+    - `training_step` finishes the stretches of a sequence, which there run backward by themselves.
+    - `evaluation_loop` leaves shards behind, and what is evaluated before training is trained on all processes.
+    - `_build_accelerator_args` keeps accelerate from compiling the model as one: a compiler would trace how contexts
+      are handed over, and compile each of their lengths. `_compile_layers` compiles what can be.
+    """
+
+    model: torch.nn.Module
+    optimizer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._pending_stretches: list[StretchedDecoder] = []
+        self._compiler = TorchDynamoPlugin(backend="no")
+        super().__init__(*args, **kwargs)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        # By `torch_compile`, or by the file that `accelerate launch` was given.
+        self._compiler, arguments["dynamo_plugin"] = arguments["dynamo_plugin"], self._compiler
+        return arguments
+
+    def _compile_layers(self) -> None:
+        """Compiles the parts of each decoder layer, with `torch_compile`.
+
+        Raises:
+            ValueError: With FSDP or DeepSpeed, or what `compile_layers` refuses.
+        """
+        if self._compiler.backend == DynamoBackend.NO:
+            return
+        engine = self.accelerator.distributed_type
+        if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"`torch_compile` was never run with {engine.value}, whose hooks would become a part of what is "
+                "compiled. Set it to False, or use DDP."
+            )
+        compile_layers(get_pretrained_model(self.model), **self._compiler.to_kwargs())
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's, and what its backward pass has left."""
+        loss = super().training_step(*args, **kwargs)
+        finish_stretches(self._pending_stretches)
+        return loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, of a model that is put in shards first, or that training prepares anew."""
+        is_first = not self.accelerator._models
+        if self.accelerator.is_fsdp2 and not are_sharded(self.model):
+            # transformers 5.23 prepares the model alone for an evaluation before training, which accelerate 1.15
+            # refuses: with its weights it replaces those of the optimizer.
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            # What comes next, a checkpoint or training, reads the weights by name.
+            reshard(self.model)
+            if is_first and self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+                self._forget_preparation()
+
+    def _forget_preparation(self) -> None:
+        """Lets training prepare a model that was evaluated before.
+
+        transformers 5.23 has accelerate 1.15 prepare it for an evaluation alone, which marks it as prepared. Training
+        would take it as it is, without DDP, and each process follow its own gradients without a word. This can go when
+        accelerate marks what it prepared in evaluation mode otherwise, or transformers prepares it for training.
+        """
+        if self.accelerator.num_processes > 1 and vars(self.model).pop("_is_accelerate_prepared", False):
+            self.accelerator._models.clear()

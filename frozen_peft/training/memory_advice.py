@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training does where the GPU runs out of memory: it stops, and says which fields to change.
+
+Encoding contexts in smaller chunks changes nothing but the time, so the encoder does that by itself. What a decision
+takes is set by fields that change the training or its speed, which are the user's to choose.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from trl import SFTTrainer
+
+from frozen_peft.config import FrozenContextConfig
+from frozen_peft.context.halving import AdvisedOutOfMemoryError
+from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.context.sharding import are_sharded
+from frozen_peft.training.batches import CONTEXTS
+
+__all__ = ["AdvisedTrainer", "memory_advice", "planned_advice"]
+
+# Loss, logits and labels, as `prediction_step` returns them.
+Prediction = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+class AdvisedTrainer(SFTTrainer):
+    """`SFTTrainer` whose steps end with advice where the GPU has too little memory for them."""
+
+    args: FrozenContextConfig
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's, in which running out of memory names the fields to change."""
+        try:
+            return super().training_step(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            inputs = args[1] if len(args) > 1 else kwargs["inputs"]
+            raise _advised(error, self.args, "training", planned_advice(self.model, self.args, inputs)) from error
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Prediction:
+        """TRL's, in which running out of memory names the fields to change."""
+        try:
+            return super().prediction_step(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise _advised(error, self.args, "evaluation") from error
+
+
+def _advised(
+    error: torch.OutOfMemoryError, args: FrozenContextConfig, where: str, planned: Sequence[str] = ()
+) -> torch.OutOfMemoryError:
+    if isinstance(error, AdvisedOutOfMemoryError):
+        return error
+    lines = "\n".join(f"- {line}" for line in (*planned, *memory_advice(args, evaluation=where == "evaluation")))
+    # PyTorch's text comes first: `auto_find_batch_size` looks for it.
+    return AdvisedOutOfMemoryError(f"{error}\nA step of {where} does not fit. What takes less memory:\n{lines}")
+
+
+def planned_advice(model: torch.nn.Module, args: FrozenContextConfig, inputs: dict[str, Any]) -> list[str]:
+    """What the planner says of a batch that did not fit; nothing where it thinks that it fits, or cannot know.
+
+    Args:
+        model: The model.
+        args: The settings.
+        inputs: The batch, of whole samples or of decisions with their contexts.
+    """
+    limit = _device_memory()
+    # A plan is of one device, and knows nothing of shards.
+    if limit is None or are_sharded(model):
+        return []
+    # Here and not above: it takes a while to import, and most trainings never need it.
+    from frozen_peft.planning import Setting, advise, make_plan
+
+    pretrained = get_pretrained_model(model)
+    num_tokens = inputs["input_ids"].shape[1]
+    contexts = [len(context) for context in inputs.get(CONTEXTS, ())]
+    dtype = str(pretrained.dtype).removeprefix("torch.")
+    try:
+        setting = Setting.from_config(
+            args,
+            context_length=max(contexts, default=0),
+            decision_length=num_tokens,
+            load_in_4bit=getattr(pretrained, "is_loaded_in_4bit", False),
+            use_peft=isinstance(model, PeftModel),
+            **({"dtype": dtype} if dtype in ("float32", "float16", "bfloat16") else {}),
+        )
+        plan = make_plan(pretrained.config, setting, limit)
+    except ValueError:
+        # It has no plan for this model: the advice below it holds all the same.
+        return []
+    return [] if plan.fits is not False else [f"planned: {sentence}" for sentence in advise(plan)]
+
+
+def _device_memory() -> int | None:
+    """Bytes that the GPU has; None without one."""
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+
+
+def memory_advice(args: FrozenContextConfig, *, evaluation: bool = False) -> list[str]:
+    """What takes less memory than these settings, what costs least first.
+
+    Args:
+        args: The settings.
+        evaluation: Of an evaluation, which has no gradient.
+    """
+    batch = "per_device_eval_batch_size" if evaluation else "per_device_train_batch_size"
+    size = getattr(args, batch)
+    lines = []
+    if size > 1:
+        also = "" if evaluation else ", and a larger `gradient_accumulation_steps` for the same step"
+        lines.append(f"`{batch}: {size // 2}` instead of {size}{also}")
+    if args.decision_mode == "turns" and args.max_decisions_per_forward > 1:
+        lines.append(
+            f"`max_decisions_per_forward: {args.max_decisions_per_forward // 2}` instead of "
+            f"{args.max_decisions_per_forward}"
+        )
+    if not evaluation:
+        lines += _gradient_advice(args)
+    if args.loss_type == "distill" and args.distill_chunk_size > 1:
+        lines.append(f"`distill_chunk_size: {args.distill_chunk_size // 2}` instead of {args.distill_chunk_size}")
+    if args.gradient_horizon != -1:
+        limit = args.max_context_length or "none"
+        lines.append(f"a smaller `max_context_length` (now {limit}): keys and values grow with every context token")
+    else:
+        lines.append(f"a smaller `max_length` (now {args.max_length or 'none'}), or `tier: 2`, which freezes contexts")
+    lines.append("`load_in_4bit: true`, if the base is not in 4 bit yet")
+    lines.append("the environment variable PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, against fragmentation")
+    return lines
+
+
+def _gradient_advice(args: FrozenContextConfig) -> list[str]:
+    """What lowers the activations that wait for a backward pass."""
+    lines = []
+    if not args.gradient_checkpointing:
+        lines.append("`gradient_checkpointing: true`: layers are computed again in the backward pass")
+    elif args.checkpoint_every > 1:
+        lines.append(f"`checkpoint_every: 1` instead of {args.checkpoint_every}")
+    if args.gradient_horizon not in (0, -1):
+        lines.append(f"a `gradient_horizon` below {args.gradient_horizon}")
+    if args.sequence_chunk_size is None:
+        lines.append("`sequence_chunk_size: 1024`: activations of that many tokens at a time, the same gradient")
+    else:
+        lines.append(f"a `sequence_chunk_size` below {args.sequence_chunk_size}")
+        if not args.offload_stretches:
+            lines.append("`offload_stretches: true`: keys, values and their gradients in host memory")
+    return lines
