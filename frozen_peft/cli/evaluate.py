@@ -11,8 +11,8 @@ from tqdm import tqdm
 from frozen_peft.cli.demo import model_source
 from frozen_peft.cli.dtypes import LOADED_DTYPES, full_name
 from frozen_peft.cli.errors import reported
-from frozen_peft.data import whole_file
 from frozen_peft.evaluation import CONDITIONS, read_probes
+from frozen_peft.utils.files import whole_file
 
 __all__ = ["run"]
 

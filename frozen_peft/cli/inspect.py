@@ -23,7 +23,6 @@ from frozen_peft.cli.training import (
 )
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context.models import get_pretrained_model
-from frozen_peft.data import whole_file
 from frozen_peft.evaluation import put_adapter_weights
 from frozen_peft.evaluation.inspection import (
     advice_text,
@@ -39,6 +38,7 @@ from frozen_peft.merging import find_folder, require_repeatable, require_repeate
 from frozen_peft.planning import TierAdvice, find_card, load_config
 from frozen_peft.report.heatmap import draw_heatmap
 from frozen_peft.training.sft import FrozenContextTrainer
+from frozen_peft.utils.files import whole_file
 
 __all__ = ["InspectArguments", "run"]
 

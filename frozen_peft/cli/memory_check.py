@@ -16,11 +16,11 @@ from frozen_peft.cli.training import AdapterArguments, ModelArguments, is_sharde
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut
 from frozen_peft.context.kernels.table import current_capabilities, is_accelerated
-from frozen_peft.data.rows import whole_file
 from frozen_peft.distillation import TEACHER_COLUMNS
 from frozen_peft.planning import Plan, Setting, advise, make_plan, plan_of_weights
 from frozen_peft.training.samples import measure_samples
 from frozen_peft.training.sft import FrozenContextTrainer
+from frozen_peft.utils.files import whole_file
 
 __all__ = ["MemoryCheck"]
 

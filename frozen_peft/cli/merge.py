@@ -173,8 +173,8 @@ def _score_probes(options: argparse.Namespace, probes: dict[str, Any]) -> dict[s
 
 
 def _rewrite_report(output: Path, report: dict[str, Any]) -> None:
-    from frozen_peft.data import whole_file
     from frozen_peft.merging import REPORT
+    from frozen_peft.utils.files import whole_file
 
     with whole_file(output / REPORT) as file:
         file.write(json.dumps(report, indent=2) + "\n")

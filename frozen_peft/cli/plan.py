@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> None:
             for plan, lines, time in zip(plans, advice, times, strict=True)
         ]
         try:
-            from frozen_peft.data.rows import whole_file
+            from frozen_peft.utils.files import whole_file
 
             with whole_file(Path(options.json)) as file:
                 file.write(json.dumps({"gpu": options.gpu, "plans": records}, indent=2) + "\n")

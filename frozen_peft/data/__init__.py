@@ -8,7 +8,7 @@ from frozen_peft.data.conversation import Split, message_texts, sample_problem, 
 from frozen_peft.data.json_text import BYTE_ORDER_MARK, InexactNumber, JsonTextError, inexactness, parse_json
 from frozen_peft.data.marks import DEFAULT_MARKS, Marks
 from frozen_peft.data.paraphrases import Paraphrases
-from frozen_peft.data.rows import Row, read_rows, whole_file
+from frozen_peft.data.rows import Row, read_rows
 from frozen_peft.data.strip_file import StripSettings, StripSummary, strip_file
 from frozen_peft.data.stripping import QuotedInstructionError, restore_instructions, strip_instructions
 from frozen_peft.data.variant_files import read_paraphrases, read_units
@@ -59,7 +59,6 @@ __all__ = [
     "strip_file",
     "strip_instructions",
     "vary_context",
-    "whole_file",
     "with_context",
 ]
 

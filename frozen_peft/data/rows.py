@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON Lines files of samples and probes: read with the place of each mistake, written whole or not at all."""
+"""JSON Lines files of samples and probes: read with the place of each mistake."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from frozen_peft.data import BYTE_ORDER_MARK, JsonTextError, parse_json
 
-__all__ = ["Row", "dump_row", "read_rows", "whole_file"]
+__all__ = ["Row", "dump_row", "read_rows"]
 
 # Says what is wrong with a row, None where nothing is.
 Check = Callable[[dict[str, Any]], str | None]
@@ -75,36 +72,6 @@ def dump_row(values: dict[str, Any]) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
         text = json.dumps(values)
     return text + "\n"
-
-
-@contextmanager
-def whole_file(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
-    """A file to write that appears under its name when the block ends, and not at all where it fails.
-
-    Args:
-        path: Its name.
-        binary: Whether bytes are written, or text in UTF-8.
-
-    Raises:
-        FileNotFoundError: The folder is not there.
-    """
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.absolute().parent} to write {path.name} to")
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".part")
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb" if binary else "w", encoding=None if binary else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files for the owner alone; this is what `open` would have given.
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _parse(text: bytes) -> tuple[dict[str, Any], str | None]:

@@ -9,9 +9,10 @@ from typing import Any
 from frozen_peft.data.conversation import message_texts, sample_problem
 from frozen_peft.data.marks import DEFAULT_MARKS, Marks
 from frozen_peft.data.pieces import STRIPPED, piece_texts
-from frozen_peft.data.rows import dump_row, read_rows, whole_file
+from frozen_peft.data.rows import dump_row, read_rows
 from frozen_peft.data.stripping import QuotedInstructionError, strip_instructions
 from frozen_peft.data.variants import VariantSettings, vary_context
+from frozen_peft.utils.files import whole_file
 
 __all__ = ["StripSettings", "StripSummary", "strip_file"]
 

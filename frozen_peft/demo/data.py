@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frozen_peft.data import strip_instructions, whole_file
+from frozen_peft.data import strip_instructions
 from frozen_peft.data.rows import dump_row
 from frozen_peft.demo.world import ITEMS, NAMES, NOUNS, Request, Scene, Vocabulary, draw_scene, message
+from frozen_peft.utils.files import whole_file
 
 __all__ = ["DemoData", "DemoFiles", "write_demo_files"]
 

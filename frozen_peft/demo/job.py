@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from frozen_peft.data import StripSettings, strip_file
-from frozen_peft.data.rows import whole_file
 from frozen_peft.demo.data import DemoData, DemoFiles, write_demo_files
 from frozen_peft.demo.model import CHECKPOINT
 from frozen_peft.demo.table import percent, render_table
 from frozen_peft.demo.world import count_tokens
 from frozen_peft.evaluation import Condition, ProbeScores, ProbeTokens, read_probes, score_probes
 from frozen_peft.merging import merge_adapter
+from frozen_peft.utils.files import whole_file
 
 __all__ = ["DemoSettings", "run_demo"]
 

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from frozen_peft.data.rows import dump_row
+from frozen_peft.utils.files import sync
 
 __all__ = ["Journal"]
 
@@ -115,8 +116,4 @@ def _sync_folder(folder: Path) -> None:
     """Makes sure that a new file is still there after a power failure, where folders can be synced."""
     if os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(folder)

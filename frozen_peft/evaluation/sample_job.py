@@ -21,10 +21,11 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from frozen_peft.data.rows import dump_row, whole_file
+from frozen_peft.data.rows import dump_row
 from frozen_peft.evaluation.candidates import Candidate, PromptRow, completed
 from frozen_peft.evaluation.filters import CandidateFilter, Verdict
 from frozen_peft.evaluation.journal import Journal
+from frozen_peft.utils.files import whole_file
 
 __all__ = ["SampleSummary", "Sampler", "run_sample_job", "work_file"]
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from frozen_peft.utils.files import sync
+
 __all__ = ["require_free", "require_space", "whole_folder"]
 
 
@@ -60,11 +62,11 @@ def whole_folder(output: Path) -> Iterator[Path]:
             _clear(part)
             yield part
             for path in part.rglob("*"):
-                _sync(path)
-            _sync(part)
+                sync(path)
+            sync(part)
             require_free(output)
             part.rename(output)
-            _sync(output.parent)
+            sync(output.parent)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
@@ -100,11 +102,3 @@ def _clear(part: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,10 +8,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from frozen_peft.data import whole_file
 from frozen_peft.report.formats import visible
 from frozen_peft.report.run_folder import RunFolder, read_run_folder
 from frozen_peft.report.sections import build_sections
+from frozen_peft.utils.files import whole_file
 
 __all__ = ["REPORT_FILE", "render_page", "write_page", "write_report"]
 

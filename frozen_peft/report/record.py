@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import yaml
 
-from frozen_peft.data import whole_file
 from frozen_peft.report.secrecy import without_secrets
+from frozen_peft.utils.files import whole_file
 from frozen_peft.utils.installed import installed_version
 
 __all__ = ["versions", "write_json", "write_recipe"]

@@ -22,6 +22,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from frozen_peft.utils.files import sync
+
 __all__ = [
     "AUTO",
     "MANIFEST",
@@ -64,15 +66,15 @@ def publish_checkpoint(part: Path, final: Path, *, resumable: bool) -> None:
     text = json.dumps({"resumable": resumable, "files": sizes}, indent=2)
     (part / MANIFEST).write_text(text + "\n", encoding="utf-8")
     for path in part.rglob("*"):
-        _sync(path)
-    _sync(part)
+        sync(path)
+    sync(part)
     if os.path.lexists(final):
         # A folder cannot be renamed onto one that holds something.
         old = part.with_name(f"{final.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     part.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 @contextmanager
@@ -89,7 +91,7 @@ def whole_files(folder: Path) -> Iterator[Path]:
         yield part
         written = [path for path in part.rglob("*") if path.is_file()]
         for path in sorted(written, key=lambda path: (path.suffix == ".safetensors", path)):
-            _sync(path)
+            sync(path)
             target = folder / path.relative_to(part)
             for parent in list(path.relative_to(part).parents)[-2::-1]:
                 if (folder / parent).is_symlink():
@@ -205,11 +207,3 @@ def settle_best(state: TrainerState, run_dir: Path) -> None:
     best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
     if best.is_dir() or state.best_global_step == state.global_step:
         state.best_model_checkpoint = str(best)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

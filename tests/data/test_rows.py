@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from frozen_peft.data.rows import dump_row, read_rows, whole_file
+from frozen_peft.data.rows import dump_row, read_rows
+from frozen_peft.utils.files import whole_file
 
 
 def no_problem(values: dict) -> None:
