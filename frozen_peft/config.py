@@ -2,17 +2,15 @@
 """The configuration of `FrozenContextTrainer`: `SFTConfig` and what a frozen context adds to it."""
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from transformers import TrainingArguments
 from transformers.utils import logging
 from trl import SFTConfig
 
-from frozen_peft.context import ContextFiles, ContextStore, DiskLevel
 from frozen_peft.utils.sizes import parse_size
 
-__all__ = ["TIERS", "FrozenContextConfig", "make_store"]
+__all__ = ["TIERS", "FrozenContextConfig"]
 
 logger = logging.get_logger(__name__)
 
@@ -415,16 +413,6 @@ class FrozenContextConfig(SFTConfig):
                 f"`label_smoothing_factor={self.label_smoothing_factor}` smooths labels, and `loss_type='distill'` "
                 "learns from the teacher's distribution instead. Leave one of the two out."
             )
-
-
-def make_store(config: FrozenContextConfig) -> ContextStore | None:
-    """The store that a configuration asks for; None where it keeps nothing."""
-    max_bytes, folder = parse_size(config.context_cache_size), config.context_cache_dir
-    if not max_bytes and folder is None:
-        return None
-    disk = DiskLevel(ContextFiles(Path(folder).expanduser())) if folder is not None else None
-    staleness, dtype = config.max_context_staleness, config.context_cache_dtype
-    return ContextStore(max_bytes, disk, max_staleness=staleness, dtype=dtype)
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

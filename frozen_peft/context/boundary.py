@@ -132,6 +132,10 @@ class Decision:
         """The context, with the length of the sample."""
         return ContextTokens(self.context, len(self.context) + len(self.input_ids))
 
+    def to(self, device: torch.device | str) -> "Decision":
+        """The same on a device."""
+        return Decision(self.context.to(device), self.input_ids.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class SplitBatch:

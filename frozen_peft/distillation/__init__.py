@@ -16,8 +16,9 @@ at whose supervised tokens the two distributions are compared.
 """
 
 from frozen_peft.distillation.dataset import TEACHER_COLUMNS, TeacherCollator, check_teacher, prepare_with_teacher
-from frozen_peft.distillation.distiller import Distiller, known_loss_type, require_distillable
+from frozen_peft.distillation.distiller import Distiller, require_distillable
 from frozen_peft.distillation.divergence import Answers
+from frozen_peft.distillation.head import verify_head
 
 __all__ = [
     "TEACHER_COLUMNS",
@@ -25,7 +26,7 @@ __all__ = [
     "Distiller",
     "TeacherCollator",
     "check_teacher",
-    "known_loss_type",
     "prepare_with_teacher",
     "require_distillable",
+    "verify_head",
 ]

@@ -29,7 +29,7 @@ TEACHER_IDS, TEACHER_LABELS = "teacher_input_ids", "teacher_labels"
 TEACHER_COLUMNS = (TEACHER_IDS, TEACHER_LABELS)
 # What they are in a batch, of shape (samples, tokens), with the mask of the padding.
 TEACHER_MASK = "teacher_attention_mask"
-TEACHER_KEYS = {*TEACHER_COLUMNS, TEACHER_MASK}
+TEACHER_KEYS = (*TEACHER_COLUMNS, TEACHER_MASK)
 STRIPPED = "stripped"
 ROWS_PER_BATCH = 1000
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets TRL's loss be that of distillation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -15,16 +15,14 @@ from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import ContextFiles, ContextStore, Cut, Decision, cut_batch, trained_base_weights
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.distillation.answers import AnswerStore
-from frozen_peft.distillation.dataset import TEACHER_IDS, TEACHER_KEYS, TEACHER_LABELS, TEACHER_MASK
+from frozen_peft.distillation.dataset import TEACHER_IDS, TEACHER_KEYS
 from frozen_peft.distillation.divergence import Answers, Direction, Divergence, join_answers, select_answers
-from frozen_peft.distillation.head import LogitHead, verify_head
+from frozen_peft.distillation.head import LogitHead
 from frozen_peft.distillation.teacher import Teacher, predicted_labels
-from frozen_peft.training.batches import TEACHERS
-from frozen_peft.training.checks import BatchChecks
-from frozen_peft.training.metrics import Mode, Stopwatch
 from frozen_peft.utils.sizes import parse_size
+from frozen_peft.utils.stopwatch import Mode, Stopwatch
 
-__all__ = ["Distiller", "known_loss_type", "require_distillable"]
+__all__ = ["Distiller", "require_distillable"]
 
 Batch = dict[str, Any]
 
@@ -36,14 +34,15 @@ class Distiller:
         model: The student, a `PeftModel`; the teacher is the same with its adapters off.
         args: The configuration.
         cut: Where the student's samples are cut.
-        checks: When the teacher is compared with plain forwards.
+        check: Compares the teacher with plain forwards, for decisions that it is asked about.
     """
 
-    def __init__(self, model: PeftModel, args: FrozenContextConfig, cut: Cut, checks: BatchChecks):
+    def __init__(
+        self, model: PeftModel, args: FrozenContextConfig, cut: Cut, check: Callable[[Sequence[Decision]], None]
+    ):
         assert args.distill_divergence in get_args(Direction), "the configuration checks it"
         self._model = model
-        self._checks = checks
-        self._prefill_chunk_size = args.prefill_chunk_size
+        self._check = check
         self._likelihood_weight = args.distill_likelihood_weight
         self._divergence = Divergence(
             args.distill_divergence, args.distill_top_k, args.distill_temperature, args.distill_chunk_size
@@ -63,20 +62,29 @@ class Distiller:
         self._seconds: dict[Mode, Stopwatch] = {"train": Stopwatch(args.device), "eval": Stopwatch(args.device)}
         self._sums: torch.Tensor | None = None
 
-    def attach(self, inputs: Batch) -> Batch:
-        """A batch of samples in which the teacher's are cut to decisions, under `TEACHERS`; once and for all."""
+    def take_decisions(self, inputs: Batch) -> list[Decision]:
+        """Takes the samples with their instructions out of a collated batch, and cuts them to decisions."""
         if TEACHER_IDS not in inputs:
-            return inputs
-        kept = {name: value for name, value in inputs.items() if name not in TEACHER_KEYS}
-        return {**kept, TEACHERS: self._decisions(inputs)}
+            return []
+        input_ids, labels, mask = (inputs.pop(name) for name in TEACHER_KEYS)
+        samples = cut_batch(input_ids, labels, mask, self._cut)
+        return [decision for sample in samples for decision in sample]
 
-    def expect(self, batches: Sequence[Batch]) -> None:
-        """Announces the batches of an optimizer step."""
-        self.teacher.expect([decision for batch in batches for decision in self._decisions(batch)])
+    def expect(self, decisions: Sequence[Decision]) -> None:
+        """Announces the decisions of an optimizer step, with their instructions."""
+        self.teacher.expect(decisions)
 
     def forget(self) -> None:
         """Drops what is kept in memory alone of earlier steps."""
         self.teacher.forget()
+
+    def record(self) -> dict[str, Any] | None:
+        """What has to be known to go on from here, see `ContextStore.record`."""
+        return self.teacher.record()
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Goes on with what `record` gave."""
+        self.teacher.restore(record)
 
     def target(self, teachers: Sequence[Decision], labels: torch.Tensor, mode: Mode) -> Answers | None:
         """What the teacher says about each label that a batch predicts, row by row; None where there is none.
@@ -158,10 +166,6 @@ class Distiller:
         """Seconds that the teacher took, since the last call."""
         return self._seconds[mode].read()
 
-    def _decisions(self, inputs: Batch) -> list[Decision]:
-        samples = cut_batch(inputs[TEACHER_IDS], inputs[TEACHER_LABELS], inputs[TEACHER_MASK], self._cut)
-        return [decision for sample in samples for decision in sample]
-
     def _target(self, teachers: Sequence[Decision], labels: torch.Tensor) -> Answers | None:
         wanted = [predicted_labels(row) for row in labels]
         if not any(map(len, wanted)):
@@ -185,19 +189,6 @@ class Distiller:
             parts.append({name: tensor.to(labels.device) for name, tensor in _from(answers, start).items()})
         return join_answers(parts)
 
-    def _check(self, teachers: Sequence[Decision]) -> None:
-        if self._checks.is_due("head"):
-            error = verify_head(self._model, teachers[0].input_ids)
-            self._checks.note("head", "The head gives the model's own log-probabilities, largest error", error)
-        self._checks.check_contexts(
-            self._model,
-            [decision.to_encode for decision in teachers],
-            lambda row: teachers[row].input_ids,
-            chunk_size=self._prefill_chunk_size,
-            adapters=False,
-            name="teacher",
-        )
-
     def _log_probs(self, output: Any, hidden: torch.Tensor, head: LogitHead, target: Answers | None) -> torch.Tensor:
         """What stands for the log-probability of each label, shape `(rows, tokens - 1)`, zero where there is none."""
         mask = output.label_mask
@@ -214,22 +205,6 @@ class Distiller:
         if weight == 0.0:
             return negative
         return weight * output.log_probs + (1.0 - weight) * negative
-
-
-@contextmanager
-def known_loss_type(args: FrozenContextConfig) -> Iterator[None]:
-    """Has TRL make a trainer whose loss is distilled.
-
-    trl 1.16 refuses a loss type that it does not know in `SFTTrainer.__init__`. Its `compute_loss` treats one like
-    `"nll"`, which is what distillation builds on.
-    """
-    loss_type = args.loss_type
-    if loss_type == "distill":
-        args.loss_type = "nll"
-    try:
-        yield
-    finally:
-        args.loss_type = loss_type
 
 
 def require_distillable(model: torch.nn.Module, accelerator: Accelerator, *, has_loss_function: bool) -> None:

@@ -1,6 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A collated batch of samples as batches of decisions: what TRL sees of it."""
+"""A batch on its way: samples as they are collated, decisions as TRL sees them.
 
+1. `BatchCutter.cut` makes of a collated batch a `SampleBatch`: what the collator made, and the decisions in it. A
+   training cuts in its collator (`CuttingCollator`); a batch that comes from elsewhere is cut where it arrives.
+2. `BatchCutter.parts` makes of that the `DecisionBatch`es that run one after the other, each with its contexts beside
+   it.
+3. Where a part is prepared for the model, a frozen context takes the place of its contexts (`FrozenContexts.freeze`).
+
+What a batch is, its type says; no key of it is looked at to find out.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,25 +20,80 @@ from frozen_peft.context import ContextTokens, Cut, Decision, cut_batch, pad_dec
 from frozen_peft.context.boundary import IGNORED_LABEL
 
 __all__ = [
-    "CONTEXTS",
-    "NUM_CONTEXT_TOKENS",
-    "TEACHERS",
     "BatchCutter",
+    "CuttingCollator",
+    "DecisionBatch",
+    "SampleBatch",
     "from_first_label",
     "num_labels",
     "without_labels",
 ]
 
-Batch = dict[str, Any]
-
-# What a batch of decisions has besides TRL's keys, until its contexts are encoded.
-CONTEXTS, NUM_CONTEXT_TOKENS = "contexts", "num_context_tokens"
-# Under this key each decision's counterpart with its instructions, where there is one, a list in their order.
-TEACHERS = "teachers"
 # What a collator may put into a batch for samples that have a context.
 TOKEN_KEYS = {"input_ids", "labels", "attention_mask"}
 # What a collator adds that flattens samples into one row.
 FLATTENED_KEYS = {"position_ids", "cu_seq_lens_q", "seq_idx"}
+
+
+class SampleBatch(dict[str, Any]):
+    """A batch as the collator made it, cut.
+
+    Attributes:
+        samples: Decisions of each sample; none where the batch is run as it is.
+        teachers: For each decision the same with its instructions, with distillation.
+        is_cut: Whether somebody looked: what accelerate puts together of parts of batches is to be cut anew.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Any],
+        samples: Sequence[Sequence[Decision]] = (),
+        teachers: Sequence[Decision] = (),
+        *,
+        is_cut: bool = False,
+    ):
+        super().__init__(inputs)
+        self.samples, self.teachers, self.is_cut = samples, teachers, is_cut
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """Those of all samples, in their order."""
+        return [decision for sample in self.samples for decision in sample]
+
+    @property
+    def contexts(self) -> list[ContextTokens]:
+        """Every context to encode."""
+        return [decision.to_encode for decision in self.decisions if len(decision.context)]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "SampleBatch":
+        """The same on a device; by this, accelerate's dataloaders move a batch."""
+        inputs = {
+            name: value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
+            for name, value in self.items()
+        }
+        samples = [[decision.to(device) for decision in sample] for sample in self.samples]
+        teachers = [decision.to(device) for decision in self.teachers]
+        return SampleBatch(inputs, samples, teachers, is_cut=self.is_cut)
+
+
+class DecisionBatch(dict[str, Any]):
+    """What one forward and backward takes: decisions, padded on the right, or whole samples where nothing is cut.
+
+    Attributes:
+        contexts: Of each decision, where one of them has any; otherwise none.
+        teachers: Of each decision the same with its instructions, with distillation.
+        num_context_tokens: Tokens of the samples that are in no decision; of several parts, the first has them all.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Any],
+        contexts: Sequence[ContextTokens] = (),
+        teachers: Sequence[Decision] = (),
+        num_context_tokens: int = 0,
+    ):
+        super().__init__(inputs)
+        self.contexts, self.teachers, self.num_context_tokens = list(contexts), list(teachers), num_context_tokens
 
 
 @dataclass(frozen=True)
@@ -36,119 +101,156 @@ class BatchCutter:
     """Cuts collated batches.
 
     Attributes:
-        cut: Where samples are cut.
+        cut_at: Where samples are cut.
         max_decisions: Decisions of a conversation's turns in one batch; None: no bound.
         pad_token_id: Token that fills the decisions' padding.
+        supervision: Key of a mask that is 1 on supervised tokens, where a batch says it so; None: by `labels`.
+        per_sample: Keys that hold one value per sample, which stay as they are.
+        take_teachers: Takes the samples with their instructions out of a collated batch, and gives their decisions.
     """
 
-    cut: Cut
+    cut_at: Cut
     max_decisions: int | None
     pad_token_id: int
+    supervision: str | None = None
+    per_sample: frozenset[str] = frozenset()
+    take_teachers: Callable[[dict[str, Any]], list[Decision]] | None = None
 
-    def parts(self, inputs: Batch) -> list[Batch]:
-        """Batches of decisions, of one batch of samples; the batch itself where there is nothing to cut.
+    def cut(self, inputs: Mapping[str, Any]) -> SampleBatch:
+        """A batch of samples and its decisions; one that is cut already stays as it is.
 
         Args:
             inputs: What the collator made: `input_ids`, `labels` and `attention_mask` of shape `(samples, tokens)`.
 
-        Returns:
-            Where decisions have contexts, the batch also has `position_ids` of shape `(decisions, tokens)`, under
-            `CONTEXTS` the context of each, and under `NUM_CONTEXT_TOKENS` the tokens that are in no decision.
-
         Raises:
             ValueError: The collator added something that cannot be cut, or put several samples into one row.
         """
-        samples = self._samples(inputs)
+        if isinstance(inputs, SampleBatch) and inputs.is_cut:
+            return inputs
+        kept = dict(inputs)
+        teachers = self.take_teachers(kept) if self.take_teachers is not None else []
+        samples = self._samples(kept)
+        if self._is_whole(kept, samples):
+            samples = []
+        elif any(len(decision.context) for sample in samples for decision in sample):
+            self._require_known(kept)
+        return SampleBatch(kept, samples, teachers, is_cut=True)
+
+    def parts(self, batch: SampleBatch) -> list[DecisionBatch]:
+        """Batches of decisions, of one batch of samples; the batch itself where there is nothing to cut.
+
+        Returns:
+            Where decisions have contexts, a part also has `position_ids` of shape `(decisions, tokens)`.
+        """
+        decisions = batch.decisions
+        if not decisions:
+            return [DecisionBatch(batch, teachers=batch.teachers)]
+        size = self.max_decisions or len(decisions)
+        groups = [slice(start, start + size) for start in range(0, len(decisions), size)]
+        parts = [self._padded(batch, decisions[group], batch.teachers[group]) for group in groups]
+        parts[0].num_context_tokens = sum(map(_num_context_tokens, batch.samples))
+        return parts
+
+    def _samples(self, inputs: dict[str, Any]) -> list[list[Decision]]:
+        """Decisions of each sample; none where there is nothing to cut."""
+        cuts = self.cut_at.gradient_horizon != -1 or self.cut_at.max_context_length is not None
+        labels = self._labels(inputs)
+        if not cuts or labels is None:
+            return []
+        if FLATTENED_KEYS & inputs.keys():
+            _require_no_context(inputs)
+            return []
+        return cut_batch(inputs["input_ids"], labels, inputs.get("attention_mask"), self.cut_at)
+
+    def _labels(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        if self.supervision is None:
+            return inputs.get("labels")
+        return inputs["input_ids"].masked_fill(inputs[self.supervision] == 0, IGNORED_LABEL)
+
+    def _is_whole(self, inputs: dict[str, Any], samples: list[list[Decision]]) -> bool:
+        """Whether the decisions are the samples, so that the batch can stay as the collator made it."""
         decisions = [decision for sample in samples for decision in sample]
-        if self._stays(inputs, decisions):
-            return [inputs]
-        unknown = inputs.keys() - TOKEN_KEYS - {TEACHERS}
-        if unknown and any(len(decision.context) for decision in decisions):
+        if any(len(decision.context) for decision in decisions):
+            return False
+        num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        return not decisions or (
+            len(decisions) <= (self.max_decisions or len(decisions))
+            and num_tokens == sum(len(decision.input_ids) for decision in decisions)
+        )
+
+    def _require_known(self, inputs: dict[str, Any]) -> None:
+        known = {*TOKEN_KEYS, *self.per_sample, *({self.supervision} if self.supervision is not None else ())}
+        if unknown := inputs.keys() - known:
             raise ValueError(
                 f"The collator put {', '.join(f'`{key}`' for key in sorted(unknown))} into a batch whose samples have "
                 f"contexts; only {', '.join(f'`{key}`' for key in sorted(TOKEN_KEYS))} can be cut at a boundary. Use "
                 "another `data_collator`, or train with `tier: 1`."
             )
-        size = self.max_decisions or len(decisions)
-        groups = [slice(start, start + size) for start in range(0, len(decisions), size)]
-        parts = [{**inputs, **self._padded(decisions[group])} for group in groups]
-        if TEACHERS in inputs:
-            for part, group in zip(parts, groups, strict=True):
-                part[TEACHERS] = inputs[TEACHERS][group]
-        parts[0][NUM_CONTEXT_TOKENS] = sum(map(_num_context_tokens, samples))
-        return parts
 
-    def num_decisions(self, inputs: Batch) -> list[int] | None:
-        """Decisions that each sample has in the parts of a batch; None where the batch itself is its only part."""
-        samples = self._samples(inputs)
-        decisions = [decision for sample in samples for decision in sample]
-        return None if self._stays(inputs, decisions) else [len(sample) for sample in samples]
-
-    def contexts(self, inputs: Batch) -> list[ContextTokens]:
-        """Every context in a batch of samples."""
-        return [decision.to_encode for sample in self._samples(inputs) for decision in sample if len(decision.context)]
-
-    def _samples(self, inputs: Batch) -> list[list[Decision]]:
-        """Decisions of each sample; none where there is nothing to cut."""
-        cuts = self.cut.gradient_horizon != -1 or self.cut.max_context_length is not None
-        if not cuts or "labels" not in inputs:
-            return []
-        if FLATTENED_KEYS & inputs.keys():
-            _require_no_context(inputs)
-            return []
-        return cut_batch(inputs["input_ids"], inputs["labels"], inputs.get("attention_mask"), self.cut)
-
-    def _stays(self, inputs: Batch, decisions: list[Decision]) -> bool:
-        """Whether the decisions are the samples, so that the batch can stay as the collator made it."""
-        if not decisions:
-            return True
-        if any(len(decision.context) for decision in decisions):
-            return False
-        num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        return len(decisions) <= (self.max_decisions or len(decisions)) and num_tokens == sum(
-            len(decision.input_ids) for decision in decisions
-        )
-
-    def _padded(self, decisions: list[Decision]) -> Batch:
-        batch = pad_decisions(decisions, self.pad_token_id)
-        part: Batch = {"input_ids": batch.input_ids, "labels": batch.labels, "attention_mask": batch.attention_mask}
-        if batch.num_context_tokens:
-            contexts = [decision.to_encode for decision in decisions]
-            part |= {"position_ids": batch.position_ids, CONTEXTS: contexts}
-        return part
+    def _padded(self, batch: SampleBatch, decisions: list[Decision], teachers: Sequence[Decision]) -> DecisionBatch:
+        padded = pad_decisions(decisions, self.pad_token_id)
+        inputs = {**batch, "input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
+        if self.supervision is None:
+            inputs["labels"] = padded.labels
+        else:
+            inputs[self.supervision] = (padded.labels != IGNORED_LABEL).to(padded.attention_mask.dtype)
+        if not padded.num_context_tokens:
+            return DecisionBatch(inputs, teachers=teachers)
+        inputs["position_ids"] = padded.position_ids
+        return DecisionBatch(inputs, [decision.to_encode for decision in decisions], teachers)
 
 
-def num_labels(batch: Batch) -> int:
+class CuttingCollator:
+    """A collator whose batches are cut where they are made.
+
+    Args:
+        collator: Makes a batch of samples.
+        cutter: Cuts it.
+
+    Attributes:
+        last: The batch that was made last; worker processes have collators of their own.
+    """
+
+    def __init__(self, collator: Callable[[list[Any]], Any], cutter: BatchCutter):
+        self._collator, self._cutter = collator, cutter
+        self.last: SampleBatch | None = None
+
+    def __call__(self, samples: list[Any]) -> SampleBatch:
+        self.last = self._cutter.cut(self._collator(samples))
+        return self.last
+
+
+def num_labels(batch: Mapping[str, Any]) -> int:
     """Labels that a batch predicts."""
     return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
 
 
-def from_first_label(batch: Batch) -> tuple[Batch, int]:
+def from_first_label(batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """A batch with its labels cut to those that a loss needs, and the first token whose output that loss needs.
 
     The tokens stay. Two labels are left where none is supervised, since losses compare each with the token before.
     """
     labels = batch.get("labels")
     if labels is None or "shift_labels" in batch:
-        return batch, 0
+        return dict(batch), 0
     is_supervised = (labels[:, 1:] != IGNORED_LABEL).any(dim=0)
     first = int(is_supervised.nonzero()[0]) if bool(is_supervised.any()) else max(labels.shape[1] - 2, 0)
     return {**batch, "labels": labels[:, first:]}, first
 
 
-def without_labels(batch: Batch) -> Batch:
+def without_labels(batch: DecisionBatch) -> DecisionBatch:
     """Two tokens of a batch's first decision, without context and labels: a forward and backward that add nothing."""
     tokens = {name: batch[name][:1, :2] for name in ("input_ids", "attention_mask")}
-    return {**tokens, "labels": torch.full_like(tokens["input_ids"], IGNORED_LABEL), CONTEXTS: []}
+    return DecisionBatch({**tokens, "labels": torch.full_like(tokens["input_ids"], IGNORED_LABEL)})
 
 
-def _num_context_tokens(decisions: list[Decision]) -> int:
+def _num_context_tokens(decisions: Sequence[Decision]) -> int:
     """Tokens of a sample that are kept and belong to no decision; those that decisions share count once."""
     num_kept = max(len(decision.context) + len(decision.input_ids) for decision in decisions)
     return max(num_kept - sum(len(decision.input_ids) for decision in decisions), 0)
 
 
-def _require_no_context(inputs: Batch) -> None:
+def _require_no_context(inputs: Mapping[str, Any]) -> None:
     starts = inputs["position_ids"][0] == 0 if "position_ids" in inputs else None
     supervised = inputs["labels"][0] != IGNORED_LABEL
     if starts is not None and not bool(supervised[1:][~starts[1:] & starts[:-1]].all()):

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from frozen_peft.context import ContextTokens, verify_context, verify_rounding
+from frozen_peft.context import ContextTokens, Decision, verify_context, verify_rounding
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.rope import rope_limits
 from frozen_peft.context.sharding import same_everywhere
+from frozen_peft.distillation import verify_head
 from frozen_peft.gradient import MIN_TOKENS_TO_VERIFY, verify_stretches
 
 __all__ = ["BatchChecks"]
@@ -29,11 +30,10 @@ class BatchChecks:
         self._mode = mode
         self._verified: set[str] = set()
 
-    def is_due(self, name: str) -> bool:
-        """Whether a check of this name is still to be made."""
+    def _is_due(self, name: str) -> bool:
         return self._mode == "always" or (self._mode == "first_batch" and name not in self._verified)
 
-    def note(self, name: str, what: str, check: object) -> None:
+    def _note(self, name: str, what: str, check: object) -> None:
         """Counts a check as made, and logs what it found."""
         self._verified.add(name)
         logger.info(f"{what}: {check}")
@@ -68,12 +68,12 @@ class BatchChecks:
         """
         limits = rope_limits(get_pretrained_model(model))
         names = {limit: f"{name} beyond {limit} tokens" if limit else name for limit in (0, *limits.all)}
-        if not any(map(self.is_due, names.values())):
+        if not any(map(self._is_due, names.values())):
             return
         due = [
             row
             for row, context in enumerate(contexts)
-            if len(context) and self.is_due(names[limits.crossed(context.num_sample_tokens)])
+            if len(context) and self._is_due(names[limits.crossed(context.num_sample_tokens)])
         ]
         own = None
         if due:
@@ -85,10 +85,28 @@ class BatchChecks:
         boundary, input_ids = sample
         check = verify_context(model, input_ids, boundary, chunk_size=chunk_size, adapters=adapters)
         side = names[limits.crossed(len(input_ids))]
-        self.note(side, "The decision over a frozen context agrees with a plain forward", check)
+        self._note(side, "The decision over a frozen context agrees with a plain forward", check)
         if rounded:
             change = verify_rounding(model, input_ids, boundary, chunk_size=chunk_size, adapters=adapters)
             logger.info(f"What `context_cache_dtype='int8'` changes in it: {change}")
+
+    def check_teacher(self, model: torch.nn.Module, decisions: Sequence[Decision], *, chunk_size: int) -> None:
+        """Compares the head that a distillation reads beside the model, and the teacher's longest context.
+
+        Raises:
+            ContextMismatchError: See `verify_head` and `verify_context`.
+        """
+        if self._is_due("head"):
+            error = verify_head(model, decisions[0].input_ids)
+            self._note("head", "The head gives the model's own log-probabilities, largest error", error)
+        self.check_contexts(
+            model,
+            [decision.to_encode for decision in decisions],
+            lambda row: decisions[row].input_ids,
+            chunk_size=chunk_size,
+            adapters=False,
+            name="teacher",
+        )
 
     def check_stretches(self, model: torch.nn.Module, inputs: dict[str, Any], stretch_size: int) -> None:
         """Compares the longest sample of a batch, where one is long enough, with a plain forward and backward.
@@ -98,7 +116,7 @@ class BatchChecks:
         Raises:
             ContextMismatchError: See `verify_stretches`.
         """
-        if not self.is_due("stretches"):
+        if not self._is_due("stretches"):
             return
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         row = int(mask.sum(-1).argmax())
@@ -107,4 +125,4 @@ class BatchChecks:
         if sample is None or sample[0] < MIN_TOKENS_TO_VERIFY:
             return
         check = verify_stretches(model, sample[1], stretch_size)
-        self.note("stretches", "The gradient in stretches agrees with that of a plain forward and backward", check)
+        self._note("stretches", "The gradient in stretches agrees with that of a plain forward and backward", check)

@@ -8,12 +8,12 @@ would each compute another gradient, and average them without a word.
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin, gather_object
 from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from frozen_peft.config import FrozenContextConfig
@@ -22,17 +22,17 @@ from frozen_peft.context.compiled import compile_layers
 from frozen_peft.context.kernels.table import KERNEL_MODULES, current_capabilities, kernel_choices
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.sharding import are_sharded, reshard
-from frozen_peft.gradient import StretchedDecoder, finish_stretches
-from frozen_peft.training.batches import without_labels
-from frozen_peft.training.resuming import ResumableTrainer
+from frozen_peft.training.batches import DecisionBatch, without_labels
+from frozen_peft.utils.compat.accelerate import forget_preparation, prepared_models
 from frozen_peft.utils.installed import installed_version, module_versions
 
 __all__ = [
-    "DistributedTrainer",
     "adding_up",
     "as_many_everywhere",
     "check_engine",
+    "compile_as_asked",
     "describe_machine",
+    "evaluated_as_trained",
     "require_same",
     "require_same_machines",
 ]
@@ -135,7 +135,7 @@ def require_same(machines: Sequence[Mapping[str, str]]) -> None:
         )
 
 
-def as_many_everywhere(accelerator: Accelerator, parts: list[dict[str, Any]], cut: Cut) -> list[dict[str, Any]]:
+def as_many_everywhere(accelerator: Accelerator, parts: list[DecisionBatch], cut: Cut) -> list[DecisionBatch]:
     """Parts of a batch, with some that add nothing where another process has more.
 
     The forward and backward of each part have collective operations, which every process must enter.
@@ -169,76 +169,50 @@ def adding_up(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None
         accelerator.sync_gradients = syncs
 
 
-class DistributedTrainer(ResumableTrainer):
-    """`SFTTrainer` on several processes, whose weights may be in shards (FSDP2).
+@contextmanager
+def evaluated_as_trained(trainer: Trainer) -> Iterator[None]:
+    """Runs an evaluation that leaves training as it would have been without it.
 
-    Everything is inherited but these hooks and those of `ResumableTrainer`, which add to the parent's:
-
-    - `training_step` finishes the stretches of a sequence, which there run backward by themselves.
-    - `evaluation_loop` leaves shards behind, and what is evaluated before training is trained on all processes.
-    - `_build_accelerator_args` keeps accelerate from compiling the model as one: a compiler would trace how contexts
-      are handed over, and compile each of their lengths. `_compile_layers` compiles what can be.
+    A model in shards is prepared together with its optimizer, where that is still to be done; shards are left behind,
+    since what comes next, a checkpoint or training, reads the weights by name. The random state stays: a run that goes
+    on from a checkpoint may not evaluate where the first one did, before training, or at the end of the epoch whose
+    last step saved the checkpoint.
     """
+    accelerator = trainer.accelerator
+    is_first = not prepared_models(accelerator)
+    if accelerator.is_fsdp2 and not are_sharded(trainer.model):
+        # transformers 5.23 prepares the model alone for an evaluation before training, which accelerate 1.15 refuses:
+        # with its weights it replaces those of the optimizer.
+        trainer.create_optimizer()
+        trainer.model, trainer.optimizer = accelerator.prepare(trainer.model, trainer.optimizer)
+        trainer.model_wrapped = trainer.model
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        reshard(trainer.model)
+        if is_first and accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            forget_preparation(accelerator, trainer.model)
 
-    model: torch.nn.Module
-    optimizer: Any
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._pending_stretches: list[StretchedDecoder] = []
-        self._compiler = TorchDynamoPlugin(backend="no")
-        super().__init__(*args, **kwargs)
+def compile_as_asked(model: torch.nn.Module, accelerator: Accelerator, compiler: TorchDynamoPlugin) -> None:
+    """Compiles the parts of each decoder layer, with `torch_compile`.
 
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)
-        # By `torch_compile`, or by the file that `accelerate launch` was given.
-        self._compiler, arguments["dynamo_plugin"] = arguments["dynamo_plugin"], self._compiler
-        return arguments
+    Args:
+        model: The model.
+        accelerator: Of the training.
+        compiler: What to compile with.
 
-    def _compile_layers(self) -> None:
-        """Compiles the parts of each decoder layer, with `torch_compile`.
-
-        Raises:
-            ValueError: With FSDP or DeepSpeed, or what `compile_layers` refuses.
-        """
-        if self._compiler.backend == DynamoBackend.NO:
-            return
-        engine = self.accelerator.distributed_type
-        if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                f"`torch_compile` was never run with {engine.value}, whose hooks would become a part of what is "
-                "compiled. Set it to False, or use DDP."
-            )
-        compile_layers(get_pretrained_model(self.model), **self._compiler.to_kwargs())
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """TRL's, and what its backward pass has left."""
-        loss = super().training_step(*args, **kwargs)
-        finish_stretches(self._pending_stretches)
-        return loss
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, of a model that is put in shards first, or that training prepares anew."""
-        is_first = not self.accelerator._models
-        if self.accelerator.is_fsdp2 and not are_sharded(self.model):
-            # transformers 5.23 prepares the model alone for an evaluation before training, which accelerate 1.15
-            # refuses: with its weights it replaces those of the optimizer.
-            self.create_optimizer()
-            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-            self.model_wrapped = self.model
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            # What comes next, a checkpoint or training, reads the weights by name.
-            reshard(self.model)
-            if is_first and self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-                self._forget_preparation()
-
-    def _forget_preparation(self) -> None:
-        """Lets training prepare a model that was evaluated before.
-
-        transformers 5.23 has accelerate 1.15 prepare it for an evaluation alone, which marks it as prepared. Training
-        would take it as it is, without DDP, and each process follow its own gradients without a word. This can go when
-        accelerate marks what it prepared in evaluation mode otherwise, or transformers prepares it for training.
-        """
-        if self.accelerator.num_processes > 1 and vars(self.model).pop("_is_accelerate_prepared", False):
-            self.accelerator._models.clear()
+    Raises:
+        ValueError: With FSDP or DeepSpeed, or what `compile_layers` refuses.
+    """
+    if compiler.backend == DynamoBackend.NO:
+        return
+    engine = accelerator.distributed_type
+    if engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            f"`torch_compile` was never run with {engine.value}, whose hooks would become a part of what is "
+            "compiled. Set it to False, or use DDP."
+        )
+    compile_layers(get_pretrained_model(model), **compiler.to_kwargs())

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class DecisionForwards:
         checks: Of stretches.
         accelerator: Of the training.
         distiller: Makes the loss, with distillation.
+        metrics: Where figures of a batch are logged.
         pending: Gets the stretches that a backward pass leaves where weights are in shards.
         live: The batch whose loss is being computed; None: none is.
     """
@@ -64,7 +65,8 @@ class DecisionForwards:
     checks: BatchChecks
     accelerator: Accelerator
     distiller: Distiller | None
-    pending: list[StretchedDecoder]
+    metrics: Callable[[], dict[str, list[float]]]
+    pending: list[StretchedDecoder] = field(default_factory=list)
     live: LiveBatch | None = None
 
     @contextmanager
@@ -104,5 +106,7 @@ class DecisionForwards:
                 if not self.args.context_adapters:
                     stack.enter_context(active_everywhere(self.model))
                 yield
+            if self.distiller is not None:
+                self.distiller.note_figures(self.metrics(), self.accelerator)
         finally:
             self.live = outer

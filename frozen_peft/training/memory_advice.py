@@ -5,44 +5,45 @@ Encoding contexts in smaller chunks changes nothing but the time, so the encoder
 takes is set by fields that change the training or its speed, which are the user's to choose.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from peft import PeftModel
-from trl import SFTTrainer
 
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context.halving import AdvisedOutOfMemoryError
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.sharding import are_sharded
-from frozen_peft.training.batches import CONTEXTS
+from frozen_peft.training.batches import SampleBatch
 
-__all__ = ["AdvisedTrainer", "memory_advice", "planned_advice"]
-
-# Loss, logits and labels, as `prediction_step` returns them.
-Prediction = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+__all__ = ["advice_on_memory", "memory_advice", "planned_advice"]
 
 
-class AdvisedTrainer(SFTTrainer):
-    """`SFTTrainer` whose steps end with advice where the GPU has too little memory for them."""
+@contextmanager
+def advice_on_memory(
+    args: FrozenContextConfig,
+    where: Literal["training", "evaluation"],
+    model: torch.nn.Module | None = None,
+    batch: SampleBatch | None = None,
+) -> Iterator[None]:
+    """Has running out of memory inside name the fields to change.
 
-    args: FrozenContextConfig
+    Args:
+        args: The settings.
+        where: Which step it is.
+        model: The model, where the planner is to say what a batch takes.
+        batch: That batch.
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """TRL's, in which running out of memory names the fields to change."""
-        try:
-            return super().training_step(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            inputs = args[1] if len(args) > 1 else kwargs["inputs"]
-            raise _advised(error, self.args, "training", planned_advice(self.model, self.args, inputs)) from error
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Prediction:
-        """TRL's, in which running out of memory names the fields to change."""
-        try:
-            return super().prediction_step(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            raise _advised(error, self.args, "evaluation") from error
+    Raises:
+        AdvisedOutOfMemoryError: In place of the error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        planned = planned_advice(model, args, batch) if model is not None and batch is not None else []
+        raise _advised(error, args, where, planned) from error
 
 
 def _advised(
@@ -55,13 +56,13 @@ def _advised(
     return AdvisedOutOfMemoryError(f"{error}\nA step of {where} does not fit. What takes less memory:\n{lines}")
 
 
-def planned_advice(model: torch.nn.Module, args: FrozenContextConfig, inputs: dict[str, Any]) -> list[str]:
+def planned_advice(model: torch.nn.Module, args: FrozenContextConfig, batch: SampleBatch) -> list[str]:
     """What the planner says of a batch that did not fit; nothing where it thinks that it fits, or cannot know.
 
     Args:
         model: The model.
         args: The settings.
-        inputs: The batch, of whole samples or of decisions with their contexts.
+        batch: The batch.
     """
     limit = _device_memory()
     # A plan is of one device, and knows nothing of shards.
@@ -71,14 +72,15 @@ def planned_advice(model: torch.nn.Module, args: FrozenContextConfig, inputs: di
     from frozen_peft.planning import Setting, advise, make_plan
 
     pretrained = get_pretrained_model(model)
-    num_tokens = inputs["input_ids"].shape[1]
-    contexts = [len(context) for context in inputs.get(CONTEXTS, ())]
+    # Where nothing is cut, the batch is its samples.
+    num_tokens = max((len(decision.input_ids) for decision in batch.decisions), default=None)
+    contexts = list(map(len, batch.contexts))
     dtype = str(pretrained.dtype).removeprefix("torch.")
     try:
         setting = Setting.from_config(
             args,
             context_length=max(contexts, default=0),
-            decision_length=num_tokens,
+            decision_length=batch["input_ids"].shape[1] if num_tokens is None else num_tokens,
             load_in_4bit=getattr(pretrained, "is_loaded_in_4bit", False),
             use_peft=isinstance(model, PeftModel),
             **({"dtype": dtype} if dtype in ("float32", "float16", "bfloat16") else {}),

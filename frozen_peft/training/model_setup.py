@@ -5,37 +5,37 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from frozen_peft.adapters import (
     BaseSamples,
     activate_at_invocation,
     find_invocation,
+    keep_linear4bit_trainable,
+    log_quantization,
     require_always_active,
     require_base,
+    restrict_adapter_rows,
 )
 from frozen_peft.config import FrozenContextConfig
-from frozen_peft.context import Cut, require_untouched_base
+from frozen_peft.context import Cut, require_untouched_base, use_segmented_attention
 from frozen_peft.context.adapter_kinds import require_adapter_by_position, require_adapters_by_position
 from frozen_peft.context.dropout import require_all_layers
+from frozen_peft.context.kernels.choice import choose_kernels
 from frozen_peft.context.models import get_pretrained_model, require_exact_continuation
 from frozen_peft.context.start import NO_START, find_start
+from frozen_peft.training.engines import check_engine, compile_as_asked, require_same_machines
+from frozen_peft.utils.compat.trl import complete_head, has_auxiliary_loss
 
 __all__ = [
-    "base_needed_for",
     "check_model",
     "check_parts",
-    "complete_head",
     "given_invocation",
-    "has_auxiliary_loss",
     "make_config",
     "make_cut",
     "named_datasets",
-    "require_kept_base",
+    "prepare_model",
     "sample_base",
-    "settle_context_adapters",
 ]
 
 Model: TypeAlias = str | PreTrainedModel | PeftModel
@@ -44,7 +44,7 @@ Model: TypeAlias = str | PreTrainedModel | PeftModel
 def make_config(model: Model, args: TrainingArguments | None) -> FrozenContextConfig:
     """The configuration that was given, converted or, without one, named after the model."""
     if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
+        name = model if isinstance(model, str) else model.config.name_or_path
         return FrozenContextConfig(f"{name.rstrip('/').rsplit('/', 1)[-1]}-FrozenContext")
     return args if isinstance(args, FrozenContextConfig) else FrozenContextConfig.from_training_arguments(args)
 
@@ -62,7 +62,7 @@ def check_model(
     """
     if not args.context_adapters:
         _require_adapters(isinstance(model, PeftModel) or adapters_come)
-    if needed_for := base_needed_for(args):
+    if needed_for := _base_needed_for(args):
         comes = {"default": peft_config} if peft_config is not None else {}
         require_base(model.peft_config if isinstance(model, PeftModel) else comes, needed_for)
     if peft_config is not None and args.runs_in_parts:
@@ -87,7 +87,7 @@ def check_parts(model: torch.nn.Module, args: FrozenContextConfig) -> None:
     require_adapters_by_position(model)
 
 
-def base_needed_for(args: FrozenContextConfig) -> str | None:
+def _base_needed_for(args: FrozenContextConfig) -> str | None:
     """What a configuration has the model without its adapters for; None: nothing."""
     if not args.context_adapters:
         return "`context_adapters=False` encodes contexts by the base model"
@@ -96,10 +96,10 @@ def base_needed_for(args: FrozenContextConfig) -> str | None:
 
 def sample_base(model: Model, args: FrozenContextConfig) -> BaseSamples | None:
     """What to compare a model with that PEFT has put adapters into; None where it has them, or nothing needs that."""
-    return BaseSamples(model) if isinstance(model, PreTrainedModel) and base_needed_for(args) else None
+    return BaseSamples(model) if isinstance(model, PreTrainedModel) and _base_needed_for(args) else None
 
 
-def require_kept_base(model: torch.nn.Module, args: FrozenContextConfig, before: BaseSamples | None) -> None:
+def _require_kept_base(model: torch.nn.Module, args: FrozenContextConfig, before: BaseSamples | None) -> None:
     """Refuses a model that with its adapters off is not its base, where the configuration needs it to be.
 
     Args:
@@ -110,7 +110,7 @@ def require_kept_base(model: torch.nn.Module, args: FrozenContextConfig, before:
     Raises:
         ValueError: It is another model.
     """
-    needed_for = base_needed_for(args)
+    needed_for = _base_needed_for(args)
     if needed_for is None:
         return
     require_base(model, needed_for)
@@ -148,7 +148,7 @@ def make_cut(args: FrozenContextConfig, tokenizer: PreTrainedTokenizerBase, invo
     return Cut(args.decision_mode, horizon, args.max_context_length, max_length, tokens, start)
 
 
-def settle_context_adapters(model: torch.nn.Module, *, active: bool, invocation: tuple[int, ...]) -> None:
+def _settle_context_adapters(model: torch.nn.Module, *, active: bool, invocation: tuple[int, ...]) -> None:
     """Makes an adapter that is off in contexts one that is switched on by the invocation tokens.
 
     Raises:
@@ -162,29 +162,6 @@ def settle_context_adapters(model: torch.nn.Module, *, active: bool, invocation:
     activate_at_invocation(model, invocation)
 
 
-def complete_head(model: torch.nn.Module) -> None:
-    """Lets TRL read a head whose rows are trained together with the embedding's (`trainable_token_indices`, tied).
-
-    trl 1.16 asks every head for its `bias`, and PEFT's wrapper of it (0.21) passes on the weight alone. It can go when
-    either does without.
-
-    Raises:
-        ValueError: The head is trained as a whole, and some of its rows with the embedding's.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, TrainableTokensLayer) and isinstance(module.get_base_layer(), AuxiliaryTrainingWrapper):
-            raise ValueError(
-                f"`{name}` is trained as a whole (`modules_to_save`) and row by row (`trainable_token_indices`), and "
-                "PEFT cannot run that. TRL asks for both where `chat_template_path` brings tokens and embedding and "
-                "head are one matrix. Add the tokens yourself (`trl.clone_chat_template`), pass the model and the "
-                "tokenizer that it returns without `chat_template_path`, and train the rows alone "
-                "(`lora_config(model, trainable_token_indices=added_tokens)`)."
-            )
-    head = get_pretrained_model(model).get_output_embeddings()
-    if isinstance(head, TrainableTokensWrapper) and getattr(head.original_module, "bias", None) is None:
-        head.bias = None
-
-
 def _require_adapters(present: bool) -> None:
     """Refuses a model without adapters where contexts are encoded with them switched off."""
     if not present:
@@ -194,17 +171,36 @@ def _require_adapters(present: bool) -> None:
         )
 
 
-def has_auxiliary_loss(config: PretrainedConfig) -> bool:
-    """Whether a configuration that declares an auxiliary loss has experts, whose number TRL can find afterwards.
+def prepare_model(trainer: Trainer, cut: Cut, base_before: BaseSamples | None) -> None:
+    """Makes of a trainer's model, whose adapters and engine are known, one that contexts can be frozen for.
 
-    trl 1.16 reads `num_experts` off every mixture-of-experts configuration. Granite calls it `num_local_experts`, and
-    its dense models (0 experts) declare an auxiliary loss all the same. It can go when TRL knows both.
+    Args:
+        trainer: Made by TRL.
+        cut: Where samples are cut.
+        base_before: What `sample_base` returned before the model had adapters.
+
+    Raises:
+        ValueError: Model, engine and configuration do not go together.
     """
-    if not hasattr(config, "num_experts"):
-        config.num_experts = config.num_local_experts
-    if not config.num_experts:
-        config.output_router_logits = False
-    return bool(config.num_experts)
+    model, args, pretrained = trainer.model, trainer.args, get_pretrained_model(trainer.model)
+    freezes = args.gradient_horizon != -1
+    complete_head(model, pretrained)
+    require_same_machines(trainer.accelerator, args.device, pretrained.dtype)
+    check_engine(trainer.accelerator, model, args)
+    check_parts(model, args)
+    if trainer.aux_loss_enabled:
+        trainer.aux_loss_enabled = has_auxiliary_loss(pretrained.config.get_text_config())
+    restrict_adapter_rows(model)
+    if getattr(pretrained, "is_loaded_in_4bit", False):
+        keep_linear4bit_trainable(model)
+        log_quantization(pretrained)
+    choose_kernels(pretrained)
+    if freezes:
+        _settle_context_adapters(model, active=args.context_adapters, invocation=cut.invocation)
+    _require_kept_base(model, args, base_before)
+    if freezes or args.sequence_chunk_size is not None:
+        use_segmented_attention(model)
+    compile_as_asked(model, trainer.accelerator, trainer._compiler)
 
 
 def named_datasets(datasets: Any) -> dict[str, Any]:

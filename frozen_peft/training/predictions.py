@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from frozen_peft.context.boundary import IGNORED_LABEL, MIN_DECISION_TOKENS
-from frozen_peft.training.batches import Batch, num_labels
+from frozen_peft.training.batches import DecisionBatch, num_labels
 
 __all__ = ["Prediction", "SampleRows", "join_predictions"]
 
@@ -35,7 +35,7 @@ class SampleRows:
     lengths: Sequence[Sequence[int]]
 
     @classmethod
-    def of(cls, parts: Sequence[Batch], num_decisions: Sequence[int]) -> "SampleRows":
+    def of(cls, parts: Sequence[DecisionBatch], num_decisions: Sequence[int]) -> "SampleRows":
         """Of batches of decisions, padded on the right, of which each sample has so many."""
         lengths = iter([int(length) for part in parts for length in part["attention_mask"].sum(dim=1)])
         return cls([[next(lengths) for _ in range(count)] for count in num_decisions])
@@ -72,13 +72,15 @@ class SampleRows:
                 column += length
         return joined
 
-    def inputs(self, parts: Sequence[Batch], pad_token_id: int) -> Batch:
+    def inputs(self, parts: Sequence[DecisionBatch], pad_token_id: int) -> dict[str, torch.Tensor]:
         """The batch of samples that was predicted, without its contexts."""
         paddings = {"input_ids": pad_token_id, "labels": IGNORED_LABEL, "attention_mask": 0}
         return {name: self.join(name, [part[name] for part in parts], value) for name, value in paddings.items()}
 
 
-def join_predictions(predictions: Sequence[Prediction], parts: Sequence[Batch], rows: SampleRows) -> Prediction:
+def join_predictions(
+    predictions: Sequence[Prediction], parts: Sequence[DecisionBatch], rows: SampleRows
+) -> Prediction:
     """What was predicted of a batch, of what was predicted of its parts.
 
     Args:

@@ -7,7 +7,6 @@
 2. `GroupByContextSampler` orders an epoch: it distributes samples over steps that they fill exactly, the members of a
    group over as few steps as it can, and in the same way the samples of a step over processes, since every process
    encodes for itself.
-3. `GroupingTrainer` lets a training follow it.
 """
 
 from bisect import bisect_left, insort
@@ -26,9 +25,8 @@ from frozen_peft.context import Cut
 from frozen_peft.context.boundary import DecisionMode
 from frozen_peft.context.start import NO_START, ContextStart
 from frozen_peft.training.samples import measure_table
-from frozen_peft.training.timing import TimedTrainer
 
-__all__ = ["GroupByContextSampler", "GroupingTrainer", "group_by_shared_prefix", "make_sampler", "require_groupable"]
+__all__ = ["GroupByContextSampler", "group_by_shared_prefix", "make_sampler", "require_groupable"]
 
 logger = logging.get_logger(__name__)
 
@@ -266,39 +264,6 @@ def make_sampler(
         seed=config.seed if config.data_seed is None else config.data_seed,
         drop_last=config.dataloader_drop_last,
     )
-
-
-class GroupingTrainer(TimedTrainer):
-    """`TimedTrainer` whose samples are ordered by their contexts, with `group_by_context`.
-
-    Everything is inherited but `_get_train_sampler` and `_run_epoch`, which is where the parent asks for an order.
-    """
-
-    args: FrozenContextConfig
-    train_dataset: Any
-    _cut: Cut
-    _context_sampler: GroupByContextSampler | None = None
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
-        if not self.args.group_by_context:
-            return super()._get_train_sampler(train_dataset)
-        steps, size = self.args.gradient_accumulation_steps, self._train_batch_size
-        num_processes = self.get_total_train_batch_size(self.args) // (size * steps)
-        self._context_sampler = make_sampler(
-            self.train_dataset if train_dataset is None else train_dataset,
-            self.args,
-            batch_size=size // (num_processes if self.accelerator.split_batches else 1),
-            num_processes=num_processes,
-            start=self._cut.start,
-        )
-        return self._context_sampler
-
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> Any:
-        # Behind the batches that a resumed run skips, with several processes, neither transformers 5.23 nor
-        # accelerate 1.15 reaches a sampler to tell it the epoch.
-        if self._context_sampler is not None:
-            self._context_sampler.set_epoch(epoch)
-        return super()._run_epoch(*args, epoch=epoch, **kwargs)
 
 
 def _divide(total: int, size: int) -> list[int]:

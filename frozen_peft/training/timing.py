@@ -2,15 +2,14 @@
 """Where the time of a training goes, beside what contexts and decisions take (`metrics`)."""
 
 import time
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 
-from frozen_peft.training.engines import DistributedTrainer
-from frozen_peft.training.metrics import Stopwatch
+from frozen_peft.utils.stopwatch import Stopwatch
 
-__all__ = ["PARTS", "Part", "StepTimes", "TimedTrainer"]
+__all__ = ["PARTS", "Part", "StepTimes"]
 
 Part = Literal["data", "compute", "evaluation", "saving"]
 PARTS: tuple[Part, ...] = ("data", "compute", "evaluation", "saving")
@@ -50,47 +49,3 @@ class StepTimes:
         now = time.perf_counter()
         wall, self._start = now - self._start, now
         return {name: value for name, value in seconds.items() if value} | {"time/wall_seconds": wall}
-
-
-class TimedTrainer(DistributedTrainer):
-    """`DistributedTrainer` that logs where its time went (`StepTimes.read`).
-
-    Everything is inherited but these hooks, which time their parent's: `train`, `get_batch_samples`, `training_step`,
-    `evaluate` and `_save_checkpoint`; `log` adds the figures to the logs of training.
-    """
-
-    # Made when training begins; what runs before that is not counted.
-    _step_times: StepTimes | None = None
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, timed from here."""
-        self._step_times = StepTimes(self.args.device)
-        return super().train(*args, **kwargs)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's, timed as `data`."""
-        with self._timed("data"):
-            return super().get_batch_samples(*args, **kwargs)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """TRL's, timed as `compute`."""
-        with self._timed("compute"):
-            return super().training_step(*args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """TRL's, timed as `evaluation`."""
-        with self._timed("evaluation"):
-            return super().evaluate(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's, with the times of training in its logs, the last one included."""
-        if self._step_times is not None and ("loss" in logs or "train_runtime" in logs):
-            logs |= self._step_times.read()
-        super().log(logs, start_time)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        with self._timed("saving"):
-            super()._save_checkpoint(model, trial)
-
-    def _timed(self, part: Part) -> AbstractContextManager[None]:
-        return nullcontext() if self._step_times is None else self._step_times.running(part)

@@ -215,7 +215,7 @@ def training(dtype: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     losses = {"kept": trainer.evaluate()["eval_loss"]}
-    trainer._encoder.store = None
+    trainer._frozen.encoder.store = None
     losses["exact"] = trainer.evaluate()["eval_loss"]
     logs = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {

@@ -10,7 +10,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from frozen_peft import FrozenContextTrainer
+from frozen_peft.context import Decision
 from frozen_peft.context.halving import AdvisedOutOfMemoryError
+from frozen_peft.training.batches import SampleBatch
 from frozen_peft.training.memory_advice import memory_advice, planned_advice
 from tests.training.runs import adapted, as_dataset, config, samples, train
 
@@ -34,7 +36,7 @@ def test_prefill_goes_on_in_smaller_chunks(tmp_path: Path) -> None:
     model = adapted()
     _fail(model, graded=False, more_than=64)
     run = train(FrozenContextTrainer, model, config(tmp_path / "small", **fields), as_dataset(ROWS))
-    assert run.trainer._encoder.chunk_size == 64
+    assert run.trainer._frozen.encoder.chunk_size == 64
     assert run.losses == pytest.approx(expected.losses, rel=1e-5)
     for name, gradient in expected.gradients[0].items():
         assert (run.gradients[0][name] - gradient).norm() <= 1e-4 * gradient.norm()
@@ -58,7 +60,9 @@ def test_a_decision_ends_with_what_to_change(tier: int, tmp_path: Path) -> None:
 
 def test_the_planner_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device of 1 GiB, all of which the plan sets aside for the driver, and on one that has room."""
-    batch = {"input_ids": torch.zeros(2, 8, dtype=torch.long), "contexts": [torch.zeros(40), torch.zeros(9)]}
+    tokens = torch.zeros(48, dtype=torch.long)
+    decisions = [Decision(tokens[:length], tokens[:8], tokens[:8]) for length in (40, 9)]
+    batch = SampleBatch({}, [[decision] for decision in decisions])
     args = config(tmp_path)
     for limit, count in ((None, 0), (1 << 30, 1), (1 << 34, 0)):
         monkeypatch.setattr("frozen_peft.training.memory_advice._device_memory", lambda limit=limit: limit)

@@ -44,9 +44,9 @@ def test_contexts_that_see_the_adapters_are_rounded_in_each_step(fields: dict, t
 def test_evaluation_is_rounded_too(tmp_path: Path) -> None:
     run = on(tmp_path, context_cache_size="1GiB", max_context_staleness=9, **INT8)
     rounded = run.trainer.evaluate(as_dataset(ROWS))["eval_loss"]
-    run.trainer._encoder.forget()
+    run.trainer._frozen.encoder.forget()
     assert run.trainer.evaluate(as_dataset(ROWS))["eval_loss"] == rounded
-    run.trainer._encoder.store = None
+    run.trainer._frozen.encoder.store = None
     exact = run.trainer.evaluate(as_dataset(ROWS))["eval_loss"]
     assert 0 < abs(rounded - exact) < 1e-2
 

@@ -191,7 +191,7 @@ def test_evaluation_encodes_anew_what_training_holds_stale(tmp_path: Path) -> No
     fields = {"context_cache_size": "1GiB", "max_context_staleness": 9}
     run = on(tmp_path, eval_strategy="no", **fields)
     stale = run.trainer.evaluate(as_dataset(ROWS))["eval_loss"]
-    run.trainer._encoder.store = None
+    run.trainer._frozen.encoder.store = None
     assert run.trainer.evaluate(as_dataset(ROWS))["eval_loss"] == stale
 
 

@@ -111,7 +111,7 @@ def test_evaluation_in_16_bit_finds_no_context_of_32(tmp_path: Path) -> None:
     fields = {"context_adapters": False, "bf16_full_eval": True, "context_cache_dir": str(tmp_path / "contexts")}
     run = trainer(adapted(), tmp_path / "run", rows=INVOKED, max_steps=2, **fields)
     run.train()
-    run._encoder.store.flush()
+    run._frozen.encoder.store.flush()
     assert run.evaluate()["eval_loss"] > 0
 
 

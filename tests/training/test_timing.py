@@ -113,7 +113,7 @@ def test_measuring_takes_at_most_a_fiftieth_of_a_step(
     trainer.train()
     assert calls == {"running": 2 * 12, "read": 13}
 
-    times, contexts = StepTimes(torch.device("cpu")), trainer._context_metrics
+    times, contexts = StepTimes(torch.device("cpu")), trainer._frozen.metrics
     costs = []
     for _ in range(200):
         start = time.thread_time()

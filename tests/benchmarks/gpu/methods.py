@@ -160,7 +160,7 @@ def _measured(
         trainer = _trainer(method, model, device, folder, context, decision, steps, chunk_size, clock)
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        chunk = trainer._encoder.chunk_size if method.startswith("tier 2") else None
+        chunk = trainer._frozen.encoder.chunk_size if method.startswith("tier 2") else None
     peak, reserved = device.peak_bytes()
     return Measurement(
         name,

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of samples as decisions over their frozen contexts: cut, announced, encoded, read ahead, counted."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from frozen_peft.config import FrozenContextConfig
+from frozen_peft.context import (
+    ContextEncoder,
+    ContextFiles,
+    ContextStore,
+    ContextTokens,
+    DiskLevel,
+    FrozenContext,
+)
+from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.training.batches import BatchCutter, CuttingCollator, DecisionBatch, SampleBatch
+from frozen_peft.training.checks import BatchChecks
+from frozen_peft.training.metrics import ContextMetrics
+from frozen_peft.utils.cache_argument import as_cache_argument, given_cache
+from frozen_peft.utils.sizes import parse_size
+from frozen_peft.utils.stopwatch import Mode
+
+__all__ = ["FrozenContexts", "make_store"]
+
+
+def make_store(config: FrozenContextConfig) -> ContextStore | None:
+    """The store that a configuration asks for; None where it keeps nothing."""
+    max_bytes, folder = parse_size(config.context_cache_size), config.context_cache_dir
+    if not max_bytes and folder is None:
+        return None
+    disk = DiskLevel(ContextFiles(Path(folder).expanduser())) if folder is not None else None
+    staleness, dtype = config.max_context_staleness, config.context_cache_dtype
+    return ContextStore(max_bytes, disk, max_staleness=staleness, dtype=dtype)
+
+
+class FrozenContexts:
+    """What a trainer does about the contexts of its batches; with `gradient_horizon=-1`, nothing.
+
+    Args:
+        model: With its adapters, without what an engine wraps it in.
+        args: The configuration.
+        cutter: Cuts batches.
+        checks: Of contexts.
+        accelerator: Of the training.
+
+    Attributes:
+        encoder: Encodes contexts; None where none are frozen.
+        metrics: Of that.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: FrozenContextConfig,
+        cutter: BatchCutter,
+        checks: BatchChecks,
+        accelerator: Accelerator,
+    ):
+        self.cutter = cutter
+        self._model = model
+        self._args = args
+        self._checks = checks
+        self._accelerator = accelerator
+        self.encoder: ContextEncoder | None = None
+        self.metrics: ContextMetrics | None = None
+        if args.gradient_horizon != -1:
+            self.encoder = ContextEncoder(
+                model, chunk_size=args.prefill_chunk_size, adapters=args.context_adapters, store=make_store(args)
+            )
+            self.metrics = ContextMetrics(self.encoder, args.device)
+        self._collator: CuttingCollator | None = None
+        # Contexts of the micro-batches to come: of this step, and as far as it is known of the next.
+        self._upcoming: list[list[ContextTokens]] = []
+
+    def cutting(self, collator: Callable[[list[Any]], Any]) -> CuttingCollator:
+        """A collator for training whose batches are cut.
+
+        accelerate makes a batch ahead of the one it yields, so its last batch is the first one of the next step.
+        """
+        self._collator = CuttingCollator(collator, self.cutter)
+        return self._collator
+
+    def timed(self, mode: Mode) -> AbstractContextManager[None]:
+        """Counts the time of a batch, its contexts included."""
+        return self.metrics.step(mode) if self.metrics is not None else nullcontext()
+
+    def expect(self, batches: Sequence[SampleBatch], *, step: int) -> None:
+        """Announces the batches of an optimizer step."""
+        if self.encoder is None:
+            return
+        self._upcoming = [batch.contexts for batch in batches]
+        self.encoder.expect(list(itertools.chain(*self._upcoming)), step=step)
+        if self._collator is not None and self._collator.last is not None:
+            self._upcoming.append(self._collator.last.contexts)
+
+    def read_ahead(self) -> None:
+        """Lets the store fetch what the next micro-batch needs, while the one that begins is computed."""
+        if self.encoder is None:
+            return
+        current, *following = self._upcoming or [[]]
+        self._upcoming = following
+        self.encoder.read_ahead([*current, *itertools.chain(*following[:1])])
+
+    def freeze(self, part: DecisionBatch, *, step: int, mode: Mode, is_training: bool) -> dict[str, Any]:
+        """The frozen context of a batch of decisions, as the keyword argument that the model takes it by.
+
+        Raises:
+            ContextMismatchError: The decision over it is not what a plain forward gives.
+        """
+        if self.encoder is None or self.metrics is None:
+            return {}
+        with self._accelerator.autocast():
+            self._checks.check_contexts(
+                self.encoder.model,
+                part.contexts,
+                lambda row: part["input_ids"][row][part["attention_mask"][row].bool()],
+                chunk_size=self._args.prefill_chunk_size,
+                adapters=self._args.context_adapters,
+                rounded=self._args.context_cache_dtype == "int8",
+            )
+        with self.metrics.prefill(mode), self._accelerator.autocast():
+            if not part.contexts:
+                self.encoder.encode_elsewhere(step=step, stale=is_training)
+                return {}
+            frozen = self.encoder.encode(part.contexts, step=step, stale=is_training)
+        return as_cache_argument(get_pretrained_model(self.encoder.model), frozen)
+
+    def encode_as_now(self, contexts: Sequence[ContextTokens]) -> FrozenContext:
+        """Contexts for a forward in which the adapters are not what they are in training."""
+        with self._accelerator.autocast():
+            return ContextEncoder(self._model, chunk_size=self._args.prefill_chunk_size).encode(contexts)
+
+    def require_own_model(self, model: torch.nn.Module, inputs: dict[str, Any]) -> None:
+        """Refuses to compute over contexts that another model encodes."""
+        if self.encoder is None or get_pretrained_model(model) is get_pretrained_model(self.encoder.model):
+            return
+        if given_cache(inputs) is not None or self.cutter.cut(inputs).contexts:
+            raise ValueError(
+                "The decisions' model is not the one that encodes their contexts, which is the one that this trainer "
+                "was made with. Make a trainer for the other model."
+            )
+
+    def forget(self) -> None:
+        """Drops what goes stale of earlier steps."""
+        if self.encoder is not None:
+            self.encoder.forget()
+
+    def record(self) -> dict[str, Any] | None:
+        """What a run has to know that goes on from here; None: nothing."""
+        return self.encoder.record() if self.encoder is not None else None
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Goes on with what `record` gave."""
+        if self.encoder is not None:
+            self.encoder.restore(record)
