@@ -2,7 +2,7 @@
 """The configuration of `FrozenContextTrainer`: `SFTConfig` and what a frozen context adds to it."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from transformers import TrainingArguments
 from transformers.utils import logging
@@ -10,7 +10,13 @@ from trl import SFTConfig
 
 from frozen_peft.utils.sizes import parse_size
 
-__all__ = ["TIERS", "FrozenContextConfig"]
+# Any configuration of TRL; a type checker is told of the one whose fields they have in common.
+if TYPE_CHECKING:
+    from trl import SFTConfig as Config
+else:
+    Config = object
+
+__all__ = ["TIERS", "ContextFields", "FrozenContextConfig"]
 
 logger = logging.get_logger(__name__)
 
@@ -20,17 +26,15 @@ TIERS = {1: -1, 2: 0, 3: -1}
 
 
 @dataclass
-class FrozenContextConfig(SFTConfig):
-    """Configuration of `FrozenContextTrainer`.
+class ContextFields(Config):
+    """What a configuration says of contexts, whatever the loss: stands before a configuration of TRL.
 
-    All fields of `SFTConfig` are here too and mean the same, but for `max_length`, whose default is None. The fields
-    below are described by their `help`, which `docs/configuration.md` and `frozen-peft train --help` are made from.
+    The fields are described by their `help`, which `docs/configuration.md` and `frozen-peft train --help` are made
+    from.
 
     Raises:
         ValueError: A field is out of range, or two fields contradict each other.
     """
-
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS
 
     tier: int | None = field(
         default=None,
@@ -154,64 +158,6 @@ class FrozenContextConfig(SFTConfig):
             "choices": ["first_batch", "always", "never"],
         },
     )
-    loss_type: str = field(
-        default="nll",
-        metadata={
-            "help": "'nll': likelihood; 'dft': TRL's; 'distill': what the base says with instructions (`distill_...`)."
-            " There the model learns, without the instructions in its context, the distribution that its base has "
-            "with them; rows need the column `stripped`, and the model adapters.",
-            "choices": ["nll", "dft", "chunked_nll", "distill"],
-        },
-    )
-    distill_divergence: Literal["forward_kl", "reverse_kl"] = field(
-        default="forward_kl",
-        metadata={
-            "help": "What `loss_type='distill'` makes small. 'forward_kl': KL(teacher || student), which covers all "
-            "that the teacher might say. 'reverse_kl': KL(student || teacher), which avoids what the teacher would "
-            "not say.",
-            "choices": ["forward_kl", "reverse_kl"],
-        },
-    )
-    distill_likelihood_weight: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the negative log-likelihood of the decision as it is written in the loss of "
-            "`loss_type='distill'`, from 0 to less than 1."
-        },
-    )
-    distill_top_k: int = field(
-        default=100,
-        metadata={
-            "help": "Most likely tokens of the teacher that are compared one by one, and all others together as one; "
-            "0: the whole vocabulary."
-        },
-    )
-    distill_temperature: float = field(
-        default=1.0,
-        metadata={
-            "help": "What logits of teacher and student are divided by; the divergence is multiplied by its square, "
-            "which keeps gradients as large."
-        },
-    )
-    distill_chunk_size: int = field(
-        default=128,
-        metadata={"help": "Decision tokens whose logits exist at a time in `loss_type='distill'`; bounds memory."},
-    )
-    distill_cache_size: str = field(
-        default="1GiB",
-        metadata={"help": "Host memory for what the teacher said, which later epochs read; '0': it says it again."},
-    )
-    distill_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Directory for what the teacher said, for later epochs and runs; runs may share it."},
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest sample in tokens. A longer one loses its oldest context tokens, never its decision; one "
-            "without context loses its end."
-        },
-    )
 
     def __post_init__(self) -> None:
         self._apply_tier()
@@ -224,39 +170,15 @@ class FrozenContextConfig(SFTConfig):
         self._check_noise()
         if self.group_by_context:
             self._check_grouping()
-        self._check_distillation()
 
     def __getstate__(self) -> dict[str, Any]:
         # The trainer pickles this beside the weights, in `training_args.bin`, to be handed on with them.
         return {**self.__dict__, "hub_token": None}
 
-    @classmethod
-    def from_training_arguments(cls, args: TrainingArguments) -> Self:
-        """Converts a plain `SFTConfig` or `TrainingArguments`, keeping every field it has.
-
-        `SFTConfig` cuts samples at 1024 tokens unless told otherwise, which would cut off decisions behind long
-        contexts: that default becomes None here. A `max_length` other than 1024 is kept.
-        """
-        known = {f.name for f in fields(cls) if f.init}
-        values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
-        # The old names mirror the new ones and would warn if they were passed as well.
-        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-            values.pop(name, None)
-        if isinstance(args, SFTConfig):
-            default = next(f.default for f in fields(SFTConfig) if f.name == "max_length")
-            if values["max_length"] == default:
-                logger.info(
-                    f"`max_length={default}` is the default of SFTConfig, where it cuts decisions off; "
-                    "FrozenContextTrainer uses None instead. Use FrozenContextConfig to set it."
-                )
-                values["max_length"] = None
-        return cls(**values)
-
     @property
     def runs_in_parts(self) -> bool:
-        """Whether a sample is run in parts: a context and its decision, stretches, or a teacher's and a student's."""
-        frozen = self.gradient_horizon != -1
-        return frozen or self.sequence_chunk_size is not None or self.loss_type == "distill"
+        """Whether a sample is run in parts: a context and its decision, or stretches."""
+        return self.gradient_horizon != -1 or self.sequence_chunk_size is not None
 
     def _apply_tier(self) -> None:
         if self.tier is not None and self.tier not in TIERS:
@@ -272,18 +194,12 @@ class FrozenContextConfig(SFTConfig):
         _require(self.max_context_staleness >= 0, "max_context_staleness", self.max_context_staleness, "0 or more")
         decisions = self.max_decisions_per_forward
         _require(decisions >= 1, "max_decisions_per_forward", decisions, "1 decision or more")
-        _require(self.distill_top_k >= 0, "distill_top_k", self.distill_top_k, "0 (all) or more tokens")
-        _require(self.distill_chunk_size >= 1, "distill_chunk_size", self.distill_chunk_size, "1 token or more")
-        temperature, weight = self.distill_temperature, self.distill_likelihood_weight
-        _require(0.0 < temperature < float("inf"), "distill_temperature", temperature, "above 0")
-        _require(0.0 <= weight < 1.0, "distill_likelihood_weight", weight, "from 0 to less than 1")
         for name in ("max_context_length", "max_length", "sequence_chunk_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "1 token or more, or None")
         self._check_start()
-        for name in ("decision_mode", "context_cache_dtype", "verify_context", "distill_divergence"):
-            choices = next(f for f in fields(self) if f.name == name).metadata["choices"]
-            _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
+        for name in ("decision_mode", "context_cache_dtype", "verify_context"):
+            _require_choice(self, name)
 
     def _check_start(self) -> None:
         # A recipe's number arrives as one.
@@ -373,7 +289,7 @@ class FrozenContextConfig(SFTConfig):
                 "`use_reentrant` from `gradient_checkpointing_kwargs`."
             )
         for name in ("packing", "padding_free"):
-            if getattr(self, name):
+            if getattr(self, name, False):
                 raise ValueError(
                     f"`sequence_chunk_size={self.sequence_chunk_size}` runs through each sample by itself, and "
                     f"`{name}` puts several into one row. Leave one of the two out."
@@ -392,7 +308,116 @@ class FrozenContextConfig(SFTConfig):
                 "mixes steps less. Leave it at False unless runs of several tiers are to have the same order."
             )
 
+
+@dataclass
+class FrozenContextConfig(ContextFields, SFTConfig):
+    """Configuration of `FrozenContextTrainer`.
+
+    All fields of `SFTConfig` are here too and mean the same, but for `max_length`, whose default is None.
+
+    Raises:
+        ValueError: A field is out of range, or two fields contradict each other.
+    """
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS
+
+    loss_type: str = field(
+        default="nll",
+        metadata={
+            "help": "'nll': likelihood; 'dft': TRL's; 'distill': what the base says with instructions (`distill_...`)."
+            " There the model learns, without the instructions in its context, the distribution that its base has "
+            "with them; rows need the column `stripped`, and the model adapters.",
+            "choices": ["nll", "dft", "chunked_nll", "distill"],
+        },
+    )
+    distill_divergence: Literal["forward_kl", "reverse_kl"] = field(
+        default="forward_kl",
+        metadata={
+            "help": "What `loss_type='distill'` makes small. 'forward_kl': KL(teacher || student), which covers all "
+            "that the teacher might say. 'reverse_kl': KL(student || teacher), which avoids what the teacher would "
+            "not say.",
+            "choices": ["forward_kl", "reverse_kl"],
+        },
+    )
+    distill_likelihood_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the negative log-likelihood of the decision as it is written in the loss of "
+            "`loss_type='distill'`, from 0 to less than 1."
+        },
+    )
+    distill_top_k: int = field(
+        default=100,
+        metadata={
+            "help": "Most likely tokens of the teacher that are compared one by one, and all others together as one; "
+            "0: the whole vocabulary."
+        },
+    )
+    distill_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "What logits of teacher and student are divided by; the divergence is multiplied by its square, "
+            "which keeps gradients as large."
+        },
+    )
+    distill_chunk_size: int = field(
+        default=128,
+        metadata={"help": "Decision tokens whose logits exist at a time in `loss_type='distill'`; bounds memory."},
+    )
+    distill_cache_size: str = field(
+        default="1GiB",
+        metadata={"help": "Host memory for what the teacher said, which later epochs read; '0': it says it again."},
+    )
+    distill_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Directory for what the teacher said, for later epochs and runs; runs may share it."},
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest sample in tokens. A longer one loses its oldest context tokens, never its decision; one "
+            "without context loses its end."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_distillation()
+
+    @classmethod
+    def from_training_arguments(cls, args: TrainingArguments) -> Self:
+        """Converts a plain `SFTConfig` or `TrainingArguments`, keeping every field it has.
+
+        `SFTConfig` cuts samples at 1024 tokens unless told otherwise, which would cut off decisions behind long
+        contexts: that default becomes None here. A `max_length` other than 1024 is kept.
+        """
+        known = {f.name for f in fields(cls) if f.init}
+        values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
+        # The old names mirror the new ones and would warn if they were passed as well.
+        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            values.pop(name, None)
+        if isinstance(args, SFTConfig):
+            default = next(f.default for f in fields(SFTConfig) if f.name == "max_length")
+            if values["max_length"] == default:
+                logger.info(
+                    f"`max_length={default}` is the default of SFTConfig, where it cuts decisions off; "
+                    "FrozenContextTrainer uses None instead. Use FrozenContextConfig to set it."
+                )
+                values["max_length"] = None
+        return cls(**values)
+
+    @property
+    def runs_in_parts(self) -> bool:
+        """Whether a sample is run in parts: also, in a distillation, a teacher's and a student's."""
+        return super().runs_in_parts or self.loss_type == "distill"
+
     def _check_distillation(self) -> None:
+        _require_choice(self, "distill_divergence")
+        _require(self.distill_top_k >= 0, "distill_top_k", self.distill_top_k, "0 (all) or more tokens")
+        _require(self.distill_chunk_size >= 1, "distill_chunk_size", self.distill_chunk_size, "1 token or more")
+        temperature, weight = self.distill_temperature, self.distill_likelihood_weight
+        _require(0.0 < temperature < float("inf"), "distill_temperature", temperature, "above 0")
+        _require(0.0 <= weight < 1.0, "distill_likelihood_weight", weight, "from 0 to less than 1")
         try:
             parse_size(self.distill_cache_size)
         except ValueError as error:
@@ -418,3 +443,8 @@ class FrozenContextConfig(SFTConfig):
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise ValueError(f"`{name}` must be {expected}, found {value!r}.")
+
+
+def _require_choice(config: Any, name: str) -> None:
+    choices = next(f for f in fields(config) if f.name == name).metadata["choices"]
+    _require(getattr(config, name) in choices, name, getattr(config, name), f"one of {', '.join(choices)}")

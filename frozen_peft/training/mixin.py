@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context.models import get_decoder, get_pretrained_model
-from frozen_peft.distillation import Answers
+from frozen_peft.distillation import Answers, Distiller
 from frozen_peft.gradient import finish_stretches, group_checkpoints
 from frozen_peft.merging import require_repeated_change, save_base_record
-from frozen_peft.training.batches import DecisionBatch, SampleBatch, from_first_label, num_labels
+from frozen_peft.training.batches import BatchCutter, DecisionBatch, SampleBatch, from_first_label, num_labels
 from frozen_peft.training.checkpoints import checkpoint_to_resume, require_no_way_out, whole_files
+from frozen_peft.training.checks import BatchChecks
 from frozen_peft.training.engines import adding_up, as_many_everywhere, evaluated_as_trained
 from frozen_peft.training.forwards import DecisionForwards, LiveBatch
 from frozen_peft.training.frozen import FrozenContexts
@@ -81,10 +82,21 @@ class FrozenContextMixin(Trainer):
     # Where a checkpoint is being written; None: nowhere.
     _part_dir: Path | None = None
 
-    def _train_over(self, frozen: FrozenContexts, forwards: DecisionForwards) -> None:
-        """Settles what batches become, once model and engine are known."""
-        self._frozen, self._forwards = frozen, forwards
-        self._memories = {"contexts": frozen}
+    def _train_over(self, cutter: BatchCutter, checks: BatchChecks, distiller: Distiller | None = None) -> None:
+        """Settles what becomes of batches, once model and engine are known.
+
+        Args:
+            cutter: Cuts them.
+            checks: Of what is computed of them.
+            distiller: Makes the loss, with distillation.
+        """
+        self._frozen = FrozenContexts(self.model, self.args, cutter, checks, self.accelerator)
+        self._forwards = DecisionForwards(
+            self.model, self.args, checks, self.accelerator, distiller, partial(logged_metrics, self)
+        )
+        self._memories = {"contexts": self._frozen}
+        if distiller is not None:
+            self._memories["teacher"] = distiller
 
     def _target(self, part: DecisionBatch, inputs: dict[str, Any]) -> Answers | None:
         """What a teacher says about a batch, where there is one."""

@@ -25,8 +25,6 @@ from frozen_peft.distillation import (
 )
 from frozen_peft.training.batches import BatchCutter, DecisionBatch, SampleBatch
 from frozen_peft.training.checks import BatchChecks
-from frozen_peft.training.forwards import DecisionForwards
-from frozen_peft.training.frozen import FrozenContexts
 from frozen_peft.training.mixin import FrozenContextMixin
 from frozen_peft.training.model_setup import (
     check_model,
@@ -39,7 +37,7 @@ from frozen_peft.training.model_setup import (
 )
 from frozen_peft.training.samples import SampleLimits, check_samples, limit_length, require_rows
 from frozen_peft.training.sampling import require_groupable
-from frozen_peft.utils.compat.trl import count_tokens, logged_metrics, passing_loss_type, trainer_tokenizer
+from frozen_peft.utils.compat.trl import count_tokens, passing_loss_type, trainer_tokenizer
 
 __all__ = ["FrozenContextTrainer"]
 
@@ -111,13 +109,8 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
             trainer_tokenizer(self).pad_token_id or 0,
             take_teachers=self._distiller.take_decisions if self._distiller is not None else None,
         )
-        frozen = FrozenContexts(self.model, self.args, cutter, checks, self.accelerator)
-        metrics = lambda: logged_metrics(self)  # noqa: E731  (those of what runs when it is asked)
-        self._train_over(
-            frozen, DecisionForwards(self.model, self.args, checks, self.accelerator, self._distiller, metrics)
-        )
+        self._train_over(cutter, checks, self._distiller)
         if self._distiller is not None:
-            self._memories["teacher"] = self._distiller
             self.data_collator = TeacherCollator(self.data_collator)
 
     def _make_distiller(self, checks: BatchChecks) -> Distiller:
