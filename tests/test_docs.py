@@ -28,3 +28,11 @@ def test_readme_can_be_read_in_a_sitting() -> None:
 
 def test_minimal_is_short() -> None:
     assert len((ROOT / "recipes" / "minimal.py").read_text(encoding="utf-8").splitlines()) < 120
+
+
+def test_the_ways_through_the_code_name_files_that_exist() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    ways = text.partition("## The ways through the code")[2].partition("\n## ")[0]
+    files = re.findall(r"`([a-z_/]+\.py)`", ways)
+    assert len(files) > 40
+    assert [name for name in files if not (ROOT / "frozen_peft" / name).is_file()] == []

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package's layout: which side may import which, and what every module and `__init__` promises."""
+"""The package's layout: which folder may import which, and what every module and `__init__` promises."""
 
 import ast
 import importlib
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 
@@ -13,29 +15,31 @@ from frozen_peft.cli import COMMANDS
 
 PACKAGE = Path(frozen_peft.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-
-# What each folder knows of the others. `errors` and `utils` are leaves that anyone may use.
-LEAVES = {"errors", "utils"}
-ARROWS = {
-    "errors": set(),
-    "utils": set(),
-    "config": {"context"},
-    "data": set(),
-    "adapters": set(),
-    "context": {"adapters"},
-    "gradient": {"adapters", "context"},
-    "merging": {"adapters"},
-    "distillation": {"config", "context", "data", "training"},
-    "planning": {"adapters", "config", "context", "distillation", "gradient"},
-    "training": {"adapters", "config", "context", "data", "distillation", "gradient", "merging", "planning"},
-    "evaluation": {"adapters", "config", "context", "data", "gradient", "merging", "planning", "training"},
-    "report": {"adapters", "context", "data", "evaluation"},
-    "behavior": {"data", "evaluation"},
-}
+DESIGN = PACKAGE.parent / "docs" / "design.md"
+# A folder imports folders above it in this list, and none beside it.
+LAYERS = (
+    ("errors", "utils"),
+    ("config", "data", "adapters"),
+    ("context", "merging"),
+    ("gradient",),
+    ("distillation",),
+    ("planning",),
+    ("training",),
+    ("evaluation",),
+    ("behavior", "report"),
+    ("demo",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
 def side(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(["frozen_peft", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -59,20 +63,50 @@ def public_names(package: str) -> list[str]:
     return importlib.import_module(package).__all__
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_one_way(path: Path) -> None:
-    own = side(path)
-    if own not in ARROWS:
-        return
-    known = {name.split(".")[1]: name for name in imported_modules(path) if len(name.split(".")) > 1}
-    forbidden = set(known) - {own} - ARROWS[own] - LEAVES
-    assert not forbidden, f"{own} imports {sorted(known[name] for name in forbidden)}"
+def arrows() -> dict[str, list[str]]:
+    """The folders that each folder imports."""
+    found: dict[str, set[str]] = {}
+    for path in MODULES:
+        of_others = {name.split(".")[1] for name in imported_modules(path) if "." in name} & RANKS.keys()
+        found.setdefault(side(path), set()).update(of_others - {side(path)})
+    return {name: sorted(found[name], key=RANKS.__getitem__) for name in sorted(found, key=RANKS.__getitem__)}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_the_demo_calls_the_command_line(path: Path) -> None:
-    imports = {name for name in imported_modules(path) if name.startswith("frozen_peft.cli")}
-    assert not imports or side(path) in ("cli", "demo", "__main__")
+def drawing() -> str:
+    """The arrows as `docs/design.md` has them."""
+    lines = [f"{name:<12} -> {', '.join(others)}" for name, others in arrows().items() if others and name in FOLDERS]
+    return "\n".join(reversed(lines))
+
+
+FOLDERS = {path.name for path in PACKAGE.iterdir() if path.is_dir()} | {"config"}
+
+
+def test_every_folder_has_its_place() -> None:
+    assert {side(path) for path in MODULES} == RANKS.keys()
+
+
+@pytest.mark.parametrize("folder", RANKS)
+def test_imports_go_one_way(folder: str) -> None:
+    assert [other for other in arrows()[folder] if RANKS[other] >= RANKS[folder]] == []
+
+
+def test_no_modules_import_each_other() -> None:
+    names = {module_name(path): path for path in MODULES}
+    graph = {name: (imported_modules(path) & names.keys()) - {name} for name, path in names.items()}
+    # A package's own modules are not those that it hands on.
+    for name, path in names.items():
+        if path.name == "__init__.py":
+            graph[name] = set()
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(names)
+
+
+def test_the_drawing_in_the_design_is_that_of_the_code() -> None:
+    assert f"```\n{drawing()}\n```" in DESIGN.read_text(encoding="utf-8"), drawing()
+
+
+def test_no_name_stands_for_two_modules() -> None:
+    names = Counter(path.stem for path in MODULES if not path.stem.startswith("__") and side(path) != "cli")
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
