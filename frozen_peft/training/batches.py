@@ -18,6 +18,7 @@ import torch
 
 from frozen_peft.context import ContextTokens, Cut, Decision, cut_batch, pad_decisions
 from frozen_peft.context.boundary import IGNORED_LABEL
+from frozen_peft.utils.compat.torch import num_writes
 
 __all__ = [
     "BatchCutter",
@@ -41,7 +42,6 @@ class SampleBatch(dict[str, Any]):
     Attributes:
         samples: Decisions of each sample; none where the batch is run as it is.
         teachers: For each decision the same with its instructions, with distillation.
-        is_cut: Whether somebody looked: what accelerate puts together of parts of batches is to be cut anew.
     """
 
     def __init__(
@@ -53,7 +53,23 @@ class SampleBatch(dict[str, Any]):
         is_cut: bool = False,
     ):
         super().__init__(inputs)
-        self.samples, self.teachers, self.is_cut = samples, teachers, is_cut
+        self.samples, self.teachers = samples, teachers
+        self._seen = self._stamp() if is_cut else None
+
+    def _stamp(self) -> dict[str, tuple[torch.Tensor, int]]:
+        return {name: (value, num_writes(value)) for name, value in self.items() if isinstance(value, torch.Tensor)}
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its decisions are those of what is in it.
+
+        Not so where accelerate has put it together of parts of others, or a training step of the user's own has
+        changed what it holds.
+        """
+        seen, now = self._seen, self._stamp()
+        return seen is not None and all(
+            name in now and now[name][0] is value and now[name][1] == writes for name, (value, writes) in seen.items()
+        )
 
     @property
     def decisions(self) -> list[Decision]:
@@ -73,7 +89,8 @@ class SampleBatch(dict[str, Any]):
         }
         samples = [[decision.to(device) for decision in sample] for sample in self.samples]
         teachers = [decision.to(device) for decision in self.teachers]
-        return SampleBatch(inputs, samples, teachers, is_cut=self.is_cut)
+        # What changed since is a copy in pinned memory.
+        return SampleBatch(inputs, samples, teachers, is_cut=self._seen is not None)
 
 
 class DecisionBatch(dict[str, Any]):
@@ -128,7 +145,9 @@ class BatchCutter:
         if isinstance(inputs, SampleBatch) and inputs.is_cut:
             return inputs
         kept = dict(inputs)
-        teachers = self.take_teachers(kept) if self.take_teachers is not None else []
+        teachers = inputs.teachers if isinstance(inputs, SampleBatch) else []
+        if self.take_teachers is not None:
+            teachers = self.take_teachers(kept) or teachers
         samples = self._samples(kept)
         if self._is_whole(kept, samples):
             samples = []

@@ -20,6 +20,7 @@ from tests.reference import (
     Sample,
     num_labels,
     random_sample,
+    reference_gradients,
     stop_gradient_at_context,
     worst_gradient_error,
 )
@@ -202,6 +203,28 @@ def test_a_second_batch_inside_of_it_has_its_own_contexts(tmp_path: Path) -> Non
     assert run.losses == pytest.approx([sum(one.losses[0] for one in alone)], abs=TOLERANCE)
     for name, gradient in run.gradients[0].items():
         torch.testing.assert_close(gradient, sum(one.gradients[0][name] for one in alone), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_labels_that_a_training_step_of_ones_own_changes_are_those_that_train(tmp_path: Path, in_place: bool) -> None:
+    """A batch was cut by then; what it is cut to follows what is in it."""
+    model = adapted()
+
+    class Masking(FrozenContextTrainer):
+        def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            labels = inputs["labels"] if in_place else inputs["labels"].clone()
+            labels[:, :34] = IGNORED
+            inputs["labels"] = labels
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    masked = [Sample(row.input_ids, row.labels.clone()) for row in ROWS]
+    for row in masked:
+        row.labels[:34] = IGNORED
+    fields = {"tier": 2, "max_steps": 1, "per_device_train_batch_size": 1, "average_tokens_across_devices": False}
+    found = train(Masking, copy.deepcopy(model), config(tmp_path, **fields), as_dataset(ROWS))
+    expected = reference_gradients(model, masked[:1], reduction="sum")
+    # As TRL has it, a loss is divided by the labels that the batch was collated with.
+    assert worst_gradient_error(found.gradients[0], {k: v / num_labels(ROWS[:1]) for k, v in expected.items()}) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "llama"])
