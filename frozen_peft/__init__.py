@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train how a model responds in long contexts, without the backward pass through them."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from frozen_peft.utils.lazy import lazy_package
 from frozen_peft.utils.noise import silence_logs
 from frozen_peft.utils.versions import warn_of_untested_versions
 
@@ -30,28 +30,18 @@ __all__ = [
 
 silence_logs()
 
-# Imported at first use: TRL and transformers take seconds to import, which `frozen-peft --help` need not wait for.
-_MODULES = {
-    "ContextMismatchError": "errors",
-    "FrozenContextConfig": "config",
-    "FrozenContextTrainer": "training.sft",
-    "UnsupportedArchitectureError": "errors",
-    "gradient_flow": "gradient",
-    "load_samples": "data",
-    "lora_config": "adapters",
-    "merge_adapter": "merging",
-    "quantization_config": "adapters",
-}
-
+# TRL and transformers take seconds to import, which `frozen-peft --help` need not wait for.
+_MODULES, _, __getattr__, __dir__ = lazy_package(
+    __name__,
+    {
+        "adapters": ["lora_config", "quantization_config"],
+        "config": ["FrozenContextConfig"],
+        "data": ["load_samples"],
+        "errors": ["ContextMismatchError", "UnsupportedArchitectureError"],
+        "gradient": ["gradient_flow"],
+        "merging": ["merge_adapter"],
+        "training.sft": ["FrozenContextTrainer"],
+    },
+)
 
 warn_of_untested_versions()
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

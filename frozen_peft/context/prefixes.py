@@ -14,7 +14,7 @@ import numpy as np
 
 from frozen_peft.context.keys import PrefixKey, prefix_keys
 
-__all__ = ["PrefixPlan"]
+__all__ = ["PrefixPlan", "token_order"]
 
 # Contexts that branch off earlier than this share nothing: an extra forward would cost more than it saves.
 MIN_SHARED_TOKENS = 16
@@ -63,14 +63,19 @@ class PrefixPlan:
         return self._num_to_come[prefix] > 0
 
 
+def token_order(tokens: np.ndarray) -> bytes:
+    """Sorts contexts as their tokens do, so that those that begin alike come together."""
+    # Big-endian bytes have the order of the tokens, which are no more than 2^31.
+    return tokens.astype(">i4").tobytes()
+
+
 def _cut_lengths(contexts: Sequence[np.ndarray]) -> list[set[int]]:
     """Lengths at which each context is cut.
 
     In the order of their tokens, the prefix that two contexts share is the shortest of those that the neighbours
     between them share.
     """
-    # Big-endian bytes have the order of the tokens, which are no more than 2^31.
-    order = sorted(range(len(contexts)), key=lambda index: contexts[index].astype(">i4").tobytes())
+    order = sorted(range(len(contexts)), key=lambda index: token_order(contexts[index]))
     ordered = [contexts[index] for index in order]
     shared = [_num_shared(left, right) for left, right in itertools.pairwise(ordered)]
     lengths = [len(context) for context in ordered]

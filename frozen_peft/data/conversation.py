@@ -11,16 +11,16 @@
 Other columns are nobody's business here and stay as they are.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from frozen_peft.data.row_checks import form_problem, named, value_problem
 
 __all__ = [
     "Context",
     "Message",
     "Split",
     "message_texts",
-    "messages_problem",
     "sample_problem",
     "split_sample",
     "with_context",
@@ -72,21 +72,20 @@ def with_context(sample: dict[str, Any], context: Context) -> dict[str, Any]:
 def sample_problem(sample: dict[str, Any]) -> str | None:
     """Says what keeps a row from being a sample, None where nothing does."""
     if sample.get("prompt") is not None:
-        return _prompt_problem(sample)
-    if sample.get("messages") is None:
-        columns = ", ".join(f"`{name}`" for name in sample) or "none"
-        return f"a sample has the column `prompt` or `messages`; found {columns}"
-    messages = sample["messages"]
-    if not isinstance(messages, list):
-        return f"`messages` is {_kind(messages)}, expected a list of messages"
-    problem = messages_problem(messages, "messages")
-    if problem:
-        return problem
-    if messages[-1]["role"] != "assistant":
-        return f"`messages` ends with role {messages[-1]['role']!r}; the decision is its last message, an assistant's"
-    if len(messages) == 1:
-        return "`messages` has nothing before the decision"
-    return None
+        columns = [name for name in ("prompt", "completion") if sample.get(name) is not None]
+    elif sample.get("messages") is not None:
+        columns = ["messages"]
+    else:
+        return f"a sample has the column `prompt` or `messages`; found {named(sample)}"
+    for name in columns:
+        if problem := value_problem(sample[name], name, empty_text=True):
+            return problem
+    if columns != ["messages"]:
+        return form_problem(sample, columns)
+    *context, decision = sample["messages"]
+    if decision["role"] != "assistant":
+        return f"`messages` ends with role {decision['role']!r}; the decision is its last message, an assistant's"
+    return None if context else "`messages` has nothing before the decision"
 
 
 def message_texts(message: Message) -> list[tuple[int, str]]:
@@ -95,41 +94,3 @@ def message_texts(message: Message) -> list[tuple[int, str]]:
     if isinstance(content, str):
         return [(-1, content)]
     return [(number, part["text"]) for number, part in enumerate(content or []) if isinstance(part.get("text"), str)]
-
-
-def _prompt_problem(sample: dict[str, Any]) -> str | None:
-    prompt, completion = sample["prompt"], sample.get("completion")
-    if not isinstance(prompt, (str, list)):
-        return f"`prompt` is {_kind(prompt)}, expected text or a list of messages"
-    if completion is not None and type(completion) is not type(prompt):
-        return f"`prompt` is {_kind(prompt)} and `completion` is {_kind(completion)}; they have the same form"
-    for name, value in (("prompt", prompt), ("completion", completion)):
-        problem = messages_problem(value, name) if isinstance(value, list) else None
-        if problem:
-            return problem
-    return None
-
-
-def messages_problem(messages: Sequence[Any], column: str) -> str | None:
-    """Says what keeps a list from being a conversation's messages, None where nothing does."""
-    if not messages:
-        return f"`{column}` has no messages"
-    for number, message in enumerate(messages):
-        place = f"`{column}[{number}]`"
-        if not isinstance(message, dict):
-            return f"{place} is {_kind(message)}, a message is an object with `role` and `content`"
-        if not isinstance(message.get("role"), str):
-            return f"{place} has no `role`"
-        content = message.get("content")
-        if content is None and not message.get("tool_calls"):
-            return f"{place} has no `content`"
-        if content is not None and not isinstance(content, (str, list)):
-            return f"{place} has {_kind(content)} as `content`, expected text or a list of parts"
-        if isinstance(content, list) and not all(isinstance(part, dict) for part in content):
-            return f"{place} has a part that is not an object in its `content`"
-    return None
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")

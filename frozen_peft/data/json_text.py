@@ -6,11 +6,21 @@ Numbers count by their value: `1.50` and `1.5` are the same, `1` and `1.0` are n
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-__all__ = ["BYTE_ORDER_MARK", "InexactNumber", "JsonTextError", "inexactness", "parse_array", "parse_json"]
+__all__ = [
+    "BYTE_ORDER_MARK",
+    "InexactNumber",
+    "JsonTextError",
+    "has_half_pair",
+    "inexactness",
+    "numbered_lines",
+    "parse_array",
+    "parse_json",
+]
 
 # What editors of some systems put before a text in UTF-8, and no part of it.
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -58,6 +68,14 @@ def parse_json(text: bytes) -> Any:
         return _DECODER.decode(decoded)
     except (ValueError, RecursionError) as error:
         raise _named(error) from error
+
+
+def numbered_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers from 1; a byte order mark is no part of the first."""
+    for number, line in enumerate(file, start=1):
+        text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+        if text.strip():
+            yield number, text
 
 
 def parse_array(text: bytes) -> Iterator[Any]:
@@ -113,13 +131,13 @@ def inexactness(value: Any, name: str, *, rounding: bool = True) -> str | None:
             return f"`{name}` is nested more than {MAX_DEPTH} levels deep"
         if isinstance(item, dict):
             for key in item:
-                if _has_half_pair(key):
+                if has_half_pair(key):
                     return f"`{path}` has a key with {_HALF_PAIR}: {key!a}"
             stack += [(f"{path}.{key}", inner, depth + 1) for key, inner in reversed(item.items())]
         elif isinstance(item, list):
             stack += [(f"{path}[{index}]", item[index], depth + 1) for index in reversed(range(len(item)))]
         elif isinstance(item, str):
-            if _has_half_pair(item):
+            if has_half_pair(item):
                 return f"`{path}` has {_HALF_PAIR}, which no text in UTF-8 can hold; remove it"
         elif problem := _number_problem(item, rounding):
             return f"`{path}` is {problem}; write it as text"
@@ -129,14 +147,9 @@ def inexactness(value: Any, name: str, *, rounding: bool = True) -> str | None:
 _HALF_PAIR = "half a surrogate pair"
 
 
-def _has_half_pair(text: str) -> bool:
-    if text.isascii():
-        return False
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+def has_half_pair(text: str) -> bool:
+    """Whether a text has half a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
 def _number_problem(value: Any, rounding: bool) -> str | None:

@@ -8,7 +8,9 @@ changes what is written (`stored`).
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,14 @@ from datasets import (
 )
 from tqdm import tqdm
 
-from frozen_peft.data.json_text import BYTE_ORDER_MARK, JsonTextError, parse_array, parse_json
+from frozen_peft.data.json_text import BYTE_ORDER_MARK, JsonTextError, numbered_lines, parse_array, parse_json
 from frozen_peft.data.row_checks import TRAINED_COLUMNS, RowChecks, no_training_column
 from frozen_peft.data.stored import ColumnTypes, full_row, stored_row
 
 __all__ = ["has_split", "load_samples"]
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-# Compressed JSON, as pyarrow reads it.
-_COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+# Files of JSON, compressed as pyarrow reads it.
+_JSON = re.compile(r"\.jsonl?(\.(gz|bz2|zst|lz4))?$", re.IGNORECASE)
 # Columns that a row may lack.
 _OPTIONAL = ("tools", "chat_template_kwargs", "stripped")
 # Changes where rows of one version are stored otherwise than those of another.
@@ -82,7 +83,7 @@ def load_samples(
         return _load_json([path], streaming, text_field)
     _check_parquet(path, text_field)
     samples = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
-    _check_rows(samples, path, text_field)
+    _check_parquet_rows(samples, path, text_field)
     return samples
 
 
@@ -95,11 +96,9 @@ def has_split(name: str, split: str, config: str | None = None) -> bool:
 
 def _file_kind(path: Path) -> str | None:
     """What a file holds, by its name; None: it is no file of rows."""
-    suffix = path.suffix.lower()
-    if suffix in _COMPRESSED:
-        inner = _BUILDERS.get(path.with_suffix("").suffix.lower())
-        return inner if inner == "json" else None
-    return _BUILDERS.get(suffix)
+    if _JSON.search(path.name):
+        return "json"
+    return "parquet" if path.suffix.lower() == ".parquet" else None
 
 
 def _load_named(
@@ -133,23 +132,19 @@ def _files(builder: DatasetBuilder, split: str) -> list[Path]:
 def _load_json(paths: Sequence[Path], streaming: bool, text_field: str) -> Any:
     features, digest = _checked(paths, text_field)
     files = [str(path) for path in paths]
+    kwargs = {"features": features, "digest": digest, "format": _FORMAT}
     if streaming:
-        return IterableDataset.from_generator(_full_rows, gen_kwargs={"files": files, "features": features})
+        # A list is read by several workers, a file each.
+        return IterableDataset.from_generator(_rows_as, gen_kwargs={"make": full_row, "files": files, **kwargs})
     # What is stored is found again by these: the digest stands for what is in the files.
-    kwargs = {"files": tuple(files), "features": features, "digest": digest, "format": _FORMAT}
-    return Dataset.from_generator(_stored_rows, features=features, gen_kwargs=kwargs)
+    kwargs |= {"make": stored_row, "files": tuple(files)}
+    return Dataset.from_generator(_rows_as, features=features, gen_kwargs=kwargs)
 
 
-def _stored_rows(files: Sequence[str], features: Features, digest: str, format: int) -> Iterator[dict[str, Any]]:
+def _rows_as(make: Any, files: Sequence[str], features: Features, **found_by: Any) -> Iterator[dict[str, Any]]:
     for file in files:
         for _, row in _json_rows(Path(file)):
-            yield stored_row(row, features)
-
-
-def _full_rows(files: Sequence[str], features: Features) -> Iterator[dict[str, Any]]:
-    for file in files:
-        for _, row in _json_rows(Path(file)):
-            yield full_row(row, features)
+            yield make(row, features)
 
 
 def _checked(paths: Sequence[Path], text_field: str) -> tuple[Features, str]:
@@ -164,12 +159,8 @@ def _checked(paths: Sequence[Path], text_field: str) -> tuple[Features, str]:
     for path in paths:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
-        # The delay keeps the bar away from files that are read in a moment.
-        for place, row in tqdm(_json_rows(path), desc=f"Checking {path.name}", unit=" rows", delay=2):
+        for row in _checked_rows(_json_rows(path), checks, path):
             num_rows += 1
-            problem = checks.problem(row, place)
-            if problem:
-                raise ValueError(f"{place}: {problem}")
             types.add(row)
     if not num_rows:
         raise ValueError(f"{', '.join(map(str, paths))}: the file has no samples")
@@ -181,35 +172,26 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with io.BufferedReader(pyarrow.input_stream(str(path), compression="detect")) as file:
             if ".jsonl" not in path.suffixes and file.peek(64).removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"[":
-                rows = _array_rows(path, file.read())
-                yield from ((f"{path}, sample {number}", row) for number, row in enumerate(rows, start=1))
+                with _placed(path):
+                    for number, row in enumerate(parse_array(file.read()), start=1):
+                        yield f"{path}, sample {number}", row
                 return
-            for number, line in enumerate(file, start=1):
-                text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-                if text.strip():
-                    yield f"{path}, line {number}", _parsed(path, number, text)
+            for number, line in numbered_lines(file):
+                with _placed(path, number):
+                    row = parse_json(line)
+                yield f"{path}, line {number}", row
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
-def _parsed(path: Path, line: int, text: bytes) -> Any:
+@contextmanager
+def _placed(path: Path, first_line: int = 1) -> Iterator[None]:
+    """Names the file and the line of what is wrong with its text."""
     try:
-        return parse_json(text)
+        yield
     except JsonTextError as error:
-        raise _placed(error, path, line) from error
-
-
-def _array_rows(path: Path, text: bytes) -> Iterator[Any]:
-    try:
-        yield from parse_array(text)
-    except JsonTextError as error:
-        raise _placed(error, path) from error
-
-
-def _placed(error: JsonTextError, path: Path, first_line: int = 1) -> ValueError:
-    """The same error, with file and line."""
-    column = f", column {error.column}" if error.column is not None else ""
-    return ValueError(f"{path}, line {first_line + error.line - 1}{column}: {error.reason}")
+        column = f", column {error.column}" if error.column is not None else ""
+        raise ValueError(f"{path}, line {first_line + error.line - 1}{column}: {error.reason}") from error
 
 
 def _check_parquet(path: Path, text_field: str) -> None:
@@ -224,13 +206,23 @@ def _check_parquet(path: Path, text_field: str) -> None:
         raise ValueError(f"{path}: {no_training_column(columns, text_field)}")
 
 
-def _check_rows(samples: Dataset | IterableDataset, path: Path, text_field: str) -> None:
-    """Raises `ValueError` at the first row of a Parquet file that is not a sample, or unlike the rows before it."""
+def _checked_rows(placed: Iterable[tuple[str, Any]], checks: RowChecks, path: Path) -> Iterator[Any]:
+    """The rows of a file; `ValueError` at the first that is not a sample, or unlike the rows before it."""
+    # The delay keeps the bar away from files that are read in a moment.
+    for place, row in tqdm(placed, desc=f"Checking {path.name}", unit=" rows", delay=2):
+        if problem := checks.problem(row, place):
+            raise ValueError(f"{place}: {problem}")
+        yield row
+
+
+def _check_parquet_rows(samples: Dataset | IterableDataset, path: Path, text_field: str) -> None:
     checks = RowChecks(text_field)
     known = samples.select_columns([name for name in samples.column_names if name in checks.columns])
-    for number, row in enumerate(tqdm(known, desc=f"Checking {path.name}", unit=" rows", delay=2), start=1):
-        # What one row has, the table has as null in all others.
-        given = {column: value for column, value in row.items() if value is not None or column not in _OPTIONAL}
-        place = f"{path}, row {number}"
-        if problem := checks.problem(given, place):
-            raise ValueError(f"{place}: {problem}")
+    # What one row has, the table has as null in all others.
+    given = (
+        {column: value for column, value in row.items() if value is not None or column not in _OPTIONAL}
+        for row in known
+    )
+    placed = ((f"{path}, row {number}", row) for number, row in enumerate(given, start=1))
+    for _ in _checked_rows(placed, checks, path):
+        pass

@@ -2,13 +2,13 @@
 """Marks: what says of a message, or of a stretch of its text, that it is an instruction."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from frozen_peft.data.conversation import Message
 
-__all__ = ["DEFAULT_MARKS", "Marks", "Stretch", "tag_stretches"]
+__all__ = ["DEFAULT_MARKS", "Marks", "Stretch", "merged", "tag_stretches", "text_between"]
 
 # From and to, in characters of a text; the end is not part of it.
 Stretch = tuple[int, int]
@@ -110,6 +110,12 @@ def merged(stretches: list[Stretch]) -> list[Stretch]:
         else:
             result.append((start, end))
     return result
+
+
+def text_between(text: str, stretches: Sequence[Stretch]) -> list[str]:
+    """What a text has outside of stretches: before the first, between one and the next, and behind the last."""
+    cuts = [0, *(place for stretch in stretches for place in stretch), len(text)]
+    return [text[start:end] for start, end in zip(cuts[::2], cuts[1::2], strict=True)]
 
 
 def tag_stretches(text: str, name: str, place: str) -> Iterator[Stretch]:

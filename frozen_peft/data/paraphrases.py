@@ -5,10 +5,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
-from frozen_peft.data.marks import Stretch
+from frozen_peft.data.marks import Stretch, text_between
+from frozen_peft.data.rows import Row, made_of_rows
 
-__all__ = ["Paraphrases"]
+__all__ = ["Paraphrases", "read_paraphrases"]
 
 # Sentences end with one of these and white space, or with one of the second whatever follows.
 _ENDS = ".!?…:;"
@@ -51,9 +53,8 @@ class Paraphrases:
         Returns:
             The reworded text, and where the fixed stretches are in it.
         """
-        cuts = [0, *(place for stretch in fixed for place in stretch), len(text)]
         # Sentences are read as they are without the fixed stretches; none that reaches across one is reworded.
-        segments = [text[start:end] for start, end in zip(cuts[::2], cuts[1::2], strict=True)]
+        segments = text_between(text, fixed)
         visible = "".join(segments)
         result, first = "", 0
         moved: list[Stretch] = []
@@ -87,6 +88,31 @@ class Paraphrases:
                 for text in sorted(self.alternatives, key=lambda text: (-len(text), text))
             )
         )
+
+
+def read_paraphrases(path: Path) -> Paraphrases:
+    """Reads rows `{"text": ..., "alternatives": [...]}`; rows of the same text add up.
+
+    Raises:
+        ValueError: A row is malformed, or there are none.
+        FileNotFoundError: There is no such file.
+    """
+    alternatives: dict[str, list[str]] = {}
+    for row in made_of_rows(path, _of_row):
+        for text, others in row.alternatives.items():
+            alternatives.setdefault(text, []).extend(others)
+    if not alternatives:
+        raise ValueError(f"{path}: the file has no paraphrases")
+    return Paraphrases(alternatives)
+
+
+def _of_row(row: Row) -> Paraphrases:
+    text, alternatives = row.values.get("text"), row.values.get("alternatives")
+    if not isinstance(text, str):
+        raise ValueError("a paraphrase has a `text`")
+    if not isinstance(alternatives, list) or not all(isinstance(other, str) for other in alternatives):
+        raise ValueError("a paraphrase has `alternatives`, a list of texts")
+    return Paraphrases({text: alternatives})
 
 
 def _end_after(text: str) -> str:

@@ -16,21 +16,21 @@ keys of the same types, which `datasets` needs:
 
 import json
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from frozen_peft.data.conversation import Context, Message, message_texts
+from frozen_peft.data.marks import Stretch, text_between
+from frozen_peft.data.row_checks import kind_problem
 
 __all__ = [
     "STRIPPED",
     "MarkedMessage",
     "Piece",
-    "PieceError",
     "marked_context",
     "piece_texts",
     "stripped_context",
-    "visible_message",
     "with_text",
 ]
 
@@ -40,10 +40,6 @@ STRIPPED = "stripped"
 Piece = dict[str, Any]
 
 _TYPES = {"index": int, "part": int, "start": int, "text": str, "message": str}
-
-
-class PieceError(ValueError):
-    """The column `stripped` does not belong to its row."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,20 @@ class MarkedMessage:
     whole: bool = False
     stretches: tuple[tuple[int, int, int], ...] = ()
 
+    def texts(self) -> Iterator[tuple[int, str, list[Stretch]]]:
+        """The number of each of its texts, as `message_texts` has it, the text, and what is stripped of it."""
+        for part, text in message_texts(self.message):
+            yield part, text, [(start, end) for number, start, end in self.stretches if number == part]
+
+    @property
+    def visible(self) -> Message:
+        """The message without its stripped stretches; the same object where there are none."""
+        message = self.message
+        for part, text, stretches in self.texts():
+            if stretches:
+                message = with_text(message, part, "".join(text_between(text, stretches)))
+        return message
+
 
 def marked_context(context: Context, stripped: Sequence[Piece] | None) -> list[MarkedMessage]:
     """Puts the pieces back into a context and says where they stand in it.
@@ -69,26 +79,28 @@ def marked_context(context: Context, stripped: Sequence[Piece] | None) -> list[M
         stripped: The row's column of that name; None and empty mean that nothing was stripped.
 
     Raises:
-        PieceError: The pieces are malformed, or do not fit the context.
+        ValueError: The pieces are malformed, or do not fit the context.
     """
     pieces = _checked(stripped)
-    if isinstance(context, str):
-        marked = [_with_stretches({"content": context}, [piece for piece in pieces if piece["index"] == -1])]
-        _require_all(pieces, marked)
-        return marked
-    rest = deque(context)
-    marked = []
-    whole = {piece["index"]: piece for piece in pieces if piece["message"]}
-    stretches = defaultdict(list)
+    own: dict[int, list[Piece]] = defaultdict(list)
     for piece in pieces:
-        if not piece["message"]:
-            stretches[piece["index"]].append(piece)
-    for index in range(len(context) + len(whole)):
-        if index in whole:
-            marked.append(MarkedMessage(json.loads(whole[index]["message"]), whole=True))
-        elif rest:
-            marked.append(_with_stretches(rest.popleft(), stretches[index]))
-    _require_all(pieces, marked)
+        own[piece["index"]].append(piece)
+    if isinstance(context, str):
+        marked = [_with_stretches({"content": context}, own[-1])]
+    else:
+        marked = []
+        rest = deque(context)
+        for index in range(len(context) + sum(bool(piece["message"]) for piece in pieces)):
+            if own[index] and own[index][0]["message"]:
+                marked.append(MarkedMessage(json.loads(own[index][0]["message"]), whole=True))
+            elif rest:
+                marked.append(_with_stretches(rest.popleft(), own[index]))
+    num_placed = sum(entry.whole + len(entry.stretches) for entry in marked)
+    if num_placed != len(pieces):
+        raise ValueError(
+            f"{len(pieces) - num_placed} of {len(pieces)} pieces in `stripped` have no place in the context: it was "
+            "changed after it was stripped; strip the changed original instead"
+        )
     return marked
 
 
@@ -111,20 +123,8 @@ def stripped_context(marked: Sequence[MarkedMessage], *, text: bool) -> tuple[Co
         texts = dict(message_texts(entry.message))
         for part, start, end in entry.stretches:
             pieces.append(_piece(-1 if text else index, part, start, texts[part][start:end]))
-        kept.append(visible_message(entry))
+        kept.append(entry.visible)
     return (kept[0]["content"] if text else kept), pieces
-
-
-def visible_message(entry: MarkedMessage) -> Message:
-    """The message without its stripped stretches; the same object where there are none."""
-    message = entry.message
-    for part, text in message_texts(message):
-        stretches = [(start, end) for number, start, end in entry.stretches if number == part]
-        if stretches:
-            # What lies between the end of one stretch and the start of the next.
-            cuts = [0, *(place for stretch in stretches for place in stretch), len(text)]
-            message = with_text(message, part, "".join(text[a:b] for a, b in zip(cuts[::2], cuts[1::2], strict=True)))
-    return message
 
 
 def piece_texts(piece: Piece) -> list[str]:
@@ -166,7 +166,7 @@ def _with_stretches(message: Message, pieces: Sequence[Piece]) -> MarkedMessage:
         for piece in (piece for piece in pieces if piece["part"] == part):
             upto = used + piece["start"] - len(full)
             if not used <= upto <= len(text):
-                break  # left for `_require_all` to report
+                break  # it has no place, which `marked_context` reports
             full += text[used:upto] + piece["text"]
             used = upto
             stretches.append((part, piece["start"], len(full)))
@@ -179,25 +179,15 @@ def _checked(stripped: Any) -> list[Piece]:
     """The pieces, each of which has the keys and types of one."""
     if stripped is None:
         return []
-    if not isinstance(stripped, list):
-        raise PieceError(f"`stripped` is {type(stripped).__name__}, expected a list of pieces")
+    if problem := kind_problem(stripped, STRIPPED, "a list"):
+        raise ValueError(problem)
     for number, piece in enumerate(stripped):
         if not isinstance(piece, dict) or {key: type(value) for key, value in piece.items()} != _TYPES:
-            raise PieceError(f"`stripped[{number}]` is not a piece that `strip` wrote: {piece!r}")
-        if piece["message"]:
-            try:
-                message = json.loads(piece["message"])
-            except json.JSONDecodeError as error:
-                raise PieceError(f"`stripped[{number}]`: `message` is not JSON: {error.msg}") from error
-            if not isinstance(message, dict):
-                raise PieceError(f"`stripped[{number}]`: `message` is no message")
+            raise ValueError(f"`stripped[{number}]` is not a piece that `strip` wrote: {piece!r}")
+        try:
+            is_message = isinstance(json.loads(piece["message"] or "{}"), dict)
+        except json.JSONDecodeError:
+            is_message = False
+        if not is_message:
+            raise ValueError(f"`stripped[{number}]`: `message` is not a message in JSON: {piece['message']!r}")
     return stripped
-
-
-def _require_all(pieces: Sequence[Piece], marked: Sequence[MarkedMessage]) -> None:
-    placed = sum(entry.whole + len(entry.stretches) for entry in marked)
-    if placed != len(pieces):
-        raise PieceError(
-            f"{len(pieces) - placed} of {len(pieces)} pieces in `stripped` have no place in the context: it was "
-            "changed after it was stripped; strip the changed original instead"
-        )

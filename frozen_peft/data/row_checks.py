@@ -1,12 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a row must be to be a sample of one of TRL's dataset types, and what all rows must share."""
+"""What a row must hold: text, messages, token ids; what makes it a sample to train on; what all rows must share.
 
-from collections.abc import Iterable
+Every check says what is wrong with a value in words, by the name of its field, or None where nothing is.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from frozen_peft.data.json_text import JsonTextError, inexactness, parse_json
 
-__all__ = ["TRAINED_COLUMNS", "RowChecks", "kind_of", "no_training_column"]
+__all__ = [
+    "TRAINED_COLUMNS",
+    "RowChecks",
+    "form_problem",
+    "kind_of",
+    "kind_problem",
+    "messages_problem",
+    "named",
+    "no_training_column",
+    "objects_problem",
+    "value_problem",
+]
 
 # The columns that TRL trains on, by dataset type; `text` can be renamed with `dataset_text_field`.
 _TRAINING_COLUMNS = ("messages", "conversations", "prompt", "input_ids")
@@ -16,8 +30,74 @@ _TOKEN_COLUMNS = ("labels", "completion_mask", "assistant_masks")
 _SIDE_COLUMNS = ("tools", "chat_template_kwargs", "stripped")
 # All that what is trained depends on, without the column of plain text.
 TRAINED_COLUMNS = (*_TRAINING_COLUMNS, "completion", *_TOKEN_COLUMNS, *_SIDE_COLUMNS)
-# The value of a conversation's column is a list of messages with these keys.
-_MESSAGE_KEYS = {"messages": "role", "prompt": "role", "completion": "role", "conversations": "from"}
+# What a column holds that is not text alone. A list is one of messages, or of token ids.
+_KINDS = {
+    "messages": ("a list",),
+    "conversations": ("a list",),
+    "prompt": ("text", "a list"),
+    "completion": ("text", "a list"),
+    "input_ids": ("a list",),
+}
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, as a message calls it."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def named(names: Iterable[str]) -> str:
+    """Names of columns, as a message lists them."""
+    return ", ".join(f"`{name}`" for name in names) or "none"
+
+
+def kind_problem(value: Any, name: str, *kinds: str) -> str | None:
+    """What keeps a value from being of one of these kinds, of those that `kind_of` knows."""
+    found = kind_of(value)
+    return None if found in kinds else f"`{name}` is {found}, expected {' or '.join(kinds)}"
+
+
+def objects_problem(value: Any, name: str) -> str | None:
+    """What keeps a value from being a list of objects."""
+    if not isinstance(value, list):
+        return f"`{name}` is {kind_of(value)}, expected a list of objects"
+    return _first(kind_problem(item, f"{name}[{index}]", "an object") for index, item in enumerate(value))
+
+
+def messages_problem(messages: Sequence[Any], column: str) -> str | None:
+    """What keeps the items of a list from being messages."""
+    return _first(_message_problem(message, f"{column}[{index}]") for index, message in enumerate(messages))
+
+
+def value_problem(value: Any, column: str, *, empty_text: bool = False) -> str | None:
+    """What keeps the value of a training column from being text, messages or token ids, as the column has them.
+
+    Args:
+        value: The value.
+        column: Its name.
+        empty_text: Whether a text may be empty; a list may not: of no messages, TRL cannot tell what they are.
+    """
+    if not value and not (empty_text and value == ""):
+        return f"`{column}` is {'null' if value is None else 'empty'}"
+    if problem := kind_problem(value, column, *_KINDS.get(column, ("text",))):
+        return problem
+    if column == "input_ids":
+        return _numbers_problem(value, column)
+    return messages_problem(value, column) if isinstance(value, list) else None
+
+
+def form_problem(row: dict[str, Any], columns: Sequence[str]) -> str | None:
+    """What keeps columns from having one form; what TRL would take such a row for depends on chance."""
+    for column in columns[1:]:
+        if isinstance(row[column], str) != isinstance(row[columns[0]], str):
+            kinds = [f"`{name}` is {kind_of(row[name])}" for name in (columns[0], column)]
+            return f"{' and '.join(kinds)}; they have the same form, text or a list of messages"
+    return None
+
+
+def no_training_column(columns: Iterable[str], text_field: str) -> str:
+    """Says that none of the columns is one to train on."""
+    return f"none of the columns {named((*_TRAINING_COLUMNS, text_field))}; found {named(columns)}"
 
 
 class RowChecks:
@@ -29,7 +109,7 @@ class RowChecks:
 
     def __init__(self, text_field: str = "text"):
         self._text_field = text_field
-        self._forms: dict[str, tuple[str, str]] | None = None
+        self._first_row: tuple[str, dict[str, str]] | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -58,20 +138,20 @@ class RowChecks:
             return "there is a `prompt` but no `completion`"
         if "completion" in row and "prompt" not in row and text_field != "completion":
             return "there is a `completion` but no `prompt`"
-        for column in (text_field, *_TRAINING_COLUMNS, "completion"):
-            if column in row and not (column == text_field and present):
-                problem = _value_problem(row[column], column)
-                if problem:
-                    return problem
-        return self._forms_problem(row) or _token_problem(row) or _side_problem(row)
+        trained = [name for name in (*_TRAINING_COLUMNS, "completion") if name in row and name != text_field]
+        if text_field in row and not present:
+            trained.append(text_field)
+        return (
+            # An empty prompt is a sample without context.
+            _first(value_problem(row[column], column, empty_text=column == "prompt") for column in trained)
+            or form_problem(row, [name for name in ("prompt", "completion", "messages") if name in row])
+            or self._ambiguity(row)
+            or _token_problem(row)
+            or _side_problem(row)
+        )
 
-    def _forms_problem(self, row: dict[str, Any]) -> str | None:
-        """What TRL would take one row's columns for depends on chance, or on the order of its own cases."""
-        found = [column for column in ("prompt", "completion", "messages") if column in row]
-        for column in found[1:]:
-            if isinstance(row[column], str) != isinstance(row[found[0]], str):
-                kinds = [f"`{name}` is {kind_of(row[name])}" for name in (found[0], column)]
-                return f"{' and '.join(kinds)}; they have the same form, text or a list of messages"
+    def _ambiguity(self, row: dict[str, Any]) -> str | None:
+        """Which of two texts TRL would train depends on the order of its own cases."""
         if isinstance(row.get("completion"), str) and self._text_field in row and self._text_field != "completion":
             return (
                 f"there is `{self._text_field}` beside `prompt` and `completion` of text, and only one of them can be "
@@ -82,89 +162,45 @@ class RowChecks:
     def _difference(self, row: dict[str, Any], place: str) -> str | None:
         """TRL looks at the first row to say what all of them are."""
         required = (*_TRAINING_COLUMNS, "completion", *_TOKEN_COLUMNS, self._text_field)
-        found = {name: (kind_of(row[name]), place) for name in required if name in row}
-        if self._forms is None:
-            self._forms = found
+        kinds = {name: kind_of(row[name]) for name in required if name in row}
+        if self._first_row is None:
+            self._first_row = (place, kinds)
+        first_place, first = self._first_row
         for column in required:
-            kind, first = (found.get(column), self._forms.get(column))
-            if (kind is None) != (first is None):
-                has, lacks = (place, self._place) if first is None else (self._place, place)
+            if (column in kinds) != (column in first):
+                has, lacks = (place, first_place) if column in kinds else (first_place, place)
                 return f"`{column}` is there in {has} and missing in {lacks}; all rows have one form"
-            if kind is not None and first is not None and kind[0] != first[0]:
-                return f"`{column}` is {kind[0]}, but {first[0]} in {first[1]}"
+            if column in kinds and kinds[column] != first[column]:
+                return f"`{column}` is {kinds[column]}, but {first[column]} in {first_place}"
         return None
 
-    @property
-    def _place(self) -> str:
-        assert self._forms
-        return next(iter(self._forms.values()))[1]
+
+def _first(problems: Iterable[str | None]) -> str | None:
+    return next(filter(None, problems), None)
 
 
-def no_training_column(columns: Iterable[str], text_field: str) -> str:
-    """Says that none of the columns is one to train on."""
-    expected = ", ".join(f"`{name}`" for name in (*_TRAINING_COLUMNS, text_field))
-    found = ", ".join(f"`{name}`" for name in columns) or "none"
-    return f"none of the columns {expected}; found {found}"
+def _message_problem(message: Any, place: str) -> str | None:
+    role, content = ("from", "value") if place.startswith("conversations") else ("role", "content")
+    if not isinstance(message, dict):
+        return f"`{place}` is {kind_of(message)}, a message is an object with `{role}` and `{content}`"
+    if message.get(role) is None:
+        return f"`{place}` has no `{role}`"
+    if problem := kind_problem(message[role], f"{place}.{role}", "text"):
+        return problem
+    body, calls = message.get(content), message.get("tool_calls")
+    if body is None and calls is None:
+        return f"`{place}` has no `{content}`"
+    problem = _content_problem(body, f"{place}.{content}") if body is not None else None
+    return problem or (objects_problem(calls, f"{place}.tool_calls") if calls is not None else None)
 
 
-def kind_of(value: Any) -> str:
-    """What a value is, as a message calls it."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-def _value_problem(value: Any, column: str) -> str | None:
-    """What keeps the value of a training column from being text, messages or token ids."""
-    # An empty text is a sample without context; of no messages, TRL cannot tell what they are.
-    if not value and not (column == "prompt" and value == ""):
-        return f"`{column}` is {'null' if value is None else 'empty'}"
-    if column in _MESSAGE_KEYS and isinstance(value, list):
-        return _messages_problem(value, column)
-    if column == "input_ids":
-        return _numbers_problem(value, column)
-    if not isinstance(value, str) or column in ("messages", "conversations"):
-        return f"`{column}` is {kind_of(value)}"
-    return None
-
-
-def _messages_problem(messages: list[Any], column: str) -> str | None:
-    key = _MESSAGE_KEYS[column]
-    content = "value" if key == "from" else "content"
-    for number, message in enumerate(messages):
-        place = f"`{column}[{number}]`"
-        if not isinstance(message, dict):
-            return f"{place} is {kind_of(message)}, a message is an object with `{key}` and `{content}`"
-        if not isinstance(message.get(key), str):
-            return f"{place} has no `{key}`" if message.get(key) is None else f"{place} has a `{key}` that is no text"
-        calls = message.get("tool_calls")
-        if message.get(content) is None and calls is None:
-            return f"{place} has no `{content}`"
-        problem = _content_problem(message.get(content)) or _calls_problem(calls)
-        if problem:
-            return f"{place} has {problem}"
-    return None
-
-
-def _content_problem(content: Any) -> str | None:
-    if content is None or isinstance(content, str):
+def _content_problem(content: Any, name: str) -> str | None:
+    if isinstance(content, str):
         return None
-    if not isinstance(content, list):
-        return f"{kind_of(content)} as its content, expected text or a list of parts"
-    for part in content:
-        if not isinstance(part, dict):
-            return f"{kind_of(part)} as a part of its content, expected an object"
-        if not isinstance(part.get("text", ""), str):
-            return f"{kind_of(part['text'])} as `text` in a part of its content"
-    return None
-
-
-def _calls_problem(calls: Any) -> str | None:
-    if calls is None:
-        return None
-    if not isinstance(calls, list):
-        return f"{kind_of(calls)} as `tool_calls`, expected a list"
-    return next(
-        (f"{kind_of(call)} in `tool_calls`, expected an object" for call in calls if type(call) is not dict), None
+    if problem := kind_problem(content, name, "text", "a list"):
+        return problem
+    return objects_problem(content, name) or _first(
+        kind_problem(part.get("text", ""), f"{name}[{index}].text", "text") for index, part in enumerate(content)
     )
 
 
@@ -182,8 +218,8 @@ def _token_problem(row: dict[str, Any]) -> str | None:
 
 
 def _numbers_problem(value: Any, column: str) -> str | None:
-    if not isinstance(value, list):
-        return f"`{column}` is {kind_of(value)}, expected a list of integers"
+    if problem := kind_problem(value, column, "a list"):
+        return problem
     for index, number in enumerate(value):
         if type(number) is not int or (number < 0 and column == "input_ids") or abs(number) >= 2**31:
             return f"`{column}[{index}]` is {_shown(number)}, expected a token's number"
@@ -192,8 +228,8 @@ def _numbers_problem(value: Any, column: str) -> str | None:
 
 def _side_problem(row: dict[str, Any]) -> str | None:
     kwargs = row.get("chat_template_kwargs")
-    if kwargs is not None and not isinstance(kwargs, dict):
-        return f"`chat_template_kwargs` is {kind_of(kwargs)}, expected an object"
+    if kwargs is not None and (problem := kind_problem(kwargs, "chat_template_kwargs", "an object")):
+        return problem
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
@@ -202,9 +238,7 @@ def _side_problem(row: dict[str, Any]) -> str | None:
             return f"`tools` is text that is not JSON: {error}"
         if problem := inexactness(tools, "tools"):
             return problem
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        return "`tools` is not a list of objects"
-    return None
+    return None if tools is None else objects_problem(tools, "tools")
 
 
 def _shown(value: Any) -> str:

@@ -5,13 +5,16 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from frozen_peft.data import BYTE_ORDER_MARK, JsonTextError, parse_json
+from frozen_peft.data.json_text import has_half_pair, numbered_lines, parse_json
+from frozen_peft.data.row_checks import kind_of
 
-__all__ = ["Row", "dump_row", "read_rows"]
+__all__ = ["Row", "dump_row", "made_of_rows", "read_rows"]
+
+Made = TypeVar("Made")
 
 # Says what is wrong with a row, None where nothing is.
 Check = Callable[[dict[str, Any]], str | None]
@@ -32,16 +35,18 @@ class Row:
     place: str
 
 
-def read_rows(path: Path, check: Check, on_bad: Callable[[str], None] | None = None) -> Iterator[Row]:
+def made_of_rows(
+    path: Path, make: Callable[[Row], Made], on_bad: Callable[[str], None] | None = None
+) -> Iterator[Made]:
     """Reads a JSON Lines file one row at a time; blank lines are passed over.
 
     Args:
         path: The file, in UTF-8.
-        check: Says what is wrong with a row beyond its being a JSON object.
+        make: Makes something of a row; a `ValueError` says what is wrong with it.
         on_bad: Called with the message of a bad line, which is then left out. Without it a bad line is an error.
 
     Yields:
-        The rows, in their order.
+        What was made of the rows, in their order.
 
     Raises:
         ValueError: A line is bad; the message names file, line and reason.
@@ -51,35 +56,35 @@ def read_rows(path: Path, check: Check, on_bad: Callable[[str], None] | None = N
         raise FileNotFoundError(f"no file {path} (looked in {Path.cwd()})")
     with path.open("rb") as file:
         # The delay keeps the bar away from files that are read in a moment.
-        for line, text in enumerate(tqdm(file, desc=f"Reading {path.name}", unit=" rows", delay=2), start=1):
-            if not text.strip().removeprefix(BYTE_ORDER_MARK):
-                continue
+        for line, text in numbered_lines(tqdm(file, desc=f"Reading {path.name}", unit=" rows", delay=2)):
             place = f"{path}, line {line}"
-            values, problem = _parse(text.removeprefix(BYTE_ORDER_MARK) if line == 1 else text)
-            problem = problem or check(values)
-            if problem is None:
-                yield Row(values, line, place)
-            elif on_bad is None:
-                raise ValueError(f"{place}: {problem}")
+            try:
+                values = parse_json(text)
+                if not isinstance(values, dict):
+                    raise ValueError(f"a row is a JSON object, got {kind_of(values)}")
+                made = make(Row(values, line, place))
+            except ValueError as error:
+                if on_bad is None:
+                    raise ValueError(f"{place}: {error}") from error
+                on_bad(f"{place}: {error}")
             else:
-                on_bad(f"{place}: {problem}")
+                yield made
+
+
+def read_rows(path: Path, check: Check, on_bad: Callable[[str], None] | None = None) -> Iterator[Row]:
+    """The rows of a JSON Lines file, each of which `check` has nothing to say of; else as `made_of_rows`."""
+
+    def checked(row: Row) -> Row:
+        if problem := check(row.values):
+            raise ValueError(problem)
+        return row
+
+    return made_of_rows(path, checked, on_bad)
 
 
 def dump_row(values: dict[str, Any]) -> str:
     """One line of a JSON Lines file, with its line break."""
     text = json.dumps(values, ensure_ascii=False)
-    # Half a surrogate pair, which JSON can escape and UTF-8 cannot hold.
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if has_half_pair(text):
         text = json.dumps(values)
     return text + "\n"
-
-
-def _parse(text: bytes) -> tuple[dict[str, Any], str | None]:
-    """The object of a line, and what is wrong with it."""
-    try:
-        values = parse_json(text)
-    except JsonTextError as error:
-        return {}, str(error)
-    if not isinstance(values, dict):
-        return {}, f"a row is a JSON object, got {type(values).__name__}"
-    return values, None

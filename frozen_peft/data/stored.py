@@ -12,7 +12,7 @@ keys of all others. So what is not of one simple type is kept as JSON, in the ty
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import transformers
@@ -22,6 +22,7 @@ from datasets import Dataset, Features, IterableDataset, Json, LargeList, List, 
 from datasets.fingerprint import Hasher
 
 from frozen_peft.data.row_checks import TRAINED_COLUMNS
+from frozen_peft.utils.compat.datasets import computed_by
 
 __all__ = [
     "JSON",
@@ -68,13 +69,10 @@ class ColumnTypes:
 
 def stored_row(row: dict[str, Any], features: Features) -> dict[str, Any]:
     """A row as a dataset of these types takes it."""
-    stored = {}
-    for column, kind in features.items():
-        value = row.get(column)
-        if column == "chat_template_kwargs" and value is None:
-            value = {}
-        stored[column] = json.dumps(value) if kind == JSON and value is not None else value
-    return stored
+    return {
+        column: json.dumps(value) if features[column] == JSON and value is not None else value
+        for column, value in full_row(row, features).items()
+    }
 
 
 def full_row(row: dict[str, Any], features: Features) -> dict[str, Any]:
@@ -132,9 +130,7 @@ def as_table(prepared: IterableDataset, source: Dataset, columns: tuple[str, ...
             _prepared_rows,
             gen_kwargs={"prepared": prepared, "shards": list(range(num_shards)), "columns": columns},
             num_proc=num_shards if num_shards > 1 else None,
-            # datasets 5: what a stream computes, tokenizer and template included. The stream itself has a counter in
-            # shared memory, by which it would be another one in every process and every run.
-            fingerprint=Hasher.hash([prepared._ex_iterable, columns, trl.__version__, transformers.__version__]),
+            fingerprint=Hasher.hash([computed_by(prepared), columns, trl.__version__, transformers.__version__]),
         )
     plain = [name for name, kind in source.features.items() if name not in made.column_names and not _holds_json(kind)]
     return concatenate_datasets([made, source.select_columns(plain)], axis=1) if plain else made
@@ -149,34 +145,24 @@ def require_no_dates(dataset: Dataset | IterableDataset, name: str) -> None:
     for column, kind in (dataset.features or {}).items():
         if column not in (*TRAINED_COLUMNS, "text", "chosen", "rejected"):
             continue
-        if found := _date_type(kind, column):
-            raise ValueError(
-                f"The {name} dataset has {found[1]} in `{found[0]}`, where text is trained: whatever read the file "
-                "took text for dates. Read JSON with `frozen_peft.load_samples`, which takes it as it is written, or "
-                "give `load_dataset` the column's type with `features`."
-            )
+        for path, inner in _inner_types(kind, column):
+            if isinstance(inner, Value) and inner.dtype.startswith(_DATES):
+                raise ValueError(
+                    f"The {name} dataset has {inner.dtype} in `{path}`, where text is trained: whatever read the file "
+                    "took text for dates. Read JSON with `frozen_peft.load_samples`, which takes it as it is written, "
+                    "or give `load_dataset` the column's type with `features`."
+                )
 
 
 def _decoded_rows(dataset: Dataset, ranges: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-    decoders = {column: _decoder(kind) for column, kind in dataset.features.items()}
-    others = [column for column, decode in decoders.items() if decode is None]
-    batches = [
-        range(start, min(start + _ROWS_PER_BATCH, stop))
-        for first, stop in ranges
-        for start in range(first, stop, _ROWS_PER_BATCH)
-    ]
-    for batch in batches:
-        part = dataset.select(batch)
-        rest = part.select_columns(others).to_list() if others else [{}] * len(part)
-        table = part.with_format("arrow")[:]
-        columns = {
-            column: [decode(value) for value in table[column].to_pylist()]
-            for column, decode in decoders.items()
-            if decode is not None
-        }
-        for index, own in enumerate(rest):
-            row = {column: columns[column][index] if column in columns else own[column] for column in decoders}
-            yield full_row(row, dataset.features)
+    json_columns = [column for column, kind in dataset.features.items() if _holds_json(kind)]
+    for first, stop in ranges:
+        for start in range(first, stop, _ROWS_PER_BATCH):
+            batch = range(start, min(start + _ROWS_PER_BATCH, stop))
+            # As Arrow stores them: `datasets` itself would read JSON with pandas.
+            for row in dataset.select(batch).with_format("arrow")[:].to_pylist():
+                row |= {column: _decoded(row[column], dataset.features[column]) for column in json_columns}
+                yield full_row(row, dataset.features)
 
 
 def _prepared_rows(prepared: IterableDataset, shards: list[int], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -202,36 +188,29 @@ def _simple_type(value: Any) -> Any:
     return JSON
 
 
-def _holds_json(kind: Any) -> bool:
-    return _decoder(kind) is not None
-
-
-def _decoder(kind: Any) -> Callable[[Any], Any] | None:
-    """What turns a stored value of this type into what it stands for; None where it is that already."""
+def _decoded(value: Any, kind: Any) -> Any:
+    """What a stored value of a type stands for."""
+    if value is None:
+        return None
     if isinstance(kind, Json):
-        return lambda value: None if value is None else json.loads(value)
+        return json.loads(value)
     if isinstance(kind, List | LargeList):
-        decode = _decoder(kind.feature)
-        if decode is not None:
-            return lambda values: None if values is None else [decode(value) for value in values]
+        return [_decoded(item, kind.feature) for item in value]
     if isinstance(kind, dict):
-        decoders = {key: decode for key, inner in kind.items() if (decode := _decoder(inner)) is not None}
-        if decoders:
-            return lambda item: (
-                None
-                if item is None
-                else {key: decoders[key](value) if key in decoders else value for key, value in item.items()}
-            )
-    return None
+        return {key: _decoded(item, kind[key]) for key, item in value.items()}
+    return value
 
 
-def _date_type(kind: Any, path: str) -> tuple[str, str] | None:
-    """Path and name of a type of dates within a type."""
-    if isinstance(kind, Value) and kind.dtype.startswith(_DATES):
-        return path, kind.dtype
-    inner: dict[str, Any] = {}
+def _holds_json(kind: Any) -> bool:
+    return any(isinstance(inner, Json) for _, inner in _inner_types(kind, ""))
+
+
+def _inner_types(kind: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The types that a type is made of in the end, with their paths."""
     if isinstance(kind, List | LargeList):
-        inner = {f"{path}[]": kind.feature}
+        yield from _inner_types(kind.feature, f"{path}[]")
     elif isinstance(kind, dict):
-        inner = {f"{path}.{key}": value for key, value in kind.items()}
-    return next((found for name, value in inner.items() if (found := _date_type(value, name))), None)
+        for key, inner in kind.items():
+            yield from _inner_types(inner, f"{path}.{key}")
+    else:
+        yield path, kind

@@ -6,7 +6,7 @@
 2. *Where marks look.* At the context alone, and always at the whole one: pieces that were stripped before are put back
    first and stripped again with the rest. So stripping twice with the same marks is stripping once, and other marks
    add to what is stripped already, in whatever order they come.
-3. *What is kept.* The pieces, in the column `stripped` (`behavior.pieces`), from which `restore_instructions` gives
+3. *What is kept.* The pieces, in the column `stripped` (`data.pieces`), from which `restore_instructions` gives
    the exact sample before.
 4. *What is refused.* A decision that quotes what was stripped: trained on it, a model would learn to say what it can
    no longer read.
@@ -22,7 +22,6 @@ from frozen_peft.data.pieces import (
     marked_context,
     piece_texts,
     stripped_context,
-    visible_message,
 )
 from frozen_peft.data.quotes import find_quote
 
@@ -50,7 +49,7 @@ def strip_instructions(
     """Removes marked guidance from a sample's context.
 
     Args:
-        sample: A row of any form that `behavior.conversation` lists; it may have been stripped before.
+        sample: A row of any form that `data.conversation` lists; it may have been stripped before.
         marks: What is guidance; by default `<instruction>` tags, and messages with `"instruction": true`.
         tidy: Also remove one of the two runs of white space that meet where a stretch was: the one with fewer line
             breaks, else the shorter, else the second; both at the start and at the end of a text.
@@ -113,13 +112,12 @@ def _mark(entry: MarkedMessage, marks: Marks, place: str, tidy: bool) -> MarkedM
     if entry.whole or marks.cover(message, place):
         return MarkedMessage(message, whole=True)
     stretches: list[tuple[int, int, int]] = []
-    for part, text in message_texts(message):
-        known = [(start, end) for number, start, end in entry.stretches if number == part]
+    for part, text, known in entry.texts():
         where = place if part == -1 else f"{place}, part {part}"
         found = merged([*known, *marks.stretches(text, where)])
         stretches += [(part, *stretch) for stretch in (_tidied(text, found) if tidy else found)]
     result = MarkedMessage(message, stretches=tuple(stretches))
-    if stretches and "role" in message and _is_empty(visible_message(result)):
+    if stretches and "role" in message and _is_empty(result.visible):
         return MarkedMessage(message, whole=True)
     return result
 

@@ -16,14 +16,17 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from frozen_peft.data.conversation import Message, message_texts, split_sample, with_context
+from frozen_peft.data.conversation import Message, split_sample, with_context
 from frozen_peft.data.marks import Marks
 from frozen_peft.data.paraphrases import Paraphrases
 from frozen_peft.data.pieces import STRIPPED, MarkedMessage, marked_context, stripped_context, with_text
+from frozen_peft.data.row_checks import messages_problem, value_problem
+from frozen_peft.data.rows import read_rows
 
-__all__ = ["DEFAULT_INDEPENDENT", "VariantSettings", "vary_context"]
+__all__ = ["DEFAULT_INDEPENDENT", "VariantSettings", "read_units", "vary_context"]
 
 # Messages with `"independent": true`.
 DEFAULT_INDEPENDENT = Marks(fields=("independent",))
@@ -74,9 +77,8 @@ class VariantSettings:
         for name in ("drop", "keep_instructions"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected a probability, from 0 to 1")
-        for unit in self.insert:
-            if len(unit) > 1 and unit[0]["role"] != "user":
-                raise ValueError(f"an exchange to insert begins with role {unit[0]['role']!r}, expected 'user'")
+        for problem in filter(None, map(_exchange_problem, self.insert)):
+            raise ValueError(problem)
         if self.independent.reach_into_text:
             raise ValueError("`independent` has a tag or a pattern; it is whole messages that are independent")
         ways = (self.drop, self.shuffle, self.swaps, self.insert, self.paraphrases, self.keep_instructions)
@@ -106,11 +108,24 @@ class _Unit:
         return self.messages[0].message["role"]
 
 
+def read_units(path: Path) -> list[list[Message]]:
+    """Reads unrelated units: rows `{"role": ..., "content": ...}`, or `{"messages": [...]}` for an exchange.
+
+    Raises:
+        ValueError: A row is neither, an exchange does not begin with a user, or there are no rows.
+        FileNotFoundError: There is no such file.
+    """
+    units = [row.values.get("messages", [row.values]) for row in read_rows(path, _unit_problem)]
+    if not units:
+        raise ValueError(f"{path}: the file has no messages")
+    return units
+
+
 def vary_context(sample: dict[str, Any], settings: VariantSettings, seed: int = 0) -> list[dict[str, Any]]:
     """Gives a sample's decision other contexts.
 
     Args:
-        sample: A row of any form that `behavior.conversation` lists, stripped or not.
+        sample: A row of any form that `data.conversation` lists, stripped or not.
         settings: How the contexts differ.
         seed: Another seed draws other variants.
 
@@ -256,8 +271,7 @@ def _reworded(marked: Sequence[MarkedMessage], paraphrases: Paraphrases, dice: _
 def _reworded_message(entry: MarkedMessage, paraphrases: Paraphrases, wording: Callable[[str], str]) -> MarkedMessage:
     message = entry.message
     moved: list[tuple[int, int, int]] = []
-    for part, text in message_texts(message):
-        stretches = [(start, end) for number, start, end in entry.stretches if number == part]
+    for part, text, stretches in entry.texts():
         text, stretches = paraphrases.reword(text, stretches, wording)
         moved += [(part, *stretch) for stretch in stretches]
         message = with_text(message, part, text)
@@ -282,3 +296,16 @@ def _keep_some(marked: Sequence[MarkedMessage], probability: float, dice: _Dice)
         )
         for number, entry in enumerate(marked)
     ]
+
+
+def _unit_problem(values: dict[str, Any]) -> str | None:
+    if "messages" not in values:
+        return messages_problem([values], "message")
+    return value_problem(values["messages"], "messages") or _exchange_problem(values["messages"])
+
+
+def _exchange_problem(messages: Sequence[Message]) -> str | None:
+    """What keeps the messages of a unit from being one, or an exchange."""
+    if len(messages) > 1 and messages[0]["role"] != "user":
+        return f"an exchange begins with a user's message, this one with role {messages[0]['role']!r}"
+    return None

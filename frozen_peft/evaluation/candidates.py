@@ -2,6 +2,7 @@
 """Prompts, the candidates that are sampled for them, and the rows that both make together."""
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any, Literal
 
 from frozen_peft.data.conversation import Context, Message, sample_problem
 from frozen_peft.data.marks import Marks
-from frozen_peft.data.rows import read_rows
+from frozen_peft.data.row_checks import named
+from frozen_peft.data.rows import Row, made_of_rows
 from frozen_peft.data.stripping import STRIPPED, restore_instructions, strip_instructions
 
 __all__ = [
@@ -112,6 +114,11 @@ class Candidate:
     differs: Literal["tokens", "text"] | None = None
 
     @property
+    def key(self) -> tuple[int, int]:
+        """What tells it from all others."""
+        return self.prompt, self.number
+
+    @property
     def decision(self) -> str | Message:
         """What stands behind the prompt: the message where there is one, else the text."""
         return self.text if self.message is None else self.message
@@ -147,29 +154,25 @@ def read_prompts(
         ValueError: A row is bad, or there is none left.
         FileNotFoundError: There is no such file.
     """
-    rows: list[PromptRow] = []
     occurrences: Counter[str] = Counter()
-    for row in read_rows(path, _prompt_problem, on_bad):
-        try:
-            prompt, stripped = _prompts(row.values, marks)
-            if with_stripped and stripped is None:
-                raise ValueError(
-                    "there are no instructions to leave out, which a margin needs: no `stripped`, and nothing marked "
-                    "in `prompt`"
-                )
-        except ValueError as error:
-            message = f"{row.place}: {error}"
-            if on_bad is None:
-                raise ValueError(message) from error
-            on_bad(message)
-            continue
+    indices = itertools.count()
+
+    def made(row: Row) -> PromptRow:
+        if problem := _prompt_problem(row.values):
+            raise ValueError(problem)
+        prompt, stripped = _prompts(row.values, marks)
+        if with_stripped and stripped is None:
+            raise ValueError(
+                "there are no instructions to leave out, which a margin needs: no `stripped`, and nothing marked in "
+                "`prompt`"
+            )
         key = json.dumps(prompt, sort_keys=True)
-        seeds = tuple(
-            candidate_seed(settings.seed, prompt, occurrences[key], number)
-            for number in range(settings.num_candidates)
-        )
+        numbers = range(settings.num_candidates)
+        seeds = tuple(candidate_seed(settings.seed, prompt, occurrences[key], number) for number in numbers)
         occurrences[key] += 1
-        rows.append(PromptRow(len(rows), row.place, row.values, prompt, stripped, seeds))
+        return PromptRow(next(indices), row.place, row.values, prompt, stripped, seeds)
+
+    rows = list(made_of_rows(path, made, on_bad))
     if not rows:
         raise ValueError(f"{path}: no prompts to sample for")
     return rows
@@ -187,31 +190,28 @@ def completed(row: PromptRow, candidate: Candidate, margin: float | None = None)
     completion: Context = candidate.text
     if not isinstance(row.prompt, str):
         completion = [candidate.message or {"role": "assistant", "content": candidate.text}]
-    measured: dict[str, Any] = {} if margin is None else {"margin": margin}
+    made = {**row.values, "completion": completion, "candidate": candidate.number, "seed": candidate.seed}
+    if margin is not None:
+        made["margin"] = margin
     if candidate.differs == "tokens":
-        measured["retokenized"] = True
-    return {
-        **row.values,
-        "completion": completion,
-        "candidate": candidate.number,
-        "seed": candidate.seed,
-        **measured,
-    }
+        made["retokenized"] = True
+    return made
 
 
 def _prompt_problem(values: dict[str, Any]) -> str | None:
     if values.get("prompt") is None:
-        columns = ", ".join(f"`{name}`" for name in values) or "none"
-        return f"a prompt is in the column `prompt`; found {columns}"
+        return f"a prompt is in the column `prompt`; found {named(values)}"
     taken = [name for name in ("completion", *ADDED_COLUMNS) if values.get(name) is not None]
     if taken:
         return f"there is a column `{taken[0]}` already, which sampling would write; rename or remove it"
-    problem = sample_problem(values)
-    if problem is None and not values["prompt"]:
+    if problem := sample_problem(values):
+        return problem
+    prompt = values["prompt"]
+    if not prompt:
         return "`prompt` is empty"
-    if problem is None and isinstance(values["prompt"], list) and values["prompt"][-1]["role"] == "assistant":
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         return "`prompt` ends with an assistant's message, and the decision is the next one"
-    return problem
+    return None
 
 
 def _prompts(values: dict[str, Any], marks: Marks | None) -> tuple[Context, Context | None]:

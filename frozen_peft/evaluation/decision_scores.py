@@ -3,8 +3,8 @@
 
 1. Equal decisions in equal contexts are scored once. Those that are left are sorted by their contexts, so that what
    several begin with comes together, and run in batches.
-2. The distinct contexts of a batch are encoded once (`ContextEncoder`: a prefix that others share is kept until the
-   last of them has come), and all decisions in them run in one forward.
+2. Contexts are encoded once, however many decisions have them (`ContextEncoder`: what others begin with too is kept
+   until the last of them has come), and all decisions of a batch run in one forward.
 3. Logits exist only at the positions that predict a decision's token, for as many at a time as fit a bound. They come
    from the model's own forward with the decoder's output given, so that whatever the model does to its logits
    (scaling, soft-capping, an adapter on the head) is done.
@@ -15,7 +15,7 @@ both, and a decision begins at the invocation.
 Shapes: N tokens to predict, E hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -29,7 +29,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from frozen_peft.adapters import activate_at_invocation, require_base
 from frozen_peft.context import (
     ContextEncoder,
-    ContextTokens,
     Cut,
     Decision,
     FrozenContext,
@@ -41,8 +40,10 @@ from frozen_peft.context import (
 )
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_separable_adapters
 from frozen_peft.context.modes import without_dropout
-from frozen_peft.context.rope import rope_limits, rows_of_lengths
-from frozen_peft.evaluation.probe_tokens import TokenizedDecision
+from frozen_peft.context.prefixes import token_order
+from frozen_peft.context.rope import rows_of_lengths
+from frozen_peft.evaluation.decision_tokens import TokenizedDecision
+from frozen_peft.evaluation.model_limits import num_positions, require_adapters_on_weights
 from frozen_peft.utils.cache_argument import as_cache_argument
 
 __all__ = ["DecisionScore", "DecisionScorer", "Weights"]
@@ -119,7 +120,7 @@ class DecisionScorer:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be 1 decision or more, found {batch_size}.")
         self.model, self._pretrained = model, get_pretrained_model(model)
-        self._decoder, self._rope = get_decoder(self._pretrained), rope_limits(self._pretrained)
+        self._decoder = get_decoder(self._pretrained)
         self._batch_size, self._stop_tokens = batch_size, frozenset(stop_tokens)
         self._cut = Cut(invocation=_settle_invocation(model))
         if self._cut.invocation:
@@ -145,16 +146,12 @@ class DecisionScorer:
         decisions: Sequence[TokenizedDecision],
         *,
         weights: Sequence[Weights],
-        with_kl: Sequence[bool] = (),
-        describe: Callable[[int], str] = "decision {}".format,
     ) -> dict[Weights, list[DecisionScore]]:
         """Scores decisions.
 
         Args:
-            decisions: In any order; equal ones cost once.
+            decisions: In any order; equal ones cost once. `with_kl` needs both weights.
             weights: Which weights to score with, one after the other in each batch.
-            with_kl: Per decision, whether its KL to the base is wanted; needs both weights. Empty: for none.
-            describe: Names a decision by its index, for messages.
 
         Returns:
             By weights, one score per decision, in their order.
@@ -167,83 +164,71 @@ class DecisionScorer:
         """
         if "base" in weights or self._cut.invocation:
             require_base(self.model, "The base model's figures are wanted")
-        if any(with_kl) and set(weights) != {"base", "adapted"}:
+        if any(decision.with_kl for decision in decisions) and set(weights) != {"base", "adapted"}:
             raise ValueError("KL to the base needs both the base's and the adapted weights")
-        wanted = list(with_kl) or [False] * len(decisions)
         rows: dict[bytes, _Row] = {}
-        keys = []
-        for index, decision in enumerate(decisions):
-            key = _key(decision)
-            if key not in rows:
-                rows[key] = _Row(self._decision(decision, describe(index)), describe(index))
-            rows[key].with_kl |= wanted[index]
-            keys.append(key)
+        asked = []
+        for decision in decisions:
+            row = rows.setdefault(_key(decision), _Row(self._decision(decision), decision.name))
+            row.with_kl |= decision.with_kl
+            asked.append((row, decision.with_kl))
         batches = list(self._batches(list(rows.values())))
         for encoder in {self._encoder_of[which] for which in weights}:
-            encoder.expect([context for batch in batches for context in batch.contexts])
-        total = sum(len(batch.rows) for batch in batches)
+            encoder.expect([row.decision.to_encode for row in rows.values()])
         # The delay keeps the bar away from what takes a moment.
-        with tqdm(total=total, desc="Scoring", unit=" decisions", delay=2) as bar:
+        with tqdm(total=len(rows), desc="Scoring", unit=" decisions", delay=2) as bar:
             for batch in batches:
                 self._score(batch, weights)
-                bar.update(len(batch.rows))
+                bar.update(len(batch))
         return {
-            which: [
-                self._summed(rows[key], which, with_kl=wants and which == "adapted")
-                for key, wants in zip(keys, wanted, strict=True)
-            ]
+            which: [self._summed(row, which, with_kl=with_kl and which == "adapted") for row, with_kl in asked]
             for which in weights
         }
 
-    def _decision(self, tokenized: TokenizedDecision, name: str) -> Decision:
+    def _decision(self, tokenized: TokenizedDecision) -> Decision:
         """The decision, cut off its context where the forward over a frozen context begins."""
         input_ids = torch.cat([tokenized.prompt, tokenized.decision])
         labels = input_ids.clone()
         labels[: len(tokenized.prompt)] = IGNORED_LABEL
         if len(input_ids) < 2:
-            raise ValueError(f"{name}: its one token has nothing before it that could predict it")
-        limit = getattr(self._pretrained.config.get_text_config(), "max_position_embeddings", None)
+            raise ValueError(f"{tokenized.name}: its one token has nothing before it that could predict it")
+        limit = num_positions(self._pretrained)
         if limit is not None and len(input_ids) > limit:
-            raise ValueError(f"{name}: {len(input_ids)} tokens, where the model has {limit} positions; shorten it")
+            raise ValueError(
+                f"{tokenized.name}: {len(input_ids)} tokens, where the model has {limit} positions; shorten it"
+            )
         try:
             ((decision,),) = cut_batch(input_ids[None], labels[None], None, self._cut)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{tokenized.name}: {error}") from error
         return decision
 
-    def _batches(self, rows: list["_Row"]) -> Iterator["_Batch"]:
+    def _batches(self, rows: list["_Row"]) -> Iterator[list["_Row"]]:
         """Rows with equal and with similar contexts next to each other, as many as may run together."""
-        # Big-endian, so that the order of the bytes is that of the tokens, as the encoder's plan has it. Among equal
-        # contexts, the length of the decision sorts by rope length too.
-        rows.sort(key=lambda row: (row.decision.context.numpy().astype(">i4").tobytes(), len(row.decision.input_ids)))
-        batch = _Batch()
+        # Among equal contexts, the length of the decision sorts by rope length too.
+        rows.sort(key=lambda row: (token_order(row.decision.context.numpy()), len(row.decision.input_ids)))
+        batch: list[_Row] = []
+        num_context = 0
         for row in rows:
-            is_new = not batch.contexts or not self._are_one(batch.contexts[-1], row.decision.to_encode)
-            num_context = batch.num_context_tokens + (len(row.decision.context) if is_new else 0)
-            is_full = len(batch.rows) == self._batch_size or num_context > MAX_CONTEXT_TOKENS
-            if batch.rows and is_full and (is_new or len(batch.rows) == self._batch_size):
+            context = row.decision.context
+            num_more = 0 if batch and torch.equal(batch[-1].decision.context, context) else len(context)
+            is_full = len(batch) == self._batch_size or (num_more > 0 and num_context + num_more > MAX_CONTEXT_TOKENS)
+            if batch and is_full:
                 yield batch
-                batch, is_new = _Batch(), True
-            if is_new:
-                batch.contexts.append(row.decision.to_encode)
-            batch.context_of.append(len(batch.contexts) - 1)
-            batch.rows.append(row)
-        if batch.rows:
+                batch, num_context, num_more = [], 0, len(context)
+            batch.append(row)
+            num_context += num_more
+        if batch:
             yield batch
 
-    def _are_one(self, left: ContextTokens, right: ContextTokens) -> bool:
-        """Whether two contexts are encoded to the same."""
-        rope_lengths = {self._rope.rope_length(one.num_sample_tokens) for one in (left, right)}
-        return len(rope_lengths) == 1 and torch.equal(left.tokens, right.tokens)
-
-    def _score(self, batch: "_Batch", weights: Sequence[Weights]) -> None:
+    def _score(self, batch: Sequence["_Row"], weights: Sequence[Weights]) -> None:
         """Fills in the rows of a batch."""
         hidden = self._hidden_states(batch, weights)
-        split = pad_decisions([row.decision for row in batch.rows])
+        split = pad_decisions([row.decision for row in batch])
         is_predicted = split.labels[:, 1:] != IGNORED_LABEL
         row_of, column = is_predicted.nonzero(as_tuple=True)
         targets = split.labels[:, 1:][is_predicted]
-        wants_kl = torch.tensor([row.with_kl for row in batch.rows])[row_of]
+        wants_kl = torch.tensor([row.with_kl for row in batch])[row_of]
         flat = {which: states[row_of.to(states.device), column.to(states.device)] for which, states in hidden.items()}
         parts: dict[Weights, list[_Tokens]] = {which: [] for which in weights}
         size = max(MAX_LOGITS // self._pretrained.config.get_text_config().vocab_size, 1)
@@ -254,12 +239,12 @@ class DecisionScorer:
                 parts[which].append(tokens)
         for which, chunks in parts.items():
             joined = _Tokens(*(torch.cat(column) for column in zip(*chunks, strict=True)))
-            for index, row in enumerate(batch.rows):
+            for index, row in enumerate(batch):
                 row.tokens[which] = _Tokens(*(column[row_of == index] for column in joined))
                 _require_finite(row, which)
         self._verify(batch)
 
-    def _hidden_states(self, batch: "_Batch", weights: Sequence[Weights]) -> dict[Weights, torch.Tensor]:
+    def _hidden_states(self, batch: Sequence["_Row"], weights: Sequence[Weights]) -> dict[Weights, torch.Tensor]:
         """Last hidden states of a batch's decisions by weights, shape `(rows, tokens, E)`."""
         hidden = {}
         encoder, frozen = None, None
@@ -272,18 +257,19 @@ class DecisionScorer:
                 hidden[which] = self._hidden(batch, frozen)
         return hidden
 
-    def _encoded(self, batch: "_Batch", which: Weights) -> FrozenContext | None:
+    def _encoded(self, batch: Sequence["_Row"], which: Weights) -> FrozenContext | None:
         """One row per row of a batch; None where no row has a context."""
-        if not any(len(context) for context in batch.contexts):
+        contexts = [row.decision.to_encode for row in batch]
+        if not any(map(len, contexts)):
             return None
         with self._context_weights(which):
-            return self._encoder_of[which].encode(batch.contexts).select(batch.context_of)
+            return self._encoder_of[which].encode(contexts)
 
-    def _hidden(self, batch: "_Batch", frozen: FrozenContext | None) -> torch.Tensor:
+    def _hidden(self, batch: Sequence["_Row"], frozen: FrozenContext | None) -> torch.Tensor:
         """Last hidden states of a batch's decisions, shape `(rows, tokens, E)`."""
-        split = pad_decisions([row.decision for row in batch.rows])
+        split = pad_decisions([row.decision for row in batch])
         device = self._pretrained.get_input_embeddings().weight.device
-        lengths = [row.decision.to_encode.num_sample_tokens for row in batch.rows]
+        lengths = [row.decision.to_encode.num_sample_tokens for row in batch]
         rows = rows_of_lengths(self._pretrained, lengths)
         with decision_forward(self.model) if frozen is not None else rows:
             return self._decoder(
@@ -331,9 +317,9 @@ class DecisionScorer:
         """The same for contexts, which an adapter with an invocation is off in."""
         return self._weights("base" if self._cut.invocation else which)
 
-    def _verify(self, batch: "_Batch") -> None:
+    def _verify(self, batch: Sequence["_Row"]) -> None:
         """Compares the first decision in a context with a plain forward."""
-        row = next((row for row in batch.rows if len(row.decision.context)), None)
+        row = next((row for row in batch if len(row.decision.context)), None)
         if self._verified or row is None:
             return
         self._verified = True
@@ -362,19 +348,6 @@ class _Row:
         self.decision, self.name = decision, name
         self.with_kl = False
         self.tokens: dict[Weights, _Tokens] = {}
-
-
-class _Batch:
-    """Rows that run together, their distinct contexts, and which of these each has."""
-
-    def __init__(self) -> None:
-        self.rows: list[_Row] = []
-        self.contexts: list[ContextTokens] = []
-        self.context_of: list[int] = []
-
-    @property
-    def num_context_tokens(self) -> int:
-        return sum(map(len, self.contexts))
 
 
 class _GivenOutput(BaseModelOutputWithPast):
@@ -426,17 +399,12 @@ def _key(decision: TokenizedDecision) -> bytes:
 
 def _settle_invocation(model: torch.nn.Module) -> tuple[int, ...]:
     """Tokens that switch the model's adapter on, whose layers then run it at every token of a decision."""
+    require_adapters_on_weights(model)
     if not isinstance(model, PeftModel):
         return ()
-    configs = {name: model.peft_config[name] for name in model.active_adapters}
-    for name, config in configs.items():
-        if config.is_prompt_learning:
-            raise ValueError(
-                f"Adapter `{name}` is a {type(config).__name__}, which puts tokens of its own before a context; only "
-                "adapters on weights (LoRA and its kin) can be scored over frozen contexts."
-            )
     invocations = {
-        name: tuple(getattr(config, "alora_invocation_tokens", None) or ()) for name, config in configs.items()
+        name: tuple(getattr(model.peft_config[name], "alora_invocation_tokens", None) or ())
+        for name in model.active_adapters
     }
     if len(invocations) > 1 and any(invocations.values()):
         raise ValueError(

@@ -2,16 +2,21 @@
 """The tokens of a prompt and of a decision, as TRL prepares them for training."""
 
 import json
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import jinja2
+import torch
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import _tokenize, common_prefix_length
+from trl.data_utils import common_prefix_length
 
 from frozen_peft.data.conversation import Context, Message
+from frozen_peft.evaluation.candidates import PromptRow
+from frozen_peft.evaluation.probes import Probe
 
 __all__ = [
     "TemplateRow",
+    "TokenizedDecision",
     "decision_tokens",
     "prompt_tokens",
     "rendered_tokens",
@@ -21,16 +26,25 @@ __all__ = [
 ]
 
 
-class TemplateRow(Protocol):
-    """What the tokens of a row's prompt depend on beside the prompt."""
+@dataclass(frozen=True)
+class TokenizedDecision:
+    """One decision behind a prompt.
 
-    @property
-    def values(self) -> dict[str, Any]:
-        """The row's fields, of which `tools` and `chat_template_kwargs` go to the chat template."""
+    Attributes:
+        prompt: Everything before the decision, the assistant's header included, shape `(tokens,)`, int64.
+        decision: Its tokens to the end of the turn, as they are trained, shape `(tokens,)`, int64.
+        name: How messages name it.
+        with_kl: Whether its KL to the base is wanted.
+    """
 
-    @property
-    def place(self) -> str:
-        """Where the row is, for messages."""
+    prompt: torch.Tensor
+    decision: torch.Tensor
+    name: str = "decision"
+    with_kl: bool = False
+
+
+# What the tokens of a prompt depend on beside it: `tools` and `chat_template_kwargs`, of the row that it is of.
+TemplateRow = PromptRow | Probe
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, row: TemplateRow, prompt: Context) -> list[int]:
@@ -51,27 +65,28 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, row: TemplateRow, prompt: 
 
 
 def decision_tokens(
-    tokenizer: PreTrainedTokenizerBase, row: TemplateRow, prompt: Context, decision: str | Message
-) -> tuple[list[int], list[int]]:
-    """Tokens before a decision, and the decision's own to the end of its turn; the cut is where training has it.
+    tokenizer: PreTrainedTokenizerBase, row: TemplateRow, prompt: Context, decision: str | Message, name: str
+) -> TokenizedDecision:
+    """A decision behind its prompt, to the end of its turn; the cut is where training has it.
 
     Args:
         tokenizer: The model's.
         row: The row whose prompt it is, for its tools and its options of the chat template.
         prompt: Its prompt, with instructions or without.
         decision: Its text or, behind messages, the assistant's whole message.
+        name: How messages name it.
 
     Raises:
         ValueError: The decision has no tokens, or the tokenizer nothing to end it with.
     """
     before = _before_decision(tokenizer, row, prompt)
-    whole = whole_tokens(tokenizer, row, prompt, decision)
-    length = common_prefix_length(before, whole)
+    whole = torch.tensor(whole_tokens(tokenizer, row, prompt, decision), dtype=torch.long)
+    length = common_prefix_length(before, whole.tolist())
     if length == len(whole):
         raise ValueError(
             f"{row.place}: the decision {decision!r} has no tokens after its prompt; see the chat template"
         )
-    return whole[:length], whole[length:]
+    return TokenizedDecision(whole[:length], whole[length:].clone(), name)
 
 
 def whole_tokens(
@@ -85,7 +100,7 @@ def whole_tokens(
     if tokenizer.eos_token is None:
         raise ValueError(f"{row.place}: a prompt of text needs a tokenizer with an `eos_token` to end its decision")
     end = "" if decision.endswith(tokenizer.eos_token) else tokenizer.eos_token
-    return _tokenize(tokenizer, prompt + decision + end)["input_ids"]
+    return tokenizer(prompt + decision + end)["input_ids"]
 
 
 def row_tools(row: TemplateRow) -> Any:
@@ -116,19 +131,15 @@ def rendered_tokens(
     Raises:
         ValueError: The chat template does not render them.
     """
+    own = row.values.get("chat_template_kwargs") or {}
     try:
-        return _tokenize(
-            tokenizer,
-            messages,
-            tools=row_tools(row),
-            **(row.values.get("chat_template_kwargs") or {}),
-            **options,
-        )["input_ids"]
+        rendered = tokenizer.apply_chat_template(messages, tools=row_tools(row), return_dict=True, **own, **options)
     except (ValueError, jinja2.TemplateError) as error:
         raise ValueError(f"{row.place}: the chat template does not render its messages: {error}") from error
+    return rendered["input_ids"]
 
 
 def _before_decision(tokenizer: PreTrainedTokenizerBase, row: TemplateRow, prompt: Context) -> list[int]:
     if isinstance(prompt, str):
-        return _tokenize(tokenizer, prompt)["input_ids"]
+        return tokenizer(prompt)["input_ids"]
     return rendered_tokens(tokenizer, row, prompt, add_generation_prompt=True)

@@ -13,6 +13,7 @@
 import asyncio
 import email.utils
 import importlib.util
+import itertools
 import json
 import random
 import time
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from frozen_peft.data import JsonTextError, inexactness, parse_json
+from frozen_peft.data.json_text import JsonTextError, inexactness, parse_json
 from frozen_peft.evaluation.candidates import Candidate, PromptRow, SamplingSettings
 
 __all__ = ["EndpointError", "EndpointSampler", "RetrySettings"]
@@ -113,7 +114,10 @@ class EndpointSampler:
         self._url, self._model, self._settings = url, model, settings
         self._retries, self._concurrency = retries or RetrySettings(), concurrency
         self._api_key, self._on_wait = api_key, on_wait
-        _require_client()
+        if importlib.util.find_spec("openai") is None:
+            raise ModuleNotFoundError(
+                "sampling from an endpoint needs the `openai` client: pip install 'frozen-peft[sample]'"
+            )
 
     def sample(self, rows: Sequence[PromptRow], done: Set[tuple[int, int]] = frozenset()) -> Iterator[list[Candidate]]:
         """Samples every candidate of these prompts that is not done, in the order in which they are answered.
@@ -130,7 +134,7 @@ class EndpointSampler:
         """
         wanted = ((row, number) for row in rows for number in range(len(row.seeds)) if (row.index, number) not in done)
         running: set[asyncio.Task[Candidate]] = set()
-        client = self._connect()
+        client = self._client()
         with asyncio.Runner() as runner:
             try:
                 while finished := runner.run(self._advance(client, running, wanted)):
@@ -156,32 +160,28 @@ class EndpointSampler:
 
     async def _candidate(self, client: Any, row: PromptRow, number: int) -> Candidate:
         """One candidate, asked for as often as patience allows."""
-        for attempt in range(self._retries.max_retries + 1):
+        patience = self._retries
+        for attempt in itertools.count():
             try:
                 answer = await self._ask(client, row, row.seeds[number])
-                return Candidate(
-                    row.index, number, row.seeds[number], answer.text, answer.num_tokens, answer.finish, answer.message
-                )
+                return Candidate(row.index, number, row.seeds[number], **answer)
             except _PassingError as error:
-                wait = self._retries.wait(attempt) if error.retry_after is None else error.retry_after
-                if attempt == self._retries.max_retries or wait > self._retries.max_wait:
-                    raise EndpointError(self._given_up(str(error), attempt, wait)) from error
+                wait = patience.wait(attempt) if error.retry_after is None else error.retry_after
+                if attempt == patience.max_retries:
+                    raise self._error(f"{error} ({attempt + 1} attempts)") from error
+                if wait > patience.max_wait:
+                    limit = f"it wants to be asked again in {wait:.0f} s, and `max_wait` is {patience.max_wait:g}"
+                    raise self._error(f"{error} ({limit})") from error
                 if self._on_wait is not None:
                     self._on_wait(self._without_key(f"{error}; trying again in {wait:.1f} s"))
                 await asyncio.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
-    def _given_up(self, problem: str, attempt: int, wait: float) -> str:
-        if attempt < self._retries.max_retries:
-            patience = f"it wants to be asked again in {wait:.0f} s, and `max_wait` is {self._retries.max_wait:g}"
-        else:
-            patience = f"{attempt + 1} attempts"
-        return self._without_key(f"{self._url}: {problem} ({patience})")
-
-    async def _ask(self, client: Any, row: PromptRow, seed: int) -> "_Answer":
+    async def _ask(self, client: Any, row: PromptRow, seed: int) -> dict[str, Any]:
         import openai
 
         settings = self._settings
+        unsent = ["OpenAI-Organization", "OpenAI-Project", *([] if self._api_key else ["Authorization"])]
         request: dict[str, Any] = {
             "model": self._model,
             "temperature": settings.temperature,
@@ -189,17 +189,16 @@ class EndpointSampler:
             "max_tokens": settings.max_new_tokens,
             "seed": seed,
             # Not what else of OpenAI's account the client would find in the environment.
-            "extra_headers": dict.fromkeys(_unsent(self._api_key), openai.Omit()),
+            "extra_headers": dict.fromkeys(unsent, openai.Omit()),
         }
         if isinstance(row.prompt, str):
             call, request["prompt"] = client.completions, row.prompt
         else:
             call, request["messages"] = client.chat.completions, row.prompt
-            if row.values.get("tools"):
-                tools = row.values["tools"]
+            if tools := row.values.get("tools"):
                 request["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-            if row.values.get("chat_template_kwargs"):
-                request["extra_body"] = {"chat_template_kwargs": row.values["chat_template_kwargs"]}
+            if options := row.values.get("chat_template_kwargs"):
+                request["extra_body"] = {"chat_template_kwargs": options}
         try:
             answer = await call.with_raw_response.create(**request)
         except openai.APITimeoutError as error:
@@ -210,33 +209,22 @@ class EndpointSampler:
             problem = f"status {error.status_code}: {_said(error.body)}"
             if error.status_code in _PASSING or error.status_code >= 500:
                 raise _PassingError(problem, _retry_after(error.response.headers)) from error
-            raise EndpointError(self._without_key(f"{self._url}: {row.place}: {problem}")) from error
+            raise self._error(f"{row.place}: {problem}") from error
         return _read_answer(answer.http_response.text, chat="messages" in request)
 
-    def _connect(self) -> Any:
+    def _client(self) -> Any:
         import openai
 
+        # Tries again by ourselves: the client knows no longest wait, and takes what is no answer for one.
         return openai.AsyncOpenAI(
-            base_url=self._url,
-            api_key=self._api_key or "none",
-            timeout=self._retries.timeout,
-            max_retries=0,
+            base_url=self._url, api_key=self._api_key or "none", timeout=self._retries.timeout, max_retries=0
         )
+
+    def _error(self, problem: str) -> EndpointError:
+        return EndpointError(self._without_key(f"{self._url}: {problem}"))
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._api_key, "<key>") if self._api_key else text
-
-
-def _unsent(api_key: str | None) -> list[str]:
-    """Headers that the client would add by itself."""
-    return ["OpenAI-Organization", "OpenAI-Project"] + ([] if api_key else ["Authorization"])
-
-
-def _require_client() -> None:
-    if importlib.util.find_spec("openai") is None:
-        raise ModuleNotFoundError(
-            "sampling from an endpoint needs the `openai` client: pip install 'frozen-peft[sample]'"
-        )
 
 
 async def _stop(running: set[asyncio.Task[Candidate]], client: Any) -> None:
@@ -247,18 +235,8 @@ async def _stop(running: set[asyncio.Task[Candidate]], client: Any) -> None:
     await client.close()
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What a server answered; `message` where there is more than text in it."""
-
-    text: str
-    message: dict[str, Any] | None
-    num_tokens: int | None
-    finish: str
-
-
-def _read_answer(text: str, *, chat: bool) -> _Answer:
-    """Reads one answer, whose form is up to a server.
+def _read_answer(text: str, *, chat: bool) -> dict[str, Any]:
+    """Reads one answer, whose form is up to a server, as fields of a `Candidate`.
 
     Raises:
         _PassingError: It is none.
@@ -267,21 +245,19 @@ def _read_answer(text: str, *, chat: bool) -> _Answer:
         answer = json.loads(text)
         choice = answer["choices"][0]
         said = choice["message"] if chat else {"content": choice["text"]}
-        content, finish = said.get("content"), choice.get("finish_reason") or "stop"
-    except json.JSONDecodeError as error:
-        raise _PassingError(f"the answer is not JSON: {_shortened(text)}") from error
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _PassingError(f"the answer has no choices: {_shortened(text)}") from error
-    message = _message(said)
-    if content is None and (finish != "stop" or message is not None):
-        content = ""  # nothing but reasoning or a call of a tool, or refused by the server, which says so
-    if not isinstance(content, str) or not isinstance(finish, str):
-        raise _PassingError(f"the answer has no text: {_shortened(text)}")
+        content, finish, message = said.get("content"), choice.get("finish_reason") or "stop", _message(said)
+        if content is None and (finish != "stop" or message is not None):
+            content = ""  # nothing but reasoning or a call of a tool, or refused by the server, which says so
+        if not isinstance(content, str) or not isinstance(finish, str):
+            raise TypeError("no text")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise _PassingError(f"the answer is not JSON with choices and their text: {_shortened(text)}") from error
     if message is not None and finish == "tool_calls":
         finish = "stop"
     usage = answer.get("usage")
     num_tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return _Answer(content, message, num_tokens if isinstance(num_tokens, int) else None, finish)
+    known = num_tokens if isinstance(num_tokens, int) else None
+    return {"text": content, "num_tokens": known, "finish": finish, "message": message}
 
 
 def _message(said: dict[str, Any]) -> dict[str, Any] | None:

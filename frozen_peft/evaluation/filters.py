@@ -16,7 +16,7 @@ class FilterError(ValueError):
 
 
 class MarginMeasure(Protocol):
-    """Measures margins of candidates; see `behavior.margins`."""
+    """Measures margins of candidates; see `evaluation.margins`."""
 
     def measure(self, rows: Sequence[PromptRow], candidates: Sequence[Candidate]) -> list[float]:
         """One margin for each candidate, given its prompt's row."""
@@ -72,15 +72,15 @@ class CandidateFilter:
         verdicts = [Verdict(self._rejection(row, candidate)) for row, candidate in zip(rows, candidates, strict=True)]
         if self.margin is None:
             return verdicts
-        margins: list[float | None] = list(known) if known is not None else [None] * len(candidates)
         passed = [index for index, verdict in enumerate(verdicts) if verdict.rejected is None]
-        unknown = [index for index in passed if margins[index] is None]
+        found = list(known or [None] * len(candidates))
+        unknown = [index for index in passed if found[index] is None]
         if unknown:
             measured = self.margin.measure([rows[i] for i in unknown], [candidates[i] for i in unknown])
             for index, value in zip(unknown, measured, strict=True):
-                margins[index] = value
+                found[index] = value
         for index in passed:
-            margin = margins[index]
+            margin = found[index]
             assert margin is not None
             enough = margin >= self.min_margin
             verdicts[index] = Verdict(None if enough else f"margin below {self.min_margin:g}", margin)

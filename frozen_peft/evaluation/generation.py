@@ -3,8 +3,7 @@
 
 1. Prompts are worked through in the order of their tokens, so that those that begin alike follow each other. What they
    share is encoded once, and dropped when the last of them has come (`ContextEncoder`).
-2. The candidates of a prompt are decoded from its one encoded context, several prompts together while they fit into a
-   batch.
+2. The candidates of a prompt are decoded from its one encoded context, and those of several prompts together.
 3. What is drawn for a candidate depends on its seed alone (`context.generate`). The rows beside it, and what is
    already done when a job goes on, change the last digits of its logits and nothing else.
 4. A candidate is written in the form that trains as it was generated (`candidate_forms`).
@@ -15,22 +14,22 @@ from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from frozen_peft.adapters.activated import require_always_active
 from frozen_peft.context import (
     ContextEncoder,
     ContextTokens,
-    FrozenContext,
     generate_over,
     tokens_within_rope,
     use_segmented_attention,
 )
 from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.context.prefixes import token_order
 from frozen_peft.evaluation.candidate_forms import CandidateForms
 from frozen_peft.evaluation.candidates import Candidate, PromptRow, SamplingSettings
 from frozen_peft.evaluation.decision_tokens import prompt_tokens, stop_tokens
+from frozen_peft.evaluation.model_limits import num_positions, require_adapters_on_weights
 
 __all__ = ["LocalSampler"]
 
@@ -65,7 +64,7 @@ class LocalSampler:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be 1 candidate or more, got {batch_size}")
         require_always_active(model)
-        _require_weights_only(model)
+        require_adapters_on_weights(model)
         self._model, self._tokenizer, self._settings, self._batch_size = model, tokenizer, settings, batch_size
         self._pretrained = get_pretrained_model(model)
         self._encoder = ContextEncoder(model, chunk_size=chunk_size)
@@ -80,7 +79,7 @@ class LocalSampler:
         Raises:
             ValueError: A prompt has no tokens, or more than the model has positions.
         """
-        limit = getattr(self._pretrained.config.get_text_config(), "max_position_embeddings", None)
+        limit = num_positions(self._pretrained)
         for row in rows:
             num_tokens = len(self._prompt(row))
             if limit is not None and num_tokens + self._settings.max_new_tokens > limit:
@@ -100,72 +99,55 @@ class LocalSampler:
             The candidates of one batch.
         """
         wanted = [
-            (row, [number for number in range(len(row.seeds)) if (row.index, number) not in done]) for row in rows
+            (row, number)
+            for row in sorted(rows, key=lambda row: token_order(np.array(self._prompt(row))))
+            for number in range(len(row.seeds))
+            if (row.index, number) not in done
         ]
-        wanted = sorted((item for item in wanted if item[1]), key=lambda item: _order(self._prompt(item[0])))
-        groups = list(self._groups(wanted))
-        self._encoder.expect([self._context(self._prompt(row)) for group in groups for row, _ in group])
-        for group in groups:
-            contexts = [self._context(self._prompt(row)) for row, _ in group]
-            frozen = self._encoder.encode(contexts) if any(map(len, contexts)) else None
-            places = [(place, number) for place, (_, numbers) in enumerate(group) for number in numbers]
-            for start in range(0, len(places), self._batch_size):
-                batch = places[start : start + self._batch_size]
-                yield self._decoded([row for row, _ in group], frozen, batch)
+        contexts = {row.index: self._context(self._prompt(row)) for row, _ in wanted}
+        self._encoder.expect([contexts[row.index] for row, _ in wanted])
+        for batch in self._batches(wanted):
+            yield self._decoded(batch)
 
-    def _groups(self, wanted: list[tuple[PromptRow, list[int]]]) -> Iterator[list[tuple[PromptRow, list[int]]]]:
-        """Prompts that are encoded together: as many as one batch of candidates has room for, or one.
+    def _batches(self, wanted: list[tuple[PromptRow, int]]) -> Iterator[list[tuple[PromptRow, int]]]:
+        """Candidates that are decoded together.
 
-        A prompt whose candidates may go beyond a limit of the rope is by itself: they all reach it at the same token.
+        Those that may go beyond a limit of the rope only with others of their prompt: they all reach it at one token.
         """
-        group: list[tuple[PromptRow, list[int]]] = []
-        size = 0
-        for item in wanted:
-            is_alone = self._num_alike(self._prompt(item[0])) < self._settings.max_new_tokens
-            if group and (is_alone or size + len(item[1]) > self._batch_size):
-                yield group
-                group, size = [], 0
-            group.append(item)
-            size += len(item[1])
-            if is_alone:
-                yield group
-                group, size = [], 0
-        if group:
-            yield group
+        batch: list[tuple[PromptRow, int]] = []
+        for row, number in wanted:
+            if batch and (len(batch) == self._batch_size or not self._go_together(batch[0][0], row)):
+                yield batch
+                batch = []
+            batch.append((row, number))
+        if batch:
+            yield batch
 
-    def _num_alike(self, prompt: list[int]) -> int:
+    def _go_together(self, one: PromptRow, other: PromptRow) -> bool:
+        max_new_tokens = self._settings.max_new_tokens
+        return one is other or all(
+            self._num_alike(self._prompt(row), max_new_tokens) == max_new_tokens for row in (one, other)
+        )
+
+    def _num_alike(self, prompt: list[int], max_new_tokens: int) -> int:
         """How many tokens can be decoded before positions are computed in another way."""
-        return tokens_within_rope(self._model, len(prompt), self._settings.max_new_tokens)
+        return tokens_within_rope(self._model, len(prompt), max_new_tokens)
 
-    def _decoded(
-        self, rows: list[PromptRow], frozen: FrozenContext | None, batch: list[tuple[int, int]]
-    ) -> list[Candidate]:
-        """Candidates of one batch: each the place of its prompt among the rows, and its number."""
+    def _decoded(self, batch: list[tuple[PromptRow, int]]) -> list[Candidate]:
+        """Candidates of one batch: each the row of its prompt, and its number."""
         settings = self._settings
         draws = None
         if settings.temperature > 0.0:
-            draws = np.stack(
-                [
-                    np.random.default_rng(rows[place].seeds[number]).random(settings.max_new_tokens)
-                    for place, number in batch
-                ]
-            )
-        outputs = self._generated(
-            frozen.select([place for place, _ in batch]) if frozen is not None else None,
-            [self._prompt(rows[place]) for place, _ in batch],
-            draws,
-            settings.max_new_tokens,
-        )
-        return [
-            self._candidate(rows[place], number, tokens)
-            for (place, number), tokens in zip(batch, outputs, strict=True)
-        ]
+            generators = [np.random.default_rng(row.seeds[number]) for row, number in batch]
+            draws = np.stack([generator.random(settings.max_new_tokens) for generator in generators])
+        outputs = self._generated([self._prompt(row) for row, _ in batch], draws, settings.max_new_tokens)
+        return [self._candidate(row, number, tokens) for (row, number), tokens in zip(batch, outputs, strict=True)]
 
-    def _generated(
-        self, frozen: FrozenContext | None, prompts: list[list[int]], draws: np.ndarray | None, max_new_tokens: int
-    ) -> list[list[int]]:
+    def _generated(self, prompts: list[list[int]], draws: np.ndarray | None, max_new_tokens: int) -> list[list[int]]:
         """Candidates of prompts that reach a limit of the rope at the same token, or not at all."""
-        num_alike = min(tokens_within_rope(self._model, len(prompt), max_new_tokens) for prompt in prompts)
+        num_alike = min(self._num_alike(prompt, max_new_tokens) for prompt in prompts)
+        contexts = [self._context(prompt) for prompt in prompts]
+        frozen = self._encoder.encode(contexts) if any(map(len, contexts)) else None
         outputs = generate_over(
             self._model,
             frozen,
@@ -181,7 +163,6 @@ class LocalSampler:
             return outputs
         longer = [prompts[row] + outputs[row] for row in unfinished]
         rest = self._generated(
-            self._encoder.encode([self._context(prompt) for prompt in longer]),
             longer,
             draws[unfinished, num_alike:] if draws is not None else None,
             max_new_tokens - num_alike,
@@ -206,21 +187,3 @@ class LocalSampler:
     def _context(self, prompt: list[int]) -> ContextTokens:
         """All but the last token, whose output is the decision's first token."""
         return ContextTokens(torch.tensor(prompt[:-1], dtype=torch.long), len(prompt))
-
-
-def _require_weights_only(model: torch.nn.Module) -> None:
-    """Refuses adapters that stand before a context, which would be left out where contexts are encoded below them."""
-    if not isinstance(model, PeftModel):
-        return
-    for name in model.active_adapters:
-        config = model.peft_config[name]
-        if config.is_prompt_learning:
-            raise ValueError(
-                f"Adapter `{name}` is a {type(config).__name__}, which puts tokens of its own before a context; only "
-                "adapters on weights (LoRA and its kin) can be sampled with."
-            )
-
-
-def _order(tokens: list[int]) -> bytes:
-    """Sorts as the tokens do, and as the encoder's plan does."""
-    return np.asarray(tokens, dtype=">i4").tobytes()

@@ -31,6 +31,7 @@ from frozen_peft.planning import (
 )
 from frozen_peft.training.model_setup import make_cut
 from frozen_peft.training.sft import FrozenContextTrainer
+from frozen_peft.utils.tables import aligned
 
 __all__ = ["advice_text", "advise", "as_inspected", "flow_table", "inspect_data", "inspect_samples", "plan_memory"]
 
@@ -264,7 +265,4 @@ def _percent(value: float | None) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return "\n".join(aligned(rows, right=range(len(rows[0]))))

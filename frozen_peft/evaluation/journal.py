@@ -71,6 +71,12 @@ class Journal:
         self._lock.release()
         Path(self._lock.lock_file).unlink(missing_ok=True)
 
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def _open(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
         content = self.path.read_bytes() if self.path.exists() else b""
         # What follows the last line break was cut off.
@@ -83,7 +89,9 @@ class Journal:
         self._file.seek(len(whole))
         if not lines:
             self.append([{"format": _FORMAT, "settings": settings}])
-            _sync_folder(self.path.absolute().parent)
+            # So that a new file is still there after a power failure, where folders can be synced.
+            if os.name == "posix":
+                sync(self.path.absolute().parent)
         return lines[1:]
 
     def _require_same(self, settings: dict[str, Any], header: dict[str, Any]) -> None:
@@ -103,17 +111,11 @@ class Journal:
 def _parsed(line: bytes, number: int, path: Path) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}, line {number}: not JSON, so the file is damaged; move it away to begin anew"
-        ) from error
+    except ValueError:
+        record = None
     if not isinstance(record, dict):
-        raise ValueError(f"{path}, line {number}: no object, so this is no work file; move it away to begin anew")
+        raise ValueError(
+            f"{path}, line {number}: no JSON object, so the file is damaged, or no work file; move it away to begin "
+            "anew"
+        )
     return record
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes sure that a new file is still there after a power failure, where folders can be synced."""
-    if os.name != "posix":
-        return
-    sync(folder)

@@ -11,11 +11,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from frozen_peft.data.conversation import Context, Message
 from frozen_peft.evaluation.candidates import Candidate, PromptRow
 from frozen_peft.evaluation.decision_scores import DecisionScorer
-from frozen_peft.evaluation.decision_tokens import decision_tokens
-from frozen_peft.evaluation.probe_tokens import TokenizedDecision
+from frozen_peft.evaluation.decision_tokens import TokenizedDecision, decision_tokens
 
 __all__ = ["DecisionMargin"]
 
@@ -53,12 +51,7 @@ class DecisionMargin:
             ContextMismatchError: A decision over a frozen context is not what a plain forward gives.
         """
         pairs = [self._tokenized(row, candidate) for row, candidate in zip(rows, candidates, strict=True)]
-        decisions = [decision for pair in pairs for decision in pair]
-        found = self._scorer.score(
-            decisions,
-            weights=("adapted",),
-            describe=lambda index: _name(rows[index // 2], candidates[index // 2]),
-        )["adapted"]
+        found = self._scorer.score([decision for pair in pairs for decision in pair], weights=("adapted",))["adapted"]
         return [
             (instructed.logprob - stripped.logprob) / instructed.num_tokens
             for instructed, stripped in zip(found[::2], found[1::2], strict=True)
@@ -67,19 +60,15 @@ class DecisionMargin:
     def _tokenized(self, row: PromptRow, candidate: Candidate) -> tuple[TokenizedDecision, TokenizedDecision]:
         """A decision with the instructions and without them."""
         assert row.stripped is not None, "prompts were read `with_stripped`"
-        instructed, stripped = (self._behind(row, prompt, candidate.decision) for prompt in (row.prompt, row.stripped))
+        name = f"{row.place}, candidate {candidate.number}"
+        instructed, stripped = (
+            decision_tokens(self._tokenizer, row, prompt, candidate.decision, name)
+            for prompt in (row.prompt, row.stripped)
+        )
         if not torch.equal(instructed.decision, stripped.decision):
             raise ValueError(
-                f"{_name(row, candidate)} has other tokens with the instructions than without, so there is no margin: "
+                f"{name} has other tokens with the instructions than without, so there is no margin: "
                 f"{len(instructed.decision)} and {len(stripped.decision)} of them. Let the prompt end in text that "
                 "stays when it is stripped"
             )
         return instructed, stripped
-
-    def _behind(self, row: PromptRow, prompt: Context, decision: str | Message) -> TokenizedDecision:
-        before, tokens = decision_tokens(self._tokenizer, row, prompt, decision)
-        return TokenizedDecision(torch.tensor(before, dtype=torch.long), torch.tensor(tokens))
-
-
-def _name(row: PromptRow, candidate: Candidate) -> str:
-    return f"{row.place}, candidate {candidate.number}"

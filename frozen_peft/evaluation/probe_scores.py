@@ -8,8 +8,8 @@
 - On control probes, *KL to the base* is that of the preferred decision: the mean over its tokens of KL(base || model).
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
@@ -19,7 +19,7 @@ from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.evaluation.decision_scores import DecisionScore, DecisionScorer, Weights
 from frozen_peft.evaluation.decision_tokens import stop_tokens
 from frozen_peft.evaluation.intervals import Mean, Proportion, bootstrap_mean, wilson_proportion
-from frozen_peft.evaluation.probe_tokens import ProbeDecisions, ProbeTokens, TokenizedDecision
+from frozen_peft.evaluation.probe_tokens import ProbeDecisions, ProbeTokens
 from frozen_peft.evaluation.probes import CONDITIONS, KINDS, Condition, Probe, ProbeKind
 
 __all__ = ["ProbeScore", "ProbeScores", "ProbeSummary", "compare_probes", "score_probes", "summarize"]
@@ -95,42 +95,6 @@ class ProbeSummary:
     kl_to_base: Mean | None = None
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Where a probe's decisions are among those that are scored."""
-
-    probe: Probe
-    preferred: int
-    rejected: int
-    expected: int | None
-
-
-@dataclass
-class _Decisions:
-    """Decisions to score, under all conditions, with what messages call them and where KL is wanted."""
-
-    tokenized: list[TokenizedDecision] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    with_kl: list[bool] = field(default_factory=list)
-
-    def add(self, decision: TokenizedDecision, name: str, *, with_kl: bool = False) -> int:
-        """Returns the decision's index."""
-        self.tokenized.append(decision)
-        self.names.append(name)
-        self.with_kl.append(with_kl)
-        return len(self.names) - 1
-
-    def ask(self, decisions: ProbeDecisions, condition: Condition, *, with_kl: bool) -> _Asked:
-        """Adds those of a probe."""
-        probe, where = decisions.probe, f" ({condition})"
-        return _Asked(
-            probe,
-            self.add(decisions.preferred, f"{probe.place}: `preferred`{where}", with_kl=with_kl),
-            self.add(decisions.rejected, f"{probe.place}: `rejected`{where}"),
-            None if decisions.expected is None else self.add(decisions.expected, f"{probe.place}: `expected`{where}"),
-        )
-
-
 def score_probes(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -162,11 +126,16 @@ def score_probes(
         UnsupportedArchitectureError: The model has no cache to continue from.
     """
     weights: Weights = "adapted" if adapters and isinstance(model, PeftModel) else "base"
-    tokens = probes if isinstance(probes, ProbeTokens) else ProbeTokens(tokenizer, probes)
-    scorer = _scorer(model, tokenizer, tokens.probes, batch_size, prefill_chunk_size)
-    (scores,) = _score(scorer, tokens, [condition], [weights], seed)
-    if not scores.scores:
-        raise ValueError(f"no probe can be scored. {' '.join(scores.notes)}")
+    (scores,) = compare_probes(
+        model,
+        tokenizer,
+        probes,
+        [condition],
+        weights=[weights],
+        seed=seed,
+        batch_size=batch_size,
+        prefill_chunk_size=prefill_chunk_size,
+    )
     return scores
 
 
@@ -176,6 +145,7 @@ def compare_probes(
     probes: Sequence[Probe] | ProbeTokens,
     conditions: Sequence[Condition] = CONDITIONS,
     *,
+    weights: Sequence[Weights] | None = None,
     seed: int = 0,
     batch_size: int = 8,
     prefill_chunk_size: int = 2048,
@@ -189,6 +159,7 @@ def compare_probes(
         tokenizer: Its tokenizer, with a chat template where prompts are messages.
         probes: What to score; tokenized ones where several models with one tokenizer are scored.
         conditions: The contexts, see `probes`.
+        weights: Which of a `PeftModel`'s weights are scored; None: both.
         seed: Decides who gets whose context in `shuffled`.
         batch_size: Decisions per forward.
         prefill_chunk_size: Context tokens per prefill forward; 0: one forward.
@@ -203,13 +174,36 @@ def compare_probes(
         ContextMismatchError: The model's decision over a frozen context is not what a plain forward gives.
         UnsupportedArchitectureError: The model has no cache to continue from.
     """
-    weights: list[Weights] = ["base", "adapted"] if isinstance(model, PeftModel) else ["base"]
+    if weights is None:
+        weights = ["base", "adapted"] if isinstance(model, PeftModel) else ["base"]
     tokens = probes if isinstance(probes, ProbeTokens) else ProbeTokens(tokenizer, probes, on_bad)
-    scorer = _scorer(model, tokenizer, tokens.probes, batch_size, prefill_chunk_size)
-    results = _score(scorer, tokens, list(dict.fromkeys(conditions)), weights, seed)
-    if not any(result.scores for result in results):
+    stops: Sequence[int] = ()
+    if any(probe.expected is not None for probe in tokens.probes):
+        stops = stop_tokens(tokenizer, getattr(get_pretrained_model(model), "generation_config", None))
+    scorer = DecisionScorer(model, batch_size=batch_size, chunk_size=prefill_chunk_size, stop_tokens=stops)
+    asked: list[tuple[Condition, ProbeDecisions]] = []
+    general, notes = tuple(tokens.notes), {}
+    for condition in dict.fromkeys(conditions):
+        num_notes = len(tokens.notes)
+        asked += [(condition, own) for own in tokens.under(condition, seed=seed)]
+        notes[condition] = (*general, *tokens.notes[num_notes:])
+    if not asked:
         raise ValueError(f"no probe can be scored. {' '.join(tokens.notes)}")
-    return results
+    decisions = [
+        replace(
+            decision,
+            name=f"{decision.name} ({condition})",
+            with_kl=len(weights) > 1 and name == "preferred" and own.probe.kind == "control",
+        )
+        for condition, own in asked
+        for name, decision in own.decisions.items()
+    ]
+    found = scorer.score(decisions, weights=weights)
+    return [
+        ProbeScores(which, condition, _scores_under(condition, asked, found[which]), notes[condition])
+        for which in weights
+        for condition in notes
+    ]
 
 
 def summarize(scores: ProbeScores, *, seed: int = 0) -> dict[ProbeKind, ProbeSummary]:
@@ -236,48 +230,16 @@ def summarize(scores: ProbeScores, *, seed: int = 0) -> dict[ProbeKind, ProbeSum
     return summaries
 
 
-def _scorer(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    probes: Sequence[Probe],
-    batch_size: int,
-    chunk_size: int,
-) -> DecisionScorer:
-    stops: Sequence[int] = ()
-    if any(probe.expected is not None for probe in probes):
-        stops = stop_tokens(tokenizer, getattr(get_pretrained_model(model), "generation_config", None))
-    return DecisionScorer(model, batch_size=batch_size, chunk_size=chunk_size, stop_tokens=stops)
-
-
-def _score(
-    scorer: DecisionScorer,
-    tokens: ProbeTokens,
-    conditions: Iterable[Condition],
-    weights: Sequence[Weights],
-    seed: int,
-) -> list[ProbeScores]:
-    decisions = _Decisions()
-    compares = len(weights) > 1
-    asked: dict[Condition, list[_Asked]] = {}
-    of_all = tuple(tokens.notes)
-    notes: dict[Condition, tuple[str, ...]] = {}
-    for condition in conditions:
-        num_notes = len(tokens.notes)
-        asked[condition] = [
-            decisions.ask(own, condition, with_kl=compares and own.probe.kind == "control")
-            for own in tokens.under(condition, seed=seed)
-        ]
-        notes[condition] = of_all + tuple(tokens.notes[num_notes:])
-    scores = scorer.score(
-        decisions.tokenized, weights=weights, with_kl=decisions.with_kl, describe=decisions.names.__getitem__
-    )
-    return [
-        ProbeScores(which, condition, tuple(_probe_score(one, scores[which]) for one in own), notes[condition])
-        for which in weights
-        for condition, own in asked.items()
-    ]
-
-
-def _probe_score(asked: _Asked, scores: Sequence[DecisionScore]) -> ProbeScore:
-    is_exact = None if asked.expected is None else scores[asked.expected].is_greedy
-    return ProbeScore(asked.probe, scores[asked.preferred], scores[asked.rejected], is_exact)
+def _scores_under(
+    condition: Condition, asked: Sequence[tuple[Condition, ProbeDecisions]], found: Sequence[DecisionScore]
+) -> tuple[ProbeScore, ...]:
+    """What was made of the probes under one condition, of the scores of all decisions that were asked for."""
+    rest = iter(found)
+    scores = []
+    for own_condition, own in asked:
+        score_of = {name: next(rest) for name in own.decisions}
+        if own_condition == condition:
+            expected = score_of.get("expected")
+            is_exact = None if expected is None else expected.is_greedy
+            scores.append(ProbeScore(own.probe, score_of["preferred"], score_of["rejected"], is_exact))
+    return tuple(scores)

@@ -20,6 +20,7 @@ from typing import Any
 from frozen_peft.evaluation.intervals import CONFIDENCE, NUM_RESAMPLES
 from frozen_peft.evaluation.probe_scores import ProbeScore, ProbeScores, summarize
 from frozen_peft.evaluation.probes import KINDS
+from frozen_peft.utils.tables import aligned
 
 __all__ = ["MEASURES", "probe_report", "probe_table"]
 
@@ -95,7 +96,7 @@ def probe_table(results: Sequence[ProbeScores], *, seed: int = 0) -> str:
         )
         for row in report["results"]
     ]
-    lines = _aligned([_COLUMNS, *rows])
+    lines = aligned([_COLUMNS, *rows], indent="")
     legend = (
         f"[ ]: {report['confidence']:.0%} intervals. margin: log p(preferred) - log p(rejected), summed over tokens, "
         "in nats. KL: in nats per token."
@@ -126,9 +127,3 @@ def _nats(figure: dict[str, Any] | None) -> str:
         return "-"
     interval = "" if figure["low"] is None else f" [{figure['low']:.3g}, {figure['high']:.3g}]"
     return f"{figure['mean']:.3g}{interval}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with columns of equal width."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

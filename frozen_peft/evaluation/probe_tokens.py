@@ -12,47 +12,45 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from frozen_peft.data.stripping import restore_instructions
-from frozen_peft.evaluation.decision_tokens import decision_tokens, prompt_tokens, rendered_tokens
+from frozen_peft.evaluation.decision_tokens import (
+    TokenizedDecision,
+    decision_tokens,
+    prompt_tokens,
+    rendered_tokens,
+)
 from frozen_peft.evaluation.probes import CONDITIONS, KINDS, Condition, Probe
 
-__all__ = ["ProbeDecisions", "ProbeTokens", "TokenizedDecision"]
+__all__ = ["ProbeDecisions", "ProbeTokens"]
 
 # Stands before an empty conversation's decision while it is rendered: templates need a message to begin with.
 _ANY_MESSAGE = [{"role": "user", "content": "."}]
 
 
 @dataclass(frozen=True)
-class TokenizedDecision:
-    """One decision behind a prompt.
+class ProbeDecisions:
+    """The decisions of one probe under one condition.
 
     Attributes:
-        prompt: Everything before the decision, the assistant's header included, shape `(tokens,)`, int64.
-        decision: Its tokens to the end of the turn, as they are trained, shape `(tokens,)`, int64.
+        probe: The probe.
+        decisions: Those under `preferred`, `rejected` and, where the probe has it, `expected`.
     """
 
-    prompt: torch.Tensor
-    decision: torch.Tensor
-
-    def behind(self, prompt: torch.Tensor) -> "TokenizedDecision":
-        """The same decision behind another prompt."""
-        return replace(self, prompt=prompt)
-
-
-@dataclass(frozen=True)
-class ProbeDecisions:
-    """The decisions of one probe under one condition; `expected` is None where the probe has none."""
-
     probe: Probe
-    preferred: TokenizedDecision
-    rejected: TokenizedDecision
-    expected: TokenizedDecision | None
+    decisions: dict[str, TokenizedDecision]
+
+    @property
+    def preferred(self) -> TokenizedDecision:
+        """The one that is wanted."""
+        return self.decisions["preferred"]
+
+    @property
+    def rejected(self) -> TokenizedDecision:
+        """The one that is not."""
+        return self.decisions["rejected"]
 
     def behind(self, prompt: torch.Tensor) -> "ProbeDecisions":
         """All of them behind another prompt."""
-        expected = self.expected.behind(prompt) if self.expected is not None else None
-        return replace(
-            self, preferred=self.preferred.behind(prompt), rejected=self.rejected.behind(prompt), expected=expected
-        )
+        return replace(self, decisions={name: replace(own, prompt=prompt) for name, own in self.decisions.items()})
 
 
 class ProbeTokens:
@@ -168,35 +166,26 @@ class ProbeTokens:
         return self._shared(header)
 
     def _tokenized(self, probe: Probe) -> ProbeDecisions:
-        decisions = {
-            name: self._decision(probe, name, text)
-            for name, text in (
-                ("preferred", probe.preferred),
-                ("rejected", probe.rejected),
-                ("expected", probe.expected),
-            )
-            if text is not None
-        }
-        made = ProbeDecisions(probe, decisions["preferred"], decisions["rejected"], decisions.get("expected"))
+        texts = {"preferred": probe.preferred, "rejected": probe.rejected, "expected": probe.expected}
+        found = {name: self._decision(probe, name, text) for name, text in texts.items() if text is not None}
+        made = ProbeDecisions(probe, found)
         if torch.equal(made.preferred.decision, made.rejected.decision):
             raise ValueError(
                 f"{probe.place}: `preferred` and `rejected` have the same tokens, so there is nothing to prefer"
             )
-        if probe.prompt == []:
-            return made.behind(self._header(made))
-        return made
+        return made.behind(self._header(made)) if probe.prompt == [] else made
 
     def _decision(self, probe: Probe, name: str, text: str) -> TokenizedDecision:
         if not self.tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise ValueError(f"{probe.place}: `{name}` is {text!r}, which tokenizes to nothing")
         prompt = _ANY_MESSAGE if probe.prompt == [] else probe.prompt
         try:
-            before, decision = decision_tokens(self.tokenizer, probe, prompt, text)
+            found = decision_tokens(self.tokenizer, probe, prompt, text, f"{probe.place}: `{name}`")
         except ValueError as error:
             raise ValueError(f"{error} (`{name}`)") from error
-        if name == "preferred" and before:
-            self._num_diverging += len(before) < len(prompt_tokens(self.tokenizer, probe, prompt))
-        return TokenizedDecision(self._shared(torch.tensor(before, dtype=torch.long)), torch.tensor(decision))
+        if name == "preferred" and len(found.prompt):
+            self._num_diverging += len(found.prompt) < len(prompt_tokens(self.tokenizer, probe, prompt))
+        return replace(found, prompt=self._shared(found.prompt))
 
     def _shared(self, tokens: torch.Tensor) -> torch.Tensor:
         """These tokens, in the one copy that all who have the same hold."""

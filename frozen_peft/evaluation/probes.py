@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from frozen_peft.data.conversation import sample_problem
-from frozen_peft.data.rows import read_rows
+from frozen_peft.data.row_checks import kind_problem, named, objects_problem
+from frozen_peft.data.rows import Row, made_of_rows
 
 __all__ = ["CONDITIONS", "KINDS", "Condition", "Probe", "ProbeKind", "read_probes"]
 
@@ -67,8 +68,7 @@ class Probe:
         Raises:
             ValueError: A field is missing or is not what it should be.
         """
-        problem = _problem(values)
-        if problem:
+        if problem := _problem(values):
             raise ValueError(f"{place}: {problem}")
         return cls(
             prompt=values["prompt"],
@@ -98,17 +98,17 @@ def read_probes(path: Path, on_bad: Callable[[str], None] | None = None) -> list
         FileNotFoundError: There is no such file.
     """
     places: dict[str, str] = {}
-    probes = []
-    for row in read_rows(path, _problem, on_bad):
+
+    def made(row: Row) -> Probe:
+        if problem := _problem(row.values):
+            raise ValueError(problem)
         probe = Probe.from_row(row.values, row.place, default_id=f"line {row.line}")
         if probe.id in places:
-            message = f"{row.place}: `id` {probe.id!r} is that of {places[probe.id]}; give each probe its own"
-            if on_bad is None:
-                raise ValueError(message)
-            on_bad(message)
-            continue
+            raise ValueError(f"`id` {probe.id!r} is that of {places[probe.id]}; give each probe its own")
         places[probe.id] = row.place
-        probes.append(probe)
+        return probe
+
+    probes = list(made_of_rows(path, made, on_bad))
     if not probes:
         raise ValueError(f"{path}: no probes to score; a line is {{'prompt': ..., 'preferred': ..., 'rejected': ...}}")
     return probes
@@ -116,27 +116,21 @@ def read_probes(path: Path, on_bad: Callable[[str], None] | None = None) -> list
 
 def _problem(values: dict[str, Any]) -> str | None:
     """What keeps a row from being a probe."""
-    missing = [f"`{name}`" for name in ("prompt", "preferred", "rejected") if values.get(name) is None]
+    missing = [name for name in ("prompt", "preferred", "rejected") if values.get(name) is None]
     if missing:
-        found = ", ".join(f"`{name}`" for name in values) or "nothing"
-        return f"a probe needs {', '.join(missing)}; found {found}"
-    for name in ("preferred", "rejected", "expected"):
+        return f"a probe needs {named(missing)}; found {named(values)}"
+    for name in ("preferred", "rejected", "expected", "id"):
         value = values.get(name)
-        if name == "expected" and value is None:
-            continue
-        if not isinstance(value, str):
-            return f"`{name}` is the text of a decision, got {type(value).__name__}"
-        if not value:
+        if value is not None and (problem := kind_problem(value, name, "text")):
+            return problem
+        if value == "" and name != "id":
             return f"`{name}` is empty: a decision has at least one token"
     if values["preferred"] == values["rejected"]:
         return f"`preferred` and `rejected` are equal ({_short(values['preferred'])}): there is nothing to prefer"
     if values.get("kind") not in (None, *KINDS):
         return f"`kind` is one of {', '.join(KINDS)}; got {values['kind']!r}"
-    if not isinstance(values.get("id") or "", str):
-        return f"`id` is text, got {type(values['id']).__name__}"
-    stripped = values.get("stripped") or []
-    if not isinstance(stripped, list) or not all(isinstance(piece, dict) for piece in stripped):
-        return "`stripped` is a list of objects, as `frozen-peft strip` writes it"
+    if values.get("stripped") and (problem := objects_problem(values["stripped"], "stripped")):
+        return problem
     prompt = values["prompt"]
     # No messages are a decision without context, which is no sample to strip but one to score.
     return None if prompt == [] else sample_problem({"prompt": prompt})

@@ -26,6 +26,7 @@ from frozen_peft.evaluation.candidates import Candidate, PromptRow, completed
 from frozen_peft.evaluation.filters import CandidateFilter, Verdict
 from frozen_peft.evaluation.journal import Journal
 from frozen_peft.utils.files import whole_file
+from frozen_peft.utils.tables import aligned
 
 __all__ = ["SampleSummary", "Sampler", "run_sample_job", "work_file"]
 
@@ -71,8 +72,8 @@ class SampleSummary:
 
     def table(self) -> str:
         """The summary in aligned lines."""
-        without = f"  ({self.num_without:,} without any kept)" if self.num_without else ""
-        found = f"  ({self.num_found:,} of them from an earlier run)" if self.num_found else ""
+        without = f"({self.num_without:,} without any kept)" if self.num_without else ""
+        found = f"({self.num_found:,} of them from an earlier run)" if self.num_found else ""
         other = [("  in other tokens", f"{self.num_retokenized:,}", "")] if self.num_retokenized else []
         rows = [
             ("prompts", f"{self.num_prompts:,}", without),
@@ -84,9 +85,7 @@ class SampleSummary:
             ("tokens", f"{self.num_tokens:,}", ""),
             ("seconds", f"{self.seconds:,.1f}", ""),
         ]
-        width = max(len(title) for title, _, _ in rows)
-        digits = max(len(number) for _, number, _ in rows)
-        return "\n".join(f"  {title:<{width}}  {number:>{digits}}{note}" for title, number, note in rows)
+        return "\n".join(aligned(rows, right=[1]))
 
 
 def work_file(output: Path) -> Path:
@@ -119,46 +118,34 @@ def run_sample_job(
     start = time.monotonic()
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {output.absolute().parent} to write {output.name} to")
-    journal = Journal(work_file(output), settings)
-    try:
-        done = _Done.of(journal.records)
-        num_found = len(done.candidates)
-        verdicts = _judged(rows, sampler, keep, done, journal)
+    with Journal(work_file(output), settings) as journal:
+        candidates, margins = _found(journal.records)
+        num_found = len(candidates)
+        verdicts = _judged(rows, sampler, keep, candidates, margins, journal)
         with whole_file(output) as file:
             for row in rows:
                 for number in range(len(row.seeds)):
-                    candidate, verdict = done.candidates[row.index, number], verdicts[row.index, number]
+                    candidate, verdict = candidates[row.index, number], verdicts[row.index, number]
                     if verdict.rejected is None:
                         file.write(dump_row(completed(row, candidate, verdict.margin)))
-    except BaseException:
-        journal.close()
-        raise
-    journal.remove()
-    return _summary(rows, done.candidates, verdicts, num_found, time.monotonic() - start)
+        journal.remove()
+    return _summary(rows, candidates, verdicts, num_found, time.monotonic() - start)
 
 
-@dataclass
-class _Done:
-    """What has been done, by index of the prompt and number of the candidate."""
-
-    candidates: dict[_Key, Candidate]
-    margins: dict[_Key, float]
-
-    @classmethod
-    def of(cls, records: Sequence[dict[str, Any]]) -> "_Done":
-        """Reads the records of a work file."""
-        done = cls({}, {})
-        for record in records:
-            if "margin" in record:
-                done.margins[record["prompt"], record["number"]] = record["margin"]
-            else:
-                candidate = Candidate(**record)
-                done.candidates[candidate.prompt, candidate.number] = candidate
-        return done
+def _found(records: Sequence[dict[str, Any]]) -> tuple[dict[_Key, Candidate], dict[_Key, float]]:
+    """The candidates in a work file, and the margins of those whose are known."""
+    margins = {(one["prompt"], one["number"]): one["margin"] for one in records if "margin" in one}
+    candidates = [Candidate(**one) for one in records if "margin" not in one]
+    return {candidate.key: candidate for candidate in candidates}, margins
 
 
 def _judged(
-    rows: Sequence[PromptRow], sampler: Sampler, keep: CandidateFilter, done: _Done, journal: Journal
+    rows: Sequence[PromptRow],
+    sampler: Sampler,
+    keep: CandidateFilter,
+    candidates: dict[_Key, Candidate],
+    margins: dict[_Key, float],
+    journal: Journal,
 ) -> dict[_Key, Verdict]:
     """Samples what is missing, and judges all."""
     verdicts: dict[_Key, Verdict] = {}
@@ -166,36 +153,38 @@ def _judged(
     total = sum(len(row.seeds) for row in rows)
     with (
         tqdm(total=total, desc="Sampling", unit=" candidates") as bar,
-        closing(_batches(rows, sampler, done)) as batches,
+        closing(_batches(rows, sampler, candidates)) as batches,
     ):
         for batch in batches:
-            keys = [(candidate.prompt, candidate.number) for candidate in batch]
-            new = [candidate for key, candidate in zip(keys, batch, strict=True) if key not in done.candidates]
-            journal.append([asdict(candidate) for candidate in new])
-            done.candidates.update(zip(keys, batch, strict=True))
-            judged = keep.judge([rows[index] for index, _ in keys], batch, [done.margins.get(key) for key in keys])
-            verdicts.update(zip(keys, judged, strict=True))
+            journal.append([asdict(candidate) for candidate in batch if candidate.key not in candidates])
+            candidates.update({candidate.key: candidate for candidate in batch})
+            known = [margins.get(candidate.key) for candidate in batch]
+            judged = keep.judge([rows[candidate.prompt] for candidate in batch], batch, known)
+            for candidate, verdict in zip(batch, judged, strict=True):
+                verdicts[candidate.key] = verdict
+                num_kept += verdict.rejected is None
             measured = {
-                key: verdict.margin
-                for key, verdict in zip(keys, judged, strict=True)
-                if verdict.margin is not None and key not in done.margins
+                candidate.key: verdict.margin
+                for candidate, verdict in zip(batch, judged, strict=True)
+                if verdict.margin is not None and candidate.key not in margins
             }
             journal.append(
-                [{"prompt": index, "number": number, "margin": m} for (index, number), m in measured.items()]
+                [{"prompt": prompt, "number": number, "margin": m} for (prompt, number), m in measured.items()]
             )
-            done.margins.update(measured)
-            num_kept += sum(verdict.rejected is None for verdict in judged)
+            margins.update(measured)
             bar.update(len(batch))
             bar.set_postfix(kept=num_kept)
     return verdicts
 
 
-def _batches(rows: Sequence[PromptRow], sampler: Sampler, done: _Done) -> Generator[list[Candidate], None, None]:
+def _batches(
+    rows: Sequence[PromptRow], sampler: Sampler, candidates: dict[_Key, Candidate]
+) -> Generator[list[Candidate], None, None]:
     """What an earlier run sampled, and then the rest."""
-    found = list(done.candidates.values())
+    found = list(candidates.values())
     for start in range(0, len(found), _FOUND_BATCH):
         yield found[start : start + _FOUND_BATCH]
-    yield from sampler.sample(rows, frozenset((candidate.prompt, candidate.number) for candidate in found))
+    yield from sampler.sample(rows, frozenset(candidate.key for candidate in found))
 
 
 def _summary(
@@ -205,17 +194,15 @@ def _summary(
     num_found: int,
     seconds: float,
 ) -> SampleSummary:
-    kept = [index for (index, _), verdict in verdicts.items() if verdict.rejected is None]
+    kept = [key for key, verdict in verdicts.items() if verdict.rejected is None]
     rejected = Counter(verdict.rejected for verdict in verdicts.values() if verdict.rejected is not None)
     return SampleSummary(
         num_prompts=len(rows),
-        num_without=len(rows) - len({*kept}),
+        num_without=len(rows) - len({index for index, _ in kept}),
         num_candidates=len(candidates),
         num_found=num_found,
         num_kept=len(kept),
-        num_retokenized=sum(
-            candidates[key].differs == "tokens" for key, verdict in verdicts.items() if verdict.rejected is None
-        ),
+        num_retokenized=sum(candidates[key].differs == "tokens" for key in kept),
         num_tokens=sum(candidate.num_tokens or 0 for candidate in candidates.values()),
         seconds=seconds,
         rejected=dict(rejected.most_common()),

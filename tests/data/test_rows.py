@@ -18,7 +18,7 @@ def no_problem(values: dict) -> None:
     ("line", "reason"),
     [
         (b'{"a" 1}', "column 6: not JSON"),
-        (b'["a"]', "a row is a JSON object, got list"),
+        (b'["a"]', "a row is a JSON object, got a list"),
         (b'{"a": "\xff"}', "not UTF-8"),
         (b"[" * 200_000, "nested too deeply"),
     ],

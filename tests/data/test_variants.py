@@ -330,7 +330,7 @@ def test_variants_are_the_same_in_another_process_and_with_other_columns() -> No
         ({"num_variants": 2}, "nothing to vary"),
         ({"num_variants": 0}, "`num_variants` is 0, expected 1 or more"),
         ({"drop": 1.5}, "`drop` is 1.5, expected a probability"),
-        ({"insert": [[message("assistant", "a"), message("user", "b")]]}, "begins with role 'assistant'"),
+        ({"insert": [[message("assistant", "a"), message("user", "b")]]}, "this one with role 'assistant'"),
         ({"independent": Marks(tags=("a",))}, "it is whole messages"),
     ],
 )

@@ -70,7 +70,7 @@ BAD = {
     "no JSON": ("{", "not JSON"),
     "no prompt": ({"text": "a"}, "a prompt is in the column `prompt`; found `text`"),
     "empty": ({"prompt": ""}, "`prompt` is empty"),
-    "no messages": ({"prompt": []}, "`prompt` has no messages"),
+    "no messages": ({"prompt": []}, "`prompt` is empty"),
     "a number": ({"prompt": 3}, "`prompt` is a number"),
     "answered": ({"prompt": "a", "completion": "b"}, "there is a column `completion` already"),
     "sampled": ({"prompt": "a", "seed": 3}, "there is a column `seed` already"),
@@ -78,7 +78,7 @@ BAD = {
         {"prompt": [{"role": "assistant", "content": "yes"}]},
         "`prompt` ends with an assistant's message",
     ),
-    "no pieces": ({"prompt": "a", "stripped": "b"}, "`stripped` is str, expected a list of pieces"),
+    "no pieces": ({"prompt": "a", "stripped": "b"}, "`stripped` is text, expected a list"),
 }
 
 

@@ -67,7 +67,7 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{\n{}\n", "line 1: not JSON"), ("[]\n", "line 1: no object"), ('{"prompt": "a"}\n', "no work file")],
+    [("{\n{}\n", "line 1: no JSON object"), ("[]\n", "line 1: no JSON object"), ('{"prompt": "a"}\n', "no work file")],
 )
 def test_another_file_is_not_touched(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "work.jsonl"

@@ -11,9 +11,9 @@ from peft import PeftModel
 from torch import nn
 
 from frozen_peft import FrozenContextTrainer
-from frozen_peft.behavior import decision_scores as decision_scores_module
 from frozen_peft.data import strip_instructions
 from frozen_peft.evaluation import CONDITIONS, Probe, ProbeScores, compare_probes, score_probes, summarize
+from frozen_peft.evaluation import decision_scores as decision_scores_module
 from frozen_peft.evaluation.probe_tokens import ProbeTokens
 from tests.reference import IGNORED, double_precision
 from tests.tiny_models import ARCHITECTURES, add_lora, tiny_model, to_double

@@ -10,7 +10,7 @@ import torch
 from frozen_peft import FrozenContextTrainer
 from frozen_peft.evaluation import LocalSampler, PromptRow, SamplingSettings
 from frozen_peft.evaluation.decision_scores import DecisionScorer
-from frozen_peft.evaluation.probe_tokens import TokenizedDecision
+from frozen_peft.evaluation.decision_tokens import TokenizedDecision
 from frozen_peft.training import checks as first_batch_module
 from tests.distillation.pairs import Loss, pairs, reference_loss, sharp
 from tests.distillation.pairs import as_dataset as pairs_as_dataset

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stripping and varying the samples of a file."""
+"""The job behind `frozen-peft strip`: the samples of a file, stripped and varied."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from frozen_peft.data.conversation import message_texts, sample_problem
+from frozen_peft.data.conversation import message_texts
 from frozen_peft.data.marks import DEFAULT_MARKS, Marks
 from frozen_peft.data.pieces import STRIPPED, piece_texts
-from frozen_peft.data.rows import dump_row, read_rows
+from frozen_peft.data.rows import Row, dump_row, made_of_rows
 from frozen_peft.data.stripping import QuotedInstructionError, strip_instructions
 from frozen_peft.data.variants import VariantSettings, vary_context
 from frozen_peft.utils.files import whole_file
@@ -97,20 +97,17 @@ def strip_file(source: Path, target: Path, settings: StripSettings, measure: Cal
     if source.resolve() == target.resolve():
         raise ValueError(f"{target} is the file to read; write to another one")
     summary = StripSummary()
-    on_bad = summary.bad.append if settings.skip_bad else None
+
+    def processed(row: Row) -> list[dict[str, Any]]:
+        try:
+            return _processed(row.values, row.place, settings, measure, summary)
+        except QuotedInstructionError as error:
+            summary.num_samples += 1
+            summary.refused.append(f"{row.place}: {error}")
+            return []
+
     with whole_file(target) as file:
-        for row in read_rows(source, sample_problem, on_bad):
-            try:
-                samples = _processed(row.values, row.place, settings, measure, summary)
-            except QuotedInstructionError as error:
-                summary.num_samples += 1
-                summary.refused.append(f"{row.place}: {error}")
-                continue
-            except ValueError as error:
-                if on_bad is None:
-                    raise ValueError(f"{row.place}: {error}") from error
-                on_bad(f"{row.place}: {error}")
-                continue
+        for samples in made_of_rows(source, processed, summary.bad.append if settings.skip_bad else None):
             file.writelines(map(dump_row, samples))
             summary.num_written += len(samples)
         _require_effect(source, settings, summary)
