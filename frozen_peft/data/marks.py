@@ -101,11 +101,11 @@ class Marks:
 DEFAULT_MARKS = Marks(tags=("instruction",), fields=("instruction",))
 
 
-def merged(stretches: list[Stretch]) -> list[Stretch]:
-    """Stretches in order, those that overlap made one; those that touch stay two."""
+def merged(stretches: Sequence[Stretch], *, touching: bool = False) -> list[Stretch]:
+    """Stretches in order, those that overlap made one; those that only touch stay two, unless `touching`."""
     result: list[Stretch] = []
     for start, end in sorted(stretches):
-        if result and start < result[-1][1]:
+        if result and (start < result[-1][1] or (touching and start == result[-1][1])):
             result[-1] = (result[-1][0], max(end, result[-1][1]))
         else:
             result.append((start, end))

@@ -133,22 +133,16 @@ def _is_empty(message: dict[str, Any]) -> bool:
 def _tidied(text: str, stretches: list[Stretch]) -> list[Stretch]:
     """Stretches with one of the two runs of white space around each; the same again gives no more."""
     while True:
-        wider: list[Stretch] = []
-        for start, end in (_widened(text, *stretch) for stretch in stretches):
-            if wider and start <= wider[-1][1]:
-                wider[-1] = (wider[-1][0], max(end, wider[-1][1]))
-            else:
-                wider.append((start, end))
+        wider = merged([_widened(text, *stretch) for stretch in stretches], touching=True)
         if wider == stretches:
             return wider
         stretches = wider
 
 
 def _widened(text: str, start: int, end: int) -> Stretch:
-    before = text[:start][len(text[:start].rstrip()) :]
-    after = text[end:][: len(text[end:]) - len(text[end:].lstrip())]
-    first, last = start - len(before), end + len(after)
+    first, last = len(text[:start].rstrip()), len(text) - len(text[end:].lstrip())
     if first == 0 or last == len(text):
         return first, last
+    before, after = text[first:start], text[end:last]
     keep_after = (after.count("\n"), len(after)) > (before.count("\n"), len(before))
     return (first, end) if keep_after else (start, last)

@@ -71,12 +71,6 @@ class Journal:
         self._lock.release()
         Path(self._lock.lock_file).unlink(missing_ok=True)
 
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def _open(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
         content = self.path.read_bytes() if self.path.exists() else b""
         # What follows the last line break was cut off.

@@ -103,20 +103,22 @@ def put_adapter_weights(adapted: PeftModel, adapter: str) -> None:
         ValueError: The weights are not those that the model has a place for, all of them.
         OSError: There is no such adapter.
     """
+    architecture = type(adapted.get_base_model()).__name__
     tensors = without_copies(load_peft_weights(adapter, device="cpu"))
     missing = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - set(tensors)
     try:
         unexpected = set(set_peft_model_state_dict(adapted, tensors).unexpected_keys)
     except RuntimeError as error:
         raise ValueError(
-            f"adapter {adapter} does not fit {type(adapted.get_base_model()).__name__}: {error}. Was it trained on "
-            "this model, with this vocabulary?"
+            f"adapter {adapter} does not fit {architecture}: {error}. Was it trained on this model, with this "
+            "vocabulary?"
         ) from error
-    for problem, names in (("lacks weights that", missing), ("has weights that nothing of", unexpected)):
+    for problem, names in (
+        (f"lacks weights that {architecture} has a place for", missing),
+        (f"has weights that nothing of {architecture} asks for", unexpected),
+    ):
         if names:
-            example = sorted(names)[0]
-            rest = "asks for" if problem.startswith("has") else "has a place for"
             raise ValueError(
-                f"adapter {adapter} {problem} {type(adapted.get_base_model()).__name__} {rest}: {len(names)} of "
-                f"{len(tensors)}, such as {example}. Was it trained on this model?"
+                f"adapter {adapter} {problem}: {len(names)} of {len(tensors)}, such as {min(names)}. Was it trained "
+                "on this model?"
             )

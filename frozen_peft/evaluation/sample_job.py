@@ -118,7 +118,7 @@ def run_sample_job(
     start = time.monotonic()
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {output.absolute().parent} to write {output.name} to")
-    with Journal(work_file(output), settings) as journal:
+    with closing(Journal(work_file(output), settings)) as journal:
         candidates, margins = _found(journal.records)
         num_found = len(candidates)
         verdicts = _judged(rows, sampler, keep, candidates, margins, journal)
