@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from frozen_peft.cli import main
-from frozen_peft.cli.recipe import read_recipe
-from frozen_peft.cli.training import make_parser
+from frozen_peft.cli.recipe_parser import RecipeParser
 from frozen_peft.data import strip_instructions
 from frozen_peft.data.rows import dump_row
+from frozen_peft.utils.recipe_files import read_recipe
 from tests.documentation.tokenizer import train_tokenizer
 from tests.tiny_models import tiny_model
 
@@ -35,7 +35,7 @@ def test_there_is_a_recipe_for_every_tier() -> None:
 @every_recipe
 def test_recipe_parses(path: Path) -> None:
     values, _ = read_recipe(path)
-    parsed = {name: value for group in make_parser().parse([str(path)]) for name, value in vars(group).items()}
+    parsed = {name: value for group in RecipeParser().parse([str(path)]) for name, value in vars(group).items()}
     assert {name: parsed[name] for name in ("model_name_or_path", "dataset_name", "lora_r", "max_steps")} == {
         name: values[name] for name in ("model_name_or_path", "dataset_name", "lora_r", "max_steps")
     }
@@ -44,7 +44,7 @@ def test_recipe_parses(path: Path) -> None:
 @every_recipe
 def test_recipe_takes_the_large_model_on_the_command_line(path: Path) -> None:
     arguments = [str(path), "--model_name_or_path", "Qwen/Qwen3.5-27B", "--load_in_4bit", "true"]
-    model, *_ = make_parser().parse(arguments)
+    model, *_ = RecipeParser().parse(arguments)
     assert model.model_name_or_path == "Qwen/Qwen3.5-27B"
     assert model.load_in_4bit is True
 

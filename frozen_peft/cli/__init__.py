@@ -9,8 +9,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from frozen_peft.cli.errors import CommandError
+from frozen_peft.cli.errors import CommandError, reported
 from frozen_peft.utils import noise
+from frozen_peft.utils.tables import aligned
 
 __all__ = ["COMMANDS", "main"]
 
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"frozen-peft: no command {name!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        with warnings.catch_warnings():
+        # An error from below is a bug, whose traceback is needed, but where a command only reads what the user gave.
+        with warnings.catch_warnings(), reported(raised_in="frozen_peft"):
             for text, category in noise.WARNINGS:
                 warnings.filterwarnings("ignore", text, category)
             importlib.import_module(f"frozen_peft.cli.{name}").run(rest)
@@ -57,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    width = max(map(len, COMMANDS))
     return "\n".join(
         [
             "usage: frozen-peft COMMAND [arguments]",
@@ -65,7 +66,7 @@ def _usage() -> str:
             "Train how a model responds in long contexts, without the backward pass through them.",
             "",
             "commands:",
-            *(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()),
+            *aligned(list(COMMANDS.items())),
             "",
             "frozen-peft COMMAND --help explains a command.",
         ]

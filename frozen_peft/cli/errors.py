@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which errors the command line shows as one message, and which keep their traceback."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 from frozen_peft.errors import ContextMismatchError
 
@@ -23,21 +23,13 @@ def reported(raised_in: str = "") -> Iterator[None]:
             traceback is needed. Empty: by any, for stretches that only read and check what the user gave.
 
     Raises:
-        CommandError: With the message of the `ValueError`, `NotImplementedError`, `ContextMismatchError` or `OSError`
-            (which a missing file or dataset is) that was raised.
+        CommandError: With the message of the `ValueError`, `NotImplementedError`, `ContextMismatchError`, `OSError`
+            (which a missing file or dataset is) or `ModuleNotFoundError` (of an optional package) that was raised.
     """
     try:
         yield
-    except (ValueError, NotImplementedError, ContextMismatchError, OSError) as error:
-        if raised_in and _raising_package(error.__traceback__) != raised_in:
+    except (ValueError, NotImplementedError, ContextMismatchError, OSError, ModuleNotFoundError) as error:
+        *_, (raising, _) = traceback.walk_tb(error.__traceback__)
+        if raised_in and raising.f_globals.get("__name__", "").partition(".")[0] != raised_in:
             raise
         raise CommandError(str(error) or type(error).__name__) from error
-
-
-def _raising_package(traceback: TracebackType | None) -> str:
-    """Returns the top-level package of the innermost frame, empty where there is none."""
-    package = ""
-    while traceback is not None:
-        package = traceback.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-        traceback = traceback.tb_next
-    return package

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`frozen-peft merge`: a checkpoint of a base and its adapters."""
+"""`frozen-peft merge`: a checkpoint of a base and its adapters.
+
+Writes the model that a base and its adapters are together: a checkpoint with the base's files, which loads as the base
+does. The base is read tensor by tensor, so memory for one matrix is enough. The output appears whole or not at all,
+with a merge_report.json.
+"""
 
 import argparse
 import dataclasses
@@ -8,8 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from frozen_peft.cli.demo import model_source
+from frozen_peft.cli.arguments import CommandParser
 from frozen_peft.cli.errors import reported
+from frozen_peft.demo import model_source
+from frozen_peft.utils.files import whole_file
+from frozen_peft.utils.tables import aligned
 
 __all__ = ["run"]
 
@@ -24,115 +32,85 @@ def run(arguments: Sequence[str]) -> None:
         CommandError: An argument, adapter or base cannot be used.
     """
     parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.layout is not None:
-        _export(parser, options)
-        return
+    options = parser.read(arguments)
+    if options.layout is None:
+        rows = _merge(options)
+    else:
+        with reported():
+            rows = _export(parser, options)
+    print("\n".join(aligned(rows)))
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("merge", __doc__)
+    parser.add_argument("adapter", nargs="+", help="folder or hub id of a PEFT adapter; several are combined")
+    parser.add_argument("output", type=Path, help="folder to write, which is not there yet or empty")
+    text = "the base model in 16 or 32 bit (default: the one the adapter names)"
+    parser.option("base", text, metavar="ID_OR_DIR")
+    parser.option("revision", "branch, tag or commit of a base on the hub")
+    parser.option(
+        "dtype",
+        "type of the weights (default: each keeps its own)",
+        choices=["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"],
+    )
+    parser.option(
+        "onto",
+        "of an adapter trained on a 4-bit base: add it to the base's own weights, or to the de-quantized ones that it "
+        "saw in training",
+        "original",
+        choices=["original", "quantized"],
+    )
+    text = "write the adapter itself, unmerged, with the names of the text class or of the vision-language wrapper"
+    parser.option("layout", text, choices=["text", "wrapper"])
+    parser.section("verification")
+    text = "compare the merged model with the unmerged adapter (default: where one model fits in memory)"
+    parser.option("verify", text, action=argparse.BooleanOptionalAction)
+    text = "JSON Lines of samples that recovery is measured on; a few do"
+    parser.option("samples", text, metavar="FILE", type=Path)
+    parser.option("probes", "probe sets to score the merged model on", metavar="FILE", type=Path, nargs="+")
+    parser.option("any_base", "merge onto a base that differs from what training recorded", False)
+    parser.section("several adapters")
+    parser.option("weights", "a factor for each (default: 1)", metavar="W", type=float, nargs="+")
+    parser.option(
+        "combination",
+        "add the updates, or combine those of each matrix by TIES or DARE as PEFT does",
+        "linear",
+        choices=["linear", "ties", "dare_linear", "dare_ties"],
+    )
+    parser.option("density", "share of each update that TIES and DARE keep, above 0 to 1", type=float)
+    parser.option("seed", "decides what DARE drops", 0)
+    parser.section("trust")
+    parser.option("trust_remote_code", "run code that comes with the base", False)
+    parser.option("allow_pickle", "read weights that are pickles (tensors only, no code is run)", False)
+    return parser
+
+
+def _export(parser: CommandParser, options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Writes the adapter itself, under the names of the class asked for."""
+    idle = [name for name in vars(options) if name not in ("adapter", "output", "layout", "allow_pickle")]
+    parser.refuse_idle(options, idle, "with --layout, which writes the adapter itself")
+    if len(options.adapter) > 1:
+        raise ValueError(f"--layout writes one adapter, got {len(options.adapter)}")
+    from frozen_peft.merging import export_adapter
+
+    export_adapter(options.adapter[0], options.output, options.layout, allow_pickle=options.allow_pickle)
+    return [("adapter", str(options.output)), ("layout", options.layout)]
+
+
+def _merge(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Merges, and scores probes on what was written."""
     from frozen_peft.merging import merge_adapter
 
     with reported():
-        probes = _read_probes(options.probes)
-        report = merge_adapter(
-            options.adapter,
-            options.output,
-            None if options.base is None else model_source(options.base),
-            revision=options.revision,
-            dtype=options.dtype,
-            onto=options.onto,
-            weights=options.weights,
-            combination=options.combination,
-            density=options.density,
-            seed=options.seed,
-            verify=options.verify,
-            samples=_read_samples(options.samples),
-            any_base=options.any_base,
-            trust_remote_code=options.trust_remote_code,
-            allow_pickle=options.allow_pickle,
-        )
+        probes = _read_probes(options.probes or [])
+        # Options are called as what they are to `merge_adapter`.
+        settings = {name: value for name, value in vars(options).items() if name not in ("layout", "probes")}
+        settings["base"] = None if options.base is None else model_source(options.base)
+        settings["samples"] = _read_samples(options.samples)
+        report = merge_adapter(**settings)
     if probes:
-        with reported(raised_in="frozen_peft"):
-            report["probes"] = _score_probes(options, probes)
-            _rewrite_report(options.output, report)
-    print(_summary(options.output, report))
-
-
-def _export(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Writes the adapter itself, under the names of the class asked for."""
-    used = ("adapter", "output", "layout", "allow_pickle")
-    idle = [name for name, value in vars(options).items() if name not in used and value != parser.get_default(name)]
-    with reported():
-        if idle:
-            option = idle[0].replace("_", "-")
-            raise ValueError(f"--layout writes the adapter itself, on which --{option} has no effect")
-        if len(options.adapter) > 1:
-            raise ValueError(f"--layout writes one adapter, got {len(options.adapter)}")
-        from frozen_peft.merging import export_adapter
-
-        export_adapter(options.adapter[0], options.output, options.layout, allow_pickle=options.allow_pickle)
-    print(_aligned([("adapter", str(options.output)), ("layout", options.layout)]))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="frozen-peft merge",
-        description="Writes the model that a base and its adapters are together: a checkpoint with the base's files, "
-        "which loads as the base does. The base is read tensor by tensor, so memory for one matrix is enough. The "
-        "output appears whole or not at all, with a merge_report.json.",
-    )
-    parser.add_argument("adapter", nargs="+", help="folder or hub id of a PEFT adapter; several are combined")
-    parser.add_argument("output", type=Path, help="folder to write, which is not there yet or empty")
-    parser.add_argument(
-        "--base", metavar="ID_OR_DIR", help="the base model in 16 or 32 bit (default: the one the adapter names)"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of a base on the hub")
-    parser.add_argument(
-        "--dtype",
-        choices=["bf16", "fp16", "fp32", "bfloat16", "float16", "float32"],
-        help="type of the weights (default: each keeps its own)",
-    )
-    parser.add_argument(
-        "--onto",
-        choices=["original", "quantized"],
-        default="original",
-        help="of an adapter trained on a 4-bit base: add it to the base's own weights, or to the de-quantized ones "
-        "that it saw in training (default: original)",
-    )
-    parser.add_argument(
-        "--layout",
-        choices=["text", "wrapper"],
-        help="write the adapter itself, unmerged, with the names of the text class or of the vision-language wrapper",
-    )
-    checked = parser.add_argument_group("verification")
-    checked.add_argument(
-        "--verify",
-        action=argparse.BooleanOptionalAction,
-        help="compare the merged model with the unmerged adapter (default: where one model fits in memory)",
-    )
-    checked.add_argument(
-        "--samples", type=Path, metavar="FILE", help="JSON Lines of samples that recovery is measured on; a few do"
-    )
-    checked.add_argument(
-        "--probes", type=Path, nargs="+", default=[], metavar="FILE", help="probe sets to score the merged model on"
-    )
-    checked.add_argument(
-        "--any-base", action="store_true", help="merge onto a base that differs from what training recorded"
-    )
-    several = parser.add_argument_group("several adapters")
-    several.add_argument("--weights", type=float, nargs="+", metavar="W", help="a factor for each (default: 1)")
-    several.add_argument(
-        "--combination",
-        choices=["linear", "ties", "dare_linear", "dare_ties"],
-        default="linear",
-        help="add the updates, or combine those of each matrix by TIES or DARE as PEFT does (default: linear)",
-    )
-    several.add_argument("--density", type=float, help="share of each update that TIES and DARE keep, above 0 to 1")
-    several.add_argument("--seed", type=int, default=0, help="decides what DARE drops (default: 0)")
-    trust = parser.add_argument_group("trust")
-    trust.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
-    trust.add_argument(
-        "--allow-pickle", action="store_true", help="read weights that are pickles (tensors only, no code is run)"
-    )
-    return parser
+        report["probes"] = _add_probes(options, probes, report)
+    return _summary(options.output, report)
 
 
 def _read_samples(path: Path | None) -> list[dict[str, Any]]:
@@ -154,33 +132,25 @@ def _read_probes(paths: list[Path]) -> dict[str, Any]:
     return {path.name if names.count(path.name) == 1 else str(path): read_probes(path) for path in paths}
 
 
-def _score_probes(options: argparse.Namespace, probes: dict[str, Any]) -> dict[str, Any]:
-    """The figures of every probe set, of the merged model as it was written."""
+def _add_probes(options: argparse.Namespace, probes: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """The figures of every probe set, of the merged model as it was written, which its report gets too."""
     from transformers import AutoTokenizer
 
     from frozen_peft.evaluation import score_probes, summarize
-    from frozen_peft.merging import load_merged
+    from frozen_peft.merging import REPORT, load_merged
 
     model = load_merged(options.output, trust_remote_code=options.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(options.output, trust_remote_code=options.trust_remote_code)
-    return {
-        name: {
-            kind: dataclasses.asdict(summary)
-            for kind, summary in summarize(score_probes(model, tokenizer, own)).items()
-        }
-        for name, own in probes.items()
-    }
+    figures = {}
+    for name, own in probes.items():
+        summaries = summarize(score_probes(model, tokenizer, own))
+        figures[name] = {kind: dataclasses.asdict(summary) for kind, summary in summaries.items()}
+    with whole_file(options.output / REPORT) as file:
+        file.write(json.dumps(report | {"probes": figures}, indent=2) + "\n")
+    return figures
 
 
-def _rewrite_report(output: Path, report: dict[str, Any]) -> None:
-    from frozen_peft.merging import REPORT
-    from frozen_peft.utils.files import whole_file
-
-    with whole_file(output / REPORT) as file:
-        file.write(json.dumps(report, indent=2) + "\n")
-
-
-def _summary(output: Path, report: dict[str, Any]) -> str:
+def _summary(output: Path, report: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("merged model", str(output)),
         ("base", report["base"]),
@@ -197,7 +167,7 @@ def _summary(output: Path, report: dict[str, Any]) -> str:
             if figures["exact_match"] is not None:
                 text += f", {figures['exact_match']['num']} of {figures['exact_match']['total']} exact"
             rows.append((f"{name}, {kind}", text))
-    return _aligned(rows)
+    return rows
 
 
 def _verification_rows(found: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -215,8 +185,3 @@ def _verification_rows(found: dict[str, Any] | None) -> list[tuple[str, str]]:
         text = "none: the adapter is no better than the base on these samples"
         rows.append(("recovery", text if recovery is None else f"{recovery:.4f}"))
     return rows or [("verified", "no: there is no unmerged model of this combination to compare with")]
-
-
-def _aligned(rows: Sequence[tuple[str, str]]) -> str:
-    width = max(len(title) for title, _ in rows)
-    return "\n".join(f"  {title:<{width}}  {text}" for title, text in rows)

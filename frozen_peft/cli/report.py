@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`frozen-peft report`: one page on a run."""
+"""`frozen-peft report`: one page on a run.
 
-import argparse
-from collections.abc import Sequence
-from pathlib import Path
-
-from frozen_peft.cli.errors import reported
-
-__all__ = ["run"]
-
-_DESCRIPTION = """\
 Writes one self-contained HTML file on a run: its losses, where time, context tokens and memory went, what reached the
 adapters as gradient, probes before and after, decisions side by side, recipe and versions. It loads nothing and runs
 no script, and can be read on a telephone, in the dark and on paper.
 
 RUN_DIR is the `output_dir` of `frozen-peft train`, which writes the page at its end too. What is missing in the
 folder, or cannot be read, the page names, and shows the rest; so it also does for a run that was stopped or still
-goes on."""
+goes on.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from frozen_peft.cli.arguments import CommandParser, require_writable
+from frozen_peft.cli.errors import reported
+
+__all__ = ["run"]
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -28,14 +28,13 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         CommandError: There is no such folder or file, or the page cannot be written.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser().read(arguments)
     with reported():
-        if options.output is not None and options.output.is_dir():
-            raise ValueError(f"--output {options.output} is a folder; give the name of a file")
+        require_writable(options.output)
         # After the arguments are read: matplotlib takes a second.
         from frozen_peft.report import read_run_folder, render_page, write_page
 
-        found = read_run_folder(options.run_dir, options.probes, options.merged)
+        found = read_run_folder(options.run_dir, options.probes or [], options.merged or [])
         page = write_page(found, render_page(found), options.output)
     print(f"Written to {page}.")
     for name in found.missing:
@@ -44,31 +43,13 @@ def run(arguments: Sequence[str]) -> None:
         print(f"  {problem}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="frozen-peft report",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> CommandParser:
+    parser = CommandParser("report", __doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of a run")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="file to write, whole or not at all (default: RUN_DIR/report.html)"
-    )
-    parser.add_argument(
-        "--probes",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="what `frozen-peft evaluate --output` wrote, beside those in RUN_DIR",
-    )
-    parser.add_argument(
-        "--merged",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="merged models whose merge_report.json is shown, beside those in RUN_DIR",
-    )
+    text = "file to write, whole or not at all (default: RUN_DIR/report.html)"
+    parser.option("output", text, metavar="FILE", type=Path)
+    text = "what `frozen-peft evaluate --output` wrote, beside those in RUN_DIR"
+    parser.option("probes", text, metavar="FILE", type=Path, nargs="+")
+    text = "merged models whose merge_report.json is shown, beside those in RUN_DIR"
+    parser.option("merged", text, metavar="DIR", type=Path, nargs="+")
     return parser

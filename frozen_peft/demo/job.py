@@ -10,7 +10,7 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,53 +22,42 @@ from transformers.utils import logging
 
 from frozen_peft.data import StripSettings, strip_file
 from frozen_peft.demo.data import DemoData, DemoFiles, write_demo_files
-from frozen_peft.demo.model import CHECKPOINT
+from frozen_peft.demo.names import CHECKPOINT
 from frozen_peft.demo.table import percent, render_table
 from frozen_peft.demo.world import count_tokens
 from frozen_peft.evaluation import Condition, ProbeScores, ProbeTokens, read_probes, score_probes
 from frozen_peft.merging import merge_adapter
+from frozen_peft.report.run_record import ReportArguments, RunRecord
+from frozen_peft.training.recipe import Recipe, load_held_out
+from frozen_peft.training.run import RecipeRun
 from frozen_peft.utils.files import whole_file
+from frozen_peft.utils.recipe_files import read_recipe, shipped_recipes
+from frozen_peft.utils.tables import aligned
 
-__all__ = ["DemoSettings", "run_demo"]
+__all__ = ["run_demo"]
 
-RECIPE_OF_TIER = {1: "tier1_corrections", 2: "tier2_behavior", 3: "tier3_reasoning"}
+RECIPE_OF_TIER = {2: "tier2_behavior", 1: "tier1_corrections", 3: "tier3_reasoning"}
+STEPS = 16
+# A model of a million weights takes larger steps than the ones that the recipes are for.
+OVERRIDES = {
+    "max_steps": STEPS,
+    "logging_steps": STEPS,
+    "lora_preset": "response",
+    "learning_rate": 3e-3,
+    "warmup_steps": 2,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+}
 PROBES_PER_FORWARD = 32
-CONDITIONS: tuple[Condition, Condition] = ("instructed", "given")
 
 
-@dataclass(frozen=True)
-class DemoSettings:
-    """How large the demo is; the defaults are the demo, smaller values are for tests.
-
-    Attributes:
-        steps: Optimizer steps of each tier.
-        tiers: Which tiers are trained; tier 2 is always one of them.
-        data: Samples and probes.
-        seed: Decides adapters and order.
-        overrides: Further arguments of `frozen-peft train`, for every tier. A model of a million weights takes larger
-            steps than the ones that the recipes are for.
-    """
-
-    steps: int = 16
-    tiers: tuple[int, ...] = (2, 1, 3)
-    data: DemoData = field(default_factory=DemoData)
-    seed: int = 0
-    overrides: tuple[str, ...] = (
-        *("--lora_preset", "response"),
-        *("--learning_rate", "3e-3"),
-        *("--warmup_steps", "2"),
-        *("--per_device_train_batch_size", "8"),
-        *("--gradient_accumulation_steps", "1"),
-        *("--gradient_checkpointing", "false"),
-    )
-
-
-def run_demo(output: Path, settings: DemoSettings = DemoSettings()) -> dict[str, Any]:
+def run_demo(output: Path, data: DemoData) -> dict[str, Any]:
     """Runs the demo, prints what it does and finds, and writes `demo.json`.
 
     Args:
         output: Where data, adapters, the merged model and `demo.json` are written.
-        settings: How large it is.
+        data: Samples and probes; its seed decides adapters and order too.
 
     Returns:
         What is written to `demo.json`: fractions of probes, and seconds.
@@ -78,31 +67,42 @@ def run_demo(output: Path, settings: DemoSettings = DemoSettings()) -> dict[str,
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     start = time.monotonic()
-    files = write_demo_files(output, settings.data)
+    files = write_demo_files(output, data)
     probes = ProbeTokens(AutoTokenizer.from_pretrained(CHECKPOINT), read_probes(files.probes))
     base = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
     _tell("The model, with the instruction in its contexts and without it")
-    instructed, before = (_measure(base, probes, condition) for condition in CONDITIONS)
+    instructed, before = (_shares(_score(base, probes, condition)) for condition in ("instructed", "given"))
     print(
         f"accepts {percent(instructed['acceptance'])} of directions with it, {percent(before['acceptance'])} without"
     )
     _strip(files)
-    tiers = {tier: _train(tier, files, probes, before, output, settings) for tier in settings.tiers}
-    scores = {tier: figures.pop("scores") for tier, figures in tiers.items()}
+    scores: dict[int, ProbeScores] = {}
+    tiers: dict[str, dict[str, float]] = {}
+    for tier in RECIPE_OF_TIER:
+        tier_start = time.monotonic()
+        train_seconds = _train(tier, files, output, data.seed)
+        seconds = time.monotonic() - tier_start
+        adapted = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(CHECKPOINT), str(_adapter_folder(output, tier))
+        )
+        scores[tier] = _score(adapted, probes)
+        after = _shares(scores[tier])
+        tiers[f"tier_{tier}"] = {
+            **{f"{name}_before": share for name, share in before.items()},
+            **{f"{name}_after": share for name, share in after.items()},
+            "seconds": seconds,
+            "train_seconds": train_seconds,
+        }
     merged = _merge(output, probes, scores[2])
-    trained = tiers[2]
     results = {
-        "acceptance_before": before["acceptance"],
-        "acceptance_after": trained["acceptance_after"],
-        "acceptance_with_instructions": instructed["acceptance"],
-        "control_before": before["control"],
-        "control_after": trained["control_after"],
-        "control_with_instructions": instructed["control"],
-        "tiers": {f"tier_{tier}": tiers[tier] for tier in sorted(tiers)},
+        **{f"{name}_before": share for name, share in before.items()},
+        **{f"{name}_after": tiers["tier_2"][f"{name}_after"] for name in before},
+        **{f"{name}_with_instructions": share for name, share in instructed.items()},
+        "tiers": {name: tiers[name] for name in sorted(tiers)},
         "merged": merged,
         "probes": {kind: sum(probe.kind == kind for probe in probes.probes) for kind in ("target", "control")},
         "weights": sum(weight.numel() for weight in base.parameters()),
-        "settings": asdict(settings),
+        "settings": {"steps": STEPS, "data": asdict(data), "seed": data.seed, "overrides": OVERRIDES},
         "seconds": time.monotonic() - start,
     }
     with whole_file(output / "demo.json") as file:
@@ -115,15 +115,17 @@ def _tell(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
-def _measure(model: torch.nn.Module, probes: ProbeTokens, condition: Condition = "given") -> dict[str, Any]:
+def _score(model: torch.nn.Module, probes: ProbeTokens, condition: Condition = "given") -> ProbeScores:
+    return score_probes(model.eval(), probes.tokenizer, probes, condition, batch_size=PROBES_PER_FORWARD)
+
+
+def _shares(scores: ProbeScores) -> dict[str, float]:
     """Share of directions that are accepted and of questions that are answered rightly, by greedy decoding."""
-    scores = score_probes(model.eval(), probes.tokenizer, probes, condition, batch_size=PROBES_PER_FORWARD)
-    return {"acceptance": _exact(scores, "target"), "control": _exact(scores, "control"), "scores": scores}
-
-
-def _exact(scores: ProbeScores, kind: str) -> float:
-    exact = [bool(score.is_exact) for score in scores.scores if score.probe.kind == kind]
-    return sum(exact) / len(exact)
+    shares = {}
+    for name, kind in (("acceptance", "target"), ("control", "control")):
+        exact = [bool(score.is_exact) for score in scores.scores if score.probe.kind == kind]
+        shares[name] = sum(exact) / len(exact)
+    return shares
 
 
 def _strip(files: DemoFiles) -> None:
@@ -133,44 +135,32 @@ def _strip(files: DemoFiles) -> None:
     print(f"{summary.num_samples} samples, {summary.num_pieces} instructions of {summary.size_removed} tokens removed")
 
 
-def _train(
-    tier: int, files: DemoFiles, probes: ProbeTokens, before: dict[str, Any], output: Path, settings: DemoSettings
-) -> dict[str, Any]:
-    """Trains a tier from its recipe and measures what it learned."""
-    from frozen_peft.cli import recipes, train
+def _train(tier: int, files: DemoFiles, output: Path, seed: int) -> float:
+    """Trains a tier from its recipe.
 
-    adapter = _adapter_folder(output, tier)
-    recipe = RECIPE_OF_TIER[tier]
-    arguments = [
-        *("--model_name_or_path", str(CHECKPOINT)),
-        *("--dataset_name", str(files.short if tier == 1 else files.stripped)),
-        *("--output_dir", str(adapter)),
-        *("--max_steps", str(settings.steps)),
-        *("--seed", str(settings.seed)),
-        *("--logging_steps", str(settings.steps)),
-        *settings.overrides,
-    ]
-    _tell(f"frozen-peft train {recipe} {' '.join(arguments)}")
-    start = time.monotonic()
-    # The one that ships, whatever files lie here.
-    train.run([str(recipes.shipped_recipes()[recipe]), *arguments])
-    seconds = time.monotonic() - start
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(CHECKPOINT), str(adapter))
-    after = _measure(model, probes)
-    return {
-        "acceptance_before": before["acceptance"],
-        "acceptance_after": after["acceptance"],
-        "control_before": before["control"],
-        "control_after": after["control"],
-        "seconds": seconds,
-        "train_seconds": _train_seconds(adapter),
-        "scores": after["scores"],
+    Returns:
+        Seconds of the optimizer steps alone, without loading and checks, as the trainer logged them.
+    """
+    given = {
+        "model_name_or_path": str(CHECKPOINT),
+        "dataset_name": str(files.short if tier == 1 else files.stripped),
+        "output_dir": str(_adapter_folder(output, tier)),
+        "seed": seed,
+        **OVERRIDES,
     }
-
-
-def _train_seconds(adapter: Path) -> float:
-    """Seconds of the optimizer steps alone, without loading and checks, as the trainer logged them."""
-    history = json.loads((adapter / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    name = RECIPE_OF_TIER[tier]
+    arguments = [f"--{field} {str(value).lower() if value is False else value}" for field, value in given.items()]
+    _tell(f"frozen-peft train {name} {' '.join(arguments)}")
+    # The one that ships, whatever files lie here.
+    values = read_recipe(shipped_recipes()[name])[0] | given
+    recipe = Recipe.from_values(values)
+    training = RecipeRun(recipe)
+    record = RunRecord(training.trainer, ReportArguments(), values)
+    record.begin()
+    training.train(record.trained)
+    record.end(lambda: load_held_out(recipe))
+    print("\n" + "\n".join(aligned(training.summary())))
+    history = training.trainer.state.log_history
     return next(entry["train_runtime"] for entry in history if "train_runtime" in entry)
 
 
@@ -179,15 +169,14 @@ def _merge(output: Path, probes: ProbeTokens, adapted: ProbeScores) -> dict[str,
     adapter, folder = _adapter_folder(output, 2), output / "merged"
     _tell(f"frozen-peft merge {adapter} {folder} --base {CHECKPOINT}")
     merge_adapter(adapter, folder, CHECKPOINT)
-    merged = _measure(AutoModelForCausalLM.from_pretrained(folder), probes)
-    pairs = list(zip(adapted.scores, merged["scores"].scores, strict=True))
-    differences = [abs(one.preferred.logprob - other.preferred.logprob) for one, other in pairs]
-    print(f"the largest difference of a decision's log-probability to the adapter's is {max(differences):.1e}")
+    merged = _score(AutoModelForCausalLM.from_pretrained(folder), probes)
+    pairs = list(zip(adapted.scores, merged.scores, strict=True))
+    largest = max(abs(one.preferred.logprob - other.preferred.logprob) for one, other in pairs)
+    print(f"the largest difference of a decision's log-probability to the adapter's is {largest:.1e}")
     return {
-        "acceptance": merged["acceptance"],
-        "control": merged["control"],
+        **_shares(merged),
         "same_decisions": sum(one.is_exact == other.is_exact for one, other in pairs) / len(pairs),
-        "largest_difference": max(differences),
+        "largest_difference": largest,
     }
 
 

@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from frozen_peft.utils.tables import aligned
+
 __all__ = ["percent", "render_table"]
 
 TIERS = {1: "full gradient, short contexts", 2: "frozen contexts", 3: "full gradient, recomputation"}
+HEADER = ("without the instruction, but for the first line", "accepts directions", "answers questions", "seconds")
 
 
 def percent(share: float) -> str:
@@ -17,21 +20,17 @@ def percent(share: float) -> str:
 
 def render_table(results: Mapping[str, Any], output: Path) -> str:
     """The figures of `demo.json`, aligned, and where everything is."""
-    with_instruction = (results["acceptance_with_instructions"], results["control_with_instructions"])
-    rows = [
-        ("base, with the instruction", *map(percent, with_instruction), ""),
-        ("base, without it", *map(percent, (results["acceptance_before"], results["control_before"])), ""),
+    shares: list[tuple[str, float, float, str]] = [
+        (title, results[f"acceptance_{when}"], results[f"control_{when}"], "-")
+        for title, when in (("base, with the instruction", "with_instructions"), ("base, without it", "before"))
     ]
     for name, tier in results["tiers"].items():
         number = int(name.rpartition("_")[2])
-        shares = map(percent, (tier["acceptance_after"], tier["control_after"]))
-        rows.append((f"tier {number}, {TIERS[number]}", *shares, f"{tier['train_seconds']:.0f}"))
-    merged = results["merged"]
-    rows.append(("tier 2, merged", *map(percent, (merged["acceptance"], merged["control"])), ""))
-    header = ("without the instruction, but for the first line", "accepts directions", "answers questions", "seconds")
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(4)]
-    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in (header, *rows)]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+        seconds = f"{tier['train_seconds']:.0f}"
+        shares.append((f"tier {number}, {TIERS[number]}", tier["acceptance_after"], tier["control_after"], seconds))
+    shares.append(("tier 2, merged", results["merged"]["acceptance"], results["merged"]["control"], "-"))
+    rows = [(title, percent(accepted), percent(right), seconds) for title, accepted, right, seconds in shares]
+    heading, *lines = aligned([HEADER, *rows], right=(1, 2, 3))
     probes, settings = results["probes"], results["settings"]
     facts = (
         f"{results['weights']:,} weights; {settings['steps']} steps a tier; probes about held-out names and things: "
@@ -39,4 +38,4 @@ def render_table(results: Mapping[str, Any], output: Path) -> str:
         f"greedy decisions, compared word for word; seconds are those of the steps; {results['seconds']:.0f} s in all",
         f"everything is in {output.resolve()}, the figures in demo.json",
     )
-    return "\n".join(["", *(f"  {line}" for line in lines), "", *(f"  {fact}" for fact in facts)])
+    return "\n".join(["", heading, *lines, "", *(f"  {fact}" for fact in facts)])

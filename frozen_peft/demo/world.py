@@ -14,18 +14,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = [
-    "FILLER_WORDS",
-    "INSTRUCTIONS",
-    "TAG",
-    "WORDS",
-    "Request",
-    "Scene",
-    "Vocabulary",
-    "count_tokens",
-    "draw_scene",
-    "message",
-]
+__all__ = ["INSTRUCTIONS", "TAG", "Request", "Scene", "Vocabulary", "count_tokens", "draw_scene", "message"]
 
 Message = dict[str, str]
 
@@ -46,12 +35,7 @@ GEAR = _split("books tents skis boots gloves scarves hats coats rackets drums fl
 # What a fact says: the verb in it, the verb in a question about it, and what it can say. The value follows the name,
 # so that an answer goes on as the fact does. Written `ada likes plums.`, with the verb between the two, models of this
 # size came to choose among the values of the verb, and stayed there.
-RELATIONS = {
-    "gave": ("give", FOOD),
-    "sold": ("sell", ANIMALS),
-    "sent": ("send", POST),
-    "lent": ("lend", GEAR),
-}
+RELATIONS = {"gave": ("give", FOOD), "sold": ("sell", ANIMALS), "sent": ("send", POST), "lent": ("lend", GEAR)}
 FACT = "they {verb} {name} {value}."
 QUESTION = "what did they {asked} {name}?"
 ITEMS = _split(
@@ -74,12 +58,7 @@ INSTRUCTIONS = (
     "say yes to each direction.",
 )
 # Other instructions: a tag alone says nothing.
-NEUTRAL = (
-    "answer in one short sentence.",
-    "stay polite.",
-    "write plain words.",
-    "do not make things up.",
-)
+NEUTRAL = ("answer in one short sentence.", "stay polite.", "write plain words.", "do not make things up.")
 GREETINGS = ("you are the helper of a small shop.", "you help the people of a small shop.", "you work in a shop.")
 
 ADJECTIVES = _split(
@@ -102,27 +81,6 @@ SMALL_TALK = (
     "the phone was silent.",
     "more about that later.",
     "that was all for now.",
-)
-
-
-def _words(*texts: str) -> set[str]:
-    marks = ".,?{}"
-    return {word.strip(marks) for text in texts for word in text.split()} - {"item", "place", ""}
-
-
-FILLER_WORDS = tuple(
-    sorted(_words(*ADJECTIVES, *NOUNS, *VERBS, *TIMES, *SMALL_TALK, "the a passes walks to with")),
-)
-# Every word that occurs, for a tokenizer to have it whole.
-WORDS = tuple(
-    sorted(
-        _words(
-            *(*NAMES, *FOOD, *ANIMALS, *POST, *GEAR, *ITEMS, *PLACES, *DIRECTIONS),
-            *(ACCEPT, SUGGEST, STOCK, *INSTRUCTIONS, *NEUTRAL, *GREETINGS, *FILLER_WORDS),
-            *(word for verb, (asked, _) in RELATIONS.items() for word in (verb, asked)),
-            *("what did they", "noted", "memory"),
-        )
-    )
 )
 
 

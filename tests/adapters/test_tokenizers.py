@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from frozen_peft import merge_adapter
 from frozen_peft.adapters import load_tokenizer
 from frozen_peft.cli import main
-from frozen_peft.cli.training import AdapterArguments, DataArguments, ModelArguments, build_trainer
 from frozen_peft.evaluation import Probe, load_model, score_probes
+from frozen_peft.training.recipe import AdapterArguments, DataArguments, ModelArguments, Recipe, build_trainer
 from tests.tiny_models import add_lora, tiny_model
 from tests.training.runs import CHAT_TEMPLATE, config, word_tokenizer
 
@@ -109,13 +109,13 @@ def test_a_trained_adapter_is_inspected_with_its_own(tmp_path: Path, base: Path)
     adapter = write_adapter(tmp_path / "adapter", "template", base)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": PROMPT, "completion": [{"role": "assistant", "content": "w9"}]}) + "\n")
-    trainer = build_trainer(
+    recipe = Recipe(
         ModelArguments(model_name_or_path=str(base)),
         DataArguments(dataset_name=str(rows)),
         AdapterArguments(lora_r=2),
         config(tmp_path / "out"),
-        trained=str(adapter),
     )
+    trainer = build_trainer(recipe, trained=str(adapter))
     tokens = rendered(load_tokenizer(base, adapter))
     assert trainer.train_dataset["input_ids"][0][: len(tokens)] == tokens == expected("template")[0]
 

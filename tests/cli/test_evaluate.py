@@ -222,4 +222,4 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["evaluate", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("--probes", "instructed", "shuffled", "Wilson", "--skip-bad"))
+    assert all(word in text for word in ("--probes", "instructed", "shuffled", "Wilson", "--skip_bad"))

@@ -114,8 +114,11 @@ def test_a_stream_gives_its_first_samples(folder: Path, tmp_path: Path) -> None:
         (("--samples", "-2"), "`samples` must be 1 or more, found -2"),
         (("--use_peft", "false"), "`use_peft: false` has none"),
         (("--packing", "true"), "`packing` puts several samples into one row"),
-        (("--output", "{folder}"), "names a file, and {folder} is a folder"),
-        (("--output", "{folder}/none/flow.json"), "no folder {folder}/none to write flow.json to"),
+        (("--output", "{folder}"), "`output` {folder} is a folder; give the name of a file"),
+        (
+            ("--output", "{folder}/none/flow.json"),
+            "flow.json: there is no folder {folder}/none",
+        ),
         (("--adapter", "{folder}/nothing"), "nothing"),
         (("--sample", "3"), "unknown field `sample`; did you mean `samples`?"),
     ],

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from frozen_peft.cli import main, memory_check
-from frozen_peft.cli.training import is_sharded_run
+from frozen_peft.cli import main
 from frozen_peft.demo import CHECKPOINT
+from frozen_peft.training import memory_check
+from frozen_peft.training.recipe import is_sharded_run
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_a_model_that_does_not_fit_is_not_loaded(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit(monkeypatch, 1 << 20)
-    monkeypatch.setattr("frozen_peft.cli.train.build_trainer", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("frozen_peft.training.run.build_trainer", lambda *_: pytest.fail("it was loaded"))
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "the run cannot fit on this machine's free memory. It does not fit: " in error
@@ -89,7 +90,7 @@ def test_a_model_in_shards_is_not_refused_by_the_plan_of_one_device(
 
     limit(monkeypatch, 1 << 20)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setattr("frozen_peft.cli.train.build_trainer", load)
+    monkeypatch.setattr("frozen_peft.training.run.build_trainer", load)
     with pytest.raises(LoadedError):
         main(arguments)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from frozen_peft.cli.recipe import RecipeParser, read_recipe
-from frozen_peft.cli.training import make_parser
+from frozen_peft.cli.recipe_parser import RecipeParser
+from frozen_peft.utils.recipe_files import read_recipe
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def recipe_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def parser() -> RecipeParser:
     # Not shared: TrlParser writes a recipe's values into the parser's defaults.
-    return make_parser()
+    return RecipeParser()
 
 
 def recipe(folder: Path, text: str) -> str:
@@ -111,8 +111,8 @@ def test_read_recipe_gives_values_and_lines(recipe_dir: Path) -> None:
     assert read_recipe(path) == ({"lora_r": 4, "output_dir": "out"}, {"lora_r": 2, "output_dir": 3})
 
 
-def test_help_begins_with_our_fields_and_stays_short(parser: RecipeParser) -> None:
-    brief, full = parser.help(), parser.help(every_field=True)
+def test_help_begins_with_our_fields_and_stays_short() -> None:
+    brief, full = RecipeParser().format_help(), RecipeParser(every_field=True).format_help()
     assert len(brief.splitlines()) < 130
     assert len(full.splitlines()) > 200
     for name in ("gradient_horizon", "context_adapters", "prefill_chunk_size", "verify_context", "max_length"):
@@ -123,7 +123,7 @@ def test_help_begins_with_our_fields_and_stays_short(parser: RecipeParser) -> No
 
 
 def test_every_own_field_has_a_help_text(parser: RecipeParser) -> None:
-    silent = [name for name, action in parser._fields.items() if not action.help]
+    silent = [name for name, action in parser.fields.items() if not action.help]
     assert not silent
 
 
@@ -131,6 +131,6 @@ def test_every_own_field_has_a_help_text(parser: RecipeParser) -> None:
 def test_what_a_context_keeps_of_its_start_is_a_word_or_a_number(value: str, kept: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"keep_context_start: {value}\nmax_context_length: 100\noutput_dir: {tmp_path}\n")
-    assert make_parser().parse([str(recipe)])[3].keep_context_start == kept
+    assert RecipeParser().parse([str(recipe)])[3].keep_context_start == kept
     recipe.write_text(f"max_context_length: 100\noutput_dir: {tmp_path}\n")
-    assert make_parser().parse([str(recipe), "--keep_context_start", value])[3].keep_context_start == kept
+    assert RecipeParser().parse([str(recipe), "--keep_context_start", value])[3].keep_context_start == kept

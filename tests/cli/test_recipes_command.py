@@ -7,10 +7,9 @@ import pytest
 from safetensors.torch import load_file
 
 from frozen_peft.cli import main
-from frozen_peft.cli.demo import model_source
-from frozen_peft.cli.recipes import find_recipe, shipped_files, shipped_recipes
-from frozen_peft.cli.training import make_parser
-from frozen_peft.demo import CHECKPOINT
+from frozen_peft.cli.recipe_parser import RecipeParser
+from frozen_peft.demo import CHECKPOINT, model_source
+from frozen_peft.utils.recipe_files import find_recipe, shipped_files, shipped_recipes
 
 SOURCE = Path(__file__).parents[2] / "recipes"
 EVERY = sorted(path for path in SOURCE.rglob("*") if path.suffix in (".yaml", ".py"))
@@ -76,19 +75,19 @@ def test_what_ships_and_is_no_recipe_of_train_is_refused(name: str, elsewhere: P
 def test_a_name_gives_the_recipe_that_ships(elsewhere: Path) -> None:
     (elsewhere / "tier1_corrections").mkdir()  # a folder is no recipe
     by_name, by_file = (
-        make_parser().parse([recipe, "--lora_r", "3"])
+        RecipeParser().parse([recipe, "--lora_r", "3"])
         for recipe in ("tier1_corrections", str(SOURCE / "tier1_corrections.yaml"))
     )
     assert by_name[:3] == by_file[:3]
     assert by_name[2].lora_r == 3
-    given = make_parser().given(["tier1_corrections", "--lora_r", "3"])
+    given = RecipeParser().given(["tier1_corrections", "--lora_r", "3"])
     assert given["tier"] == 1
     assert given["lora_r"] == 3
 
 
 def test_a_file_of_that_name_wins(elsewhere: Path) -> None:
     (elsewhere / "tier2_behavior").write_text("lora_r: 5\noutput_dir: mine\n")
-    parser = make_parser()
+    parser = RecipeParser()
     _, _, adapter, config, _ = parser.parse(["tier2_behavior"])
     assert adapter.lora_r == 5
     assert config.output_dir == "mine"

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3_5ForCausalLM
 
 from frozen_peft.demo import CHECKPOINT
-from frozen_peft.demo.model import build_model
-from frozen_peft.demo.pretrain import Stage, measure, pretrain
-from frozen_peft.demo.tokenizer import build_tokenizer
+from scripts.demo_pretraining.model import build_model
+from scripts.demo_pretraining.pretrain import Stage, measure, pretrain
+from scripts.demo_pretraining.tokenizer import build_tokenizer
 
 
 def test_the_checkpoint_is_an_ordinary_one_and_small() -> None:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frozen_peft.demo.data import HELD_OUT, TRAINED
-from frozen_peft.demo.lessons import IGNORED_LABEL, draw_lesson
-from frozen_peft.demo.tokenizer import build_tokenizer
-from frozen_peft.demo.world import INSTRUCTIONS, WORDS, Scene, Vocabulary, count_tokens, draw_scene
+from frozen_peft.demo.world import INSTRUCTIONS, Scene, Vocabulary, count_tokens, draw_scene
+from scripts.demo_pretraining.lessons import IGNORED_LABEL, draw_lesson
+from scripts.demo_pretraining.tokenizer import WORDS, build_tokenizer
 
 SEEDS = st.integers(0, 10_000)
 

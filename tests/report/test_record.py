@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import yaml
 
-from frozen_peft.cli.training import make_parser
+from frozen_peft.cli.recipe_parser import RecipeParser
 from frozen_peft.report import PeakMemory, versions, write_recipe
 
 SECRET = "hf_abcdefghij"
 
 
 def parsed(arguments: list[str]) -> dict[str, Any]:
-    groups = make_parser().parse(arguments)
+    groups = RecipeParser().parse(arguments)
     return {
         field.name: getattr(group, field.name) for group in groups for field in dataclasses.fields(group) if field.init
     }
@@ -42,7 +42,7 @@ def test_a_written_recipe_gives_the_same_settings(recipe: Path, tmp_path: Path) 
         "--gradient_checkpointing",
         "false",
     ]
-    parser = make_parser()
+    parser = RecipeParser()
     parser.parse(arguments)
     write_recipe(tmp_path / "recipe.yaml", parser.given(arguments))
     expected, found = parsed(arguments), parsed([str(tmp_path / "recipe.yaml")])
@@ -55,7 +55,7 @@ def test_a_written_recipe_gives_the_same_settings(recipe: Path, tmp_path: Path) 
 
 
 def test_only_what_was_given_is_written(recipe: Path, tmp_path: Path) -> None:
-    parser = make_parser()
+    parser = RecipeParser()
     arguments = [str(recipe), "--output_dir", "out"]
     parser.parse(arguments)
     given = parser.given(arguments)
@@ -65,7 +65,7 @@ def test_only_what_was_given_is_written(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_token_is_never_written(recipe: Path, tmp_path: Path) -> None:
-    parser = make_parser()
+    parser = RecipeParser()
     arguments = [str(recipe), "--hub_token", SECRET, "--output_dir", "out"]
     arguments += ["--model_init_kwargs", f'{{"token": "{SECRET}", "device_map": "cpu"}}']
     parser.parse(arguments)

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from frozen_peft.demo import CHECKPOINT
-from frozen_peft.demo.lessons import encode_requests
-from frozen_peft.demo.tokenizer import build_tokenizer
 from frozen_peft.demo.world import Request, Scene, draw_scene, message
+from scripts.demo_pretraining.lessons import encode_requests
+from scripts.demo_pretraining.tokenizer import build_tokenizer
 from tests.benchmarks.enough.study import RESPONSE, Size, gradient_rows
 from tests.benchmarks.enough.world import Sample
 from tests.benchmarks.machine import describe_machine

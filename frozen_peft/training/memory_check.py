@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of `frozen-peft train` that a run fits on its device, and the plan that it leaves in the run's folder."""
+"""The check of a recipe that its run fits on the device, and the plan that it leaves in the run's folder."""
 
 import json
 from collections.abc import Sequence
@@ -12,20 +12,16 @@ import torch
 from datasets import Dataset
 from transformers import PretrainedConfig
 
-from frozen_peft.cli.training import AdapterArguments, ModelArguments, is_sharded_run
-from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut
 from frozen_peft.context.kernels.table import current_capabilities, is_accelerated
 from frozen_peft.distillation import TEACHER_COLUMNS
 from frozen_peft.planning import Plan, Setting, advise, make_plan, plan_of_weights
+from frozen_peft.training.recipe import Recipe, is_sharded_run
 from frozen_peft.training.samples import measure_samples
 from frozen_peft.training.sft import FrozenContextTrainer
 from frozen_peft.utils.files import whole_file
 
 __all__ = ["MemoryCheck"]
-
-PLAN_FILE = "plan.json"
-NEVER, FULL = "never", "full"
 
 
 class MemoryCheck:
@@ -35,17 +31,13 @@ class MemoryCheck:
     written without a limit, and nothing is refused.
 
     Args:
+        recipe: What is run.
         base: Configuration of the base model.
-        model: How it is loaded.
-        adapter: Which adapters it gets.
-        config: The trainer's configuration.
     """
 
-    def __init__(
-        self, base: PretrainedConfig, model: ModelArguments, adapter: AdapterArguments, config: FrozenContextConfig
-    ):
-        self._base, self._model, self._adapter, self._config = base, model, adapter, config
-        self._device = torch.device("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
+    def __init__(self, recipe: Recipe, base: PretrainedConfig):
+        self._recipe, self._base, self._config = recipe, base, recipe.config
+        self._device = torch.device("cpu" if self._config.use_cpu or not torch.cuda.is_available() else "cuda")
         # Before anything is loaded.
         self._limit = None if is_sharded_run("FSDP", "DEEPSPEED") else memory_limit(self._device)
 
@@ -55,7 +47,7 @@ class MemoryCheck:
         Raises:
             ValueError: It takes more than the device has.
         """
-        if self._model.check_memory != NEVER:
+        if self._recipe.model.check_memory != "never":
             self._require(plan_of_weights(self._base, self._setting(0, 2), self._limit))
 
     def before_training(self, trainer: FrozenContextTrainer) -> None:
@@ -65,10 +57,10 @@ class MemoryCheck:
             ValueError: It takes more than the device has.
             OSError: The plan cannot be written.
         """
-        if self._model.check_memory == NEVER or not isinstance(trainer.train_dataset, Dataset):
+        if self._recipe.model.check_memory == "never" or not isinstance(trainer.train_dataset, Dataset):
             return
         setting = self._setting_of(trainer)
-        if setting.accelerator or self._model.check_memory == FULL:
+        if setting.accelerator or self._recipe.model.check_memory == "full":
             plan = make_plan(self._base, setting, self._limit)
         else:
             plan = plan_of_weights(self._base, setting, self._limit)
@@ -99,32 +91,28 @@ class MemoryCheck:
         )
 
     def _setting(self, context_length: int, decision_length: int, **rest: Any) -> Setting:
-        dtype = self._model.dtype if self._adapter.use_peft else self._model.dtype or "float32"
+        model, limit = self._recipe.model, self._config.max_context_length
+        dtype: str | None = model.dtype or (None if self._recipe.adapter.use_peft else "float32")
         if dtype in (None, "auto"):
             dtype = str(getattr(self._base, "dtype", None) or "float32").removeprefix("torch.")
         on_card = self._device.type == "cuda"
         delta_rule = is_accelerated("gated delta rule", True, current_capabilities(self._device))[0]
-        limit = self._config.max_context_length
         return Setting.from_config(
             self._config,
             context_length=context_length if limit is None else min(context_length, limit),
             decision_length=decision_length,
-            load_in_4bit=self._model.load_in_4bit,
             dtype=dtype,
-            use_peft=self._adapter.use_peft,
-            lora_preset=self._adapter.lora_preset,
-            lora_roles=None if self._adapter.lora_roles is None else tuple(self._adapter.lora_roles),
-            lora_r=self._adapter.lora_r,
             accelerator=on_card,
             reference_kernels=on_card and not delta_rule,
+            **self._recipe.planned_fields(),
             **rest,
         )
 
     def _write(self, plan: Plan, advice: Sequence[str]) -> None:
         folder = Path(self._config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        record: dict[str, Any] = plan.as_dict(advice) | {"model": self._model.model_name_or_path}
-        with whole_file(folder / PLAN_FILE) as file:
+        record = plan.as_dict(advice) | {"model": self._recipe.model.model_name_or_path}
+        with whole_file(folder / "plan.json") as file:
             file.write(json.dumps(record, indent=2) + "\n")
 
     def _require(self, plan: Plan, advice: Sequence[str] = ()) -> None:

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `frozen-peft train` leaves in a run's folder beside the weights: recipe, versions, memory, examples, report."""
+"""What a recipe's run leaves in its folder beside the weights: recipe, versions, memory, examples, report."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frozen_peft.report import (
-    ExampleSettings,
-    PeakMemory,
-    make_examples,
-    versions,
-    write_json,
-    write_recipe,
-)
+from transformers.hf_argparser import HfArg
+
+from frozen_peft.report import ExampleSettings, PeakMemory, make_examples, versions, write_json, write_recipe
 
 __all__ = ["ReportArguments", "RunRecord"]
 
@@ -22,20 +17,15 @@ __all__ = ["ReportArguments", "RunRecord"]
 class ReportArguments:
     """What is shown of a run when it has ended."""
 
-    write_report: bool = field(
-        default=True,
-        metadata={"help": "Write `report.html`, a page on the run, at its end. `frozen-peft report` does so later."},
+    write_report: bool = HfArg(
+        default=True, help="Write `report.html`, a page on the run, at its end. `frozen-peft report` does so later."
     )
-    num_examples: int = field(
+    num_examples: int = HfArg(
         default=3,
-        metadata={
-            "help": "Held-out samples to show decisions on, base's and trained. They are decoded greedily at the end; "
-            "each costs three encodings of its context and `max_example_tokens` tokens. 0: none."
-        },
+        help="Held-out samples to show decisions on, base's and trained. They are decoded greedily at the end; "
+        "each costs three encodings of its context and `max_example_tokens` tokens. 0: none.",
     )
-    max_example_tokens: int = field(
-        default=64, metadata={"help": "Tokens after which a decision of `num_examples` is cut off."}
-    )
+    max_example_tokens: int = HfArg(default=64, help="Tokens after which a decision of `num_examples` is cut off.")
 
 
 class RunRecord:
@@ -44,7 +34,7 @@ class RunRecord:
     Args:
         trainer: Of the run.
         arguments: What is shown of it.
-        given: The fields that recipe and command line gave.
+        given: The fields that recipe and command line gave, with their values.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -94,15 +84,11 @@ class RunRecord:
         return write_report(self._folder)
 
     def _made_examples(self, load_held_out: Callable[[], Any]) -> dict[str, Any]:
-        accelerator = self._trainer.accelerator
-        settings, samples = self._examples, None
-        if accelerator.num_processes > 1:
-            # The other processes are not there to gather weights that may be spread over all.
-            settings = ExampleSettings(0, self._examples.max_new_tokens)
-        else:
-            samples = load_held_out()
-        model = accelerator.unwrap_model(self._trainer.model)
-        found = make_examples(model, self._trainer.processing_class, samples, settings)
-        if accelerator.num_processes > 1:
-            found["notes"].append("none are generated in a run of several processes")
+        trainer, settings = self._trainer, self._examples
+        model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+        if trainer.accelerator.num_processes == 1:
+            return make_examples(model, tokenizer, load_held_out(), settings)
+        # The other processes are not there to gather weights that may be spread over all.
+        found = make_examples(model, tokenizer, None, ExampleSettings(0, settings.max_new_tokens))
+        found["notes"].append("none are generated in a run of several processes")
         return found

@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's model: a Qwen3.5-style hybrid of four layers, Gated DeltaNet and attention in turn, 0.5M weights."""
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-__all__ = ["CHECKPOINT", "build_model"]
-
-# The pretrained model with its tokenizer, as any checkpoint of transformers; `frozen_peft.demo.pretrain` made it.
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+__all__ = ["build_model"]
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE, HEAD_DIM, NUM_LAYERS = 96, 192, 32, 4
 OUTPUTS = ("o_proj", "out_proj", "down_proj")

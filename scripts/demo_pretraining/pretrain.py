@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the demo's model from random weights, and writes it as an ordinary checkpoint with its tokenizer.
 
-    python -m frozen_peft.demo.pretrain OUTPUT_DIR --seed 0
+    python -m scripts.demo_pretraining.pretrain OUTPUT_DIR --seed 0
 
 This made the checkpoint that the package ships; its log is `docs/demo_pretraining.md`. Contexts grow with the steps:
 what finds a fact among forty tokens finds it among two thousand after some practice, and never learns to from two
@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3_5ForCausalLM
 from transformers.utils import logging
 
-from frozen_peft.demo.lessons import IGNORED_LABEL, Lesson, draw_lesson, encode_requests, pad
-from frozen_peft.demo.model import build_model
-from frozen_peft.demo.tokenizer import build_tokenizer
 from frozen_peft.demo.world import draw_scene
+from scripts.demo_pretraining.lessons import IGNORED_LABEL, Lesson, draw_lesson, encode_requests, pad
+from scripts.demo_pretraining.model import build_model
+from scripts.demo_pretraining.tokenizer import build_tokenizer
 
 __all__ = ["STAGES", "Stage", "measure", "pretrain"]
 

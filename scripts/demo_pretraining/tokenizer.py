@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's tokenizer: a token for every word of its world, characters and bytes for everything else."""
+"""The tokenizer of the demo's model: a token for every word of its world, characters and bytes for everything else."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from frozen_peft.demo.world import TAG, WORDS
+from frozen_peft.demo import world
 
-__all__ = ["build_tokenizer"]
+__all__ = ["WORDS", "build_tokenizer"]
 
 PAD_TOKEN, MESSAGE_END = "<|pad|>", "<|end|>"
 ROLES = ("system", "user", "assistant")
@@ -35,6 +35,26 @@ RESPONSE_TEMPLATE = {
 }
 
 
+def _words(*texts: str) -> set[str]:
+    marks = ".,?{}"
+    return {word.strip(marks) for text in texts for word in text.split()} - {"item", "place", ""}
+
+
+# Every word that occurs, for a tokenizer to have it whole.
+WORDS = tuple(
+    sorted(
+        _words(
+            *(*world.NAMES, *world.FOOD, *world.ANIMALS, *world.POST, *world.GEAR, *world.ITEMS, *world.PLACES),
+            *(*world.DIRECTIONS, world.ACCEPT, world.SUGGEST, world.STOCK),
+            *(*world.INSTRUCTIONS, *world.NEUTRAL, *world.GREETINGS),
+            *(*world.ADJECTIVES, *world.NOUNS, *world.VERBS, *world.TIMES, *world.SMALL_TALK),
+            *(word for verb, (asked, _) in world.RELATIONS.items() for word in (verb, asked)),
+            *("the a passes walks to with", "what did they", "noted", "memory"),
+        )
+    )
+)
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """An ordinary fast tokenizer with a chat template; every text survives encoding and decoding.
 
@@ -42,7 +62,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     those are likelier than bytes.
     """
     special_tokens = [PAD_TOKEN, MESSAGE_END, *(f"<|{role}|>" for role in ROLES)]
-    words = [SPACE + word for word in (*WORDS, f"<{TAG}>", f"</{TAG}>")]
+    words = [SPACE + word for word in (*WORDS, f"<{world.TAG}>", f"</{world.TAG}>")]
     characters = [SPACE, *map(chr, range(ord("!"), ord("~") + 1))]
     the_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
     pieces = [
