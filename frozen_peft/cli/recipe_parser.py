@@ -107,8 +107,9 @@ class RecipeParser(TrlParser):
 
     def add_argument(self, option: Any, *_: Any, **settings: Any) -> argparse.Action:
         """Adds a field under one spelling to its section of the help, and remembers it."""
+        if not self._groups:
+            self._groups.update({title: self.add_argument_group(title) for title in self._sections})
         name = settings.get("dest", option.removeprefix("--"))
-        groups = self._groups or {title: self.add_argument_group(title) for title in self._sections}
         title = next((title for title, names in self._sections.items() if name in names), _EVERYTHING_ELSE)
         text = _TEXTS.get(name) or settings.get("help", "")
         if title == "training" and not self._every_field:
@@ -117,12 +118,14 @@ class RecipeParser(TrlParser):
         if settings.get("default") not in (None, ""):
             text += " (default: %(default)s)"
         # A boolean field has two actions; the first added is the field, the second its `--no_` complement.
-        if name in self.fields or (title == _EVERYTHING_ELSE and not self._every_field):
+        if name in self.fields:
             text = argparse.SUPPRESS
-        if name not in self.fields:
+        else:
             settings["metavar"] = _kind(settings)
-        action = groups[title].add_argument(option, *_ALIASES.get(name, ()), **{**settings, "help": text})
-        self._groups = groups
+        if title == _EVERYTHING_ELSE and not self._every_field:
+            text = argparse.SUPPRESS
+        settings["help"] = text
+        action = self._groups[title].add_argument(option, *_ALIASES.get(name, ()), **settings)
         self.fields.setdefault(name, action)
         self._options.update(action.option_strings)
         return action

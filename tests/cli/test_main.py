@@ -4,6 +4,7 @@
 import pytest
 
 from frozen_peft.cli import COMMANDS, main
+from frozen_peft.cli.arguments import CommandParser
 from frozen_peft.cli.errors import CommandError, reported
 from frozen_peft.errors import ContextMismatchError
 
@@ -50,3 +51,17 @@ def test_demo_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["demo", "--help"])
     assert stop.value.code == 0
     assert "--output" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("joint", ["-", "_"])
+def test_words_of_an_option_have_hyphens_or_underscores_between_them(joint: str) -> None:
+    parser = CommandParser("strip", None, joint)
+    parser.option("skip_bad", "", False)
+    parser.option("quote_words", "", 5)
+    for arguments in (["--skip-bad", "--quote-words", "-3"], ["--skip_bad", "--quote_words=-3"]):
+        options = parser.read(arguments)
+        assert (options.skip_bad, options.quote_words) == (True, -3)
+    with pytest.raises(ValueError, match=f"--quote{joint}words has no effect alone"):
+        parser.refuse_idle(options, ["quote_words"], "alone")
+    with pytest.raises(SystemExit):
+        parser.read(["--skip"])
