@@ -23,7 +23,7 @@ from transformers.utils import logging
 from frozen_peft.data import StripSettings, strip_file
 from frozen_peft.demo.data import DemoData, DemoFiles, write_demo_files
 from frozen_peft.demo.names import CHECKPOINT
-from frozen_peft.demo.table import percent, render_table
+from frozen_peft.demo.results_table import percent, render_table
 from frozen_peft.demo.world import count_tokens
 from frozen_peft.evaluation import Condition, ProbeScores, ProbeTokens, read_probes, score_probes
 from frozen_peft.merging import merge_adapter

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from frozen_peft import merge_adapter
 from frozen_peft.cli import main
 from frozen_peft.demo import CHECKPOINT
-from frozen_peft.demo.table import percent, render_table
+from frozen_peft.demo.results_table import percent, render_table
 from tests.installed_package import InstalledPackage
 from tests.serving import served
 
