@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from trl import SFTTrainer
 
 import frozen_peft
 from frozen_peft.cli import COMMANDS
@@ -69,7 +70,11 @@ def arrows() -> dict[str, list[str]]:
     for path in MODULES:
         of_others = {name.split(".")[1] for name in imported_modules(path) if "." in name} & RANKS.keys()
         found.setdefault(side(path), set()).update(of_others - {side(path)})
-    return {name: sorted(found[name], key=RANKS.__getitem__) for name in sorted(found, key=RANKS.__getitem__)}
+    return {name: sorted(found[name], key=_place) for name in sorted(found, key=_place)}
+
+
+def _place(name: str) -> tuple[int, str]:
+    return RANKS[name], name
 
 
 def drawing() -> str:
@@ -153,3 +158,19 @@ def test_every_command_is_one_module_with_run() -> None:
         )
     }
     assert with_run == set(COMMANDS)
+
+
+def test_a_trainer_is_one_class_on_one_mixin() -> None:
+    path = PACKAGE / "training" / "sft.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    own = [kind for kind in frozen_peft.FrozenContextTrainer.__mro__ if kind.__module__.startswith("frozen_peft")]
+    assert [kind.__name__ for kind in own] == ["FrozenContextTrainer", "FrozenContextMixin"]
+
+
+def test_the_docstrings_of_a_trainer_name_every_hook() -> None:
+    own = [kind for kind in frozen_peft.FrozenContextTrainer.__mro__ if kind.__module__.startswith("frozen_peft")]
+    for kind in own:
+        hooks = [
+            name for name in vars(kind) if callable(getattr(SFTTrainer, name, None)) and not name.startswith("__")
+        ]
+        assert [name for name in hooks if f"`{name}`" not in (kind.__doc__ or "")] == []

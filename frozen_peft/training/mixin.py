@@ -28,7 +28,7 @@ from frozen_peft.training.predictions import Prediction, SampleRows, join_predic
 from frozen_peft.training.resuming import read_history, save_whole_checkpoint
 from frozen_peft.training.sampling import GroupByContextSampler, make_sampler
 from frozen_peft.training.timing import Part, StepTimes
-from frozen_peft.utils.compat.trl import logged_metrics
+from frozen_peft.utils.compat.trl import logged_metrics, micro_batch_size
 from frozen_peft.utils.stopwatch import Mode
 
 # Any trainer of TRL; a type checker is told of the one whose hooks they have in common.
@@ -296,7 +296,7 @@ class FrozenContextMixin(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         if not self.args.group_by_context:
             return super()._get_train_sampler(train_dataset)
-        steps, size = self.args.gradient_accumulation_steps, self._train_batch_size
+        steps, size = self.args.gradient_accumulation_steps, micro_batch_size(self)
         num_processes = self.get_total_train_batch_size(self.args) // (size * steps)
         self._context_sampler = make_sampler(
             self.train_dataset if train_dataset is None else train_dataset,

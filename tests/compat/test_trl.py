@@ -15,6 +15,7 @@ from frozen_peft.utils.compat.trl import (
     count_tokens,
     has_auxiliary_loss,
     logged_metrics,
+    micro_batch_size,
     passing_loss_type,
     trainer_tokenizer,
 )
@@ -35,6 +36,8 @@ def test_figures_tokens_and_the_tokenizer_have_private_names(tmp_path: Path) -> 
     before = trainer._total_train_tokens
     count_tokens(trainer, 5)
     assert trainer._total_train_tokens == before + 5
+    trainer._train_batch_size = 1
+    assert micro_batch_size(trainer) == 1 != trainer.args.train_batch_size
     assert trainer_tokenizer(trainer) is trainer.processing_class
     for name in ("metrics", "total_train_tokens", "tokenizer"):
         assert name not in vars(trainer)

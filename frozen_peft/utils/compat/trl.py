@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What TRL's trainers keep under private names, and where they refuse what they could do."""
+"""What the trainers of TRL and transformers keep under private names, and where they refuse what they could do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ __all__ = [
     "count_tokens",
     "has_auxiliary_loss",
     "logged_metrics",
+    "micro_batch_size",
     "passing_loss_type",
     "trainer_tokenizer",
 ]
@@ -42,6 +43,13 @@ def count_tokens(trainer: Trainer, num_tokens: int) -> None:
 def trainer_tokenizer(trainer: Trainer) -> PreTrainedTokenizerBase:
     """The tokenizer that a trainer prepares text with."""
     return trainer._tokenizer
+
+
+# PRIVATE: `Trainer._train_batch_size`, transformers 5.23 and 5.24.
+# Why: with `auto_find_batch_size` it is what the training came to, which the arguments do not say. Goes when: they do.
+def micro_batch_size(trainer: Trainer) -> int:
+    """Samples of a micro-batch, on one process."""
+    return trainer._train_batch_size
 
 
 # PRIVATE: the check of `loss_type` in `SFTTrainer.__init__`, trl 1.16.
