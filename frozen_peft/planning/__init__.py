@@ -4,10 +4,10 @@
 from frozen_peft.planning.advice import advise, cheapest_fitting
 from frozen_peft.planning.cards import CARDS, Card, Rates, find_card, read_rates
 from frozen_peft.planning.contexts import measure_data
-from frozen_peft.planning.estimating import TERMS
 from frozen_peft.planning.known_models import KNOWN_MODELS, load_config
 from frozen_peft.planning.plan import Plan, make_plan, plan_of_weights
 from frozen_peft.planning.setting import Setting
+from frozen_peft.planning.terms import TERMS
 from frozen_peft.planning.tiers import DataFigures, GradientFigures, MemoryFigures, TierAdvice, advise_tier
 from frozen_peft.planning.time import StepTime, estimate_time
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans: what a way of training takes, whether it fits, and the longest context that does.
 
-How the terms are found is in `estimating`.
+How the terms are found is in `terms`.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from frozen_peft.planning.estimating import Figures, estimator_of
 from frozen_peft.planning.setting import Setting
+from frozen_peft.planning.terms import ModelTerms, terms_of
 
 __all__ = ["Plan", "make_plan", "plan_of_weights"]
 
@@ -122,7 +122,7 @@ def make_plan(config: PretrainedConfig | str, setting: Setting, memory_limit: in
     """
     if isinstance(config, str):
         config = AutoConfig.from_pretrained(config)
-    return _planned(config, memory_limit, estimator_of(config).figures)(setting)
+    return _plan(terms_of(config), setting, memory_limit, quick=False)
 
 
 def plan_of_weights(config: PretrainedConfig, setting: Setting, memory_limit: int | None = None) -> Plan:
@@ -130,29 +130,21 @@ def plan_of_weights(config: PretrainedConfig, setting: Setting, memory_limit: in
 
     Activations and workspace are among `unknown`, so that it tells only whether a run cannot fit.
     """
-    return _planned(config, memory_limit, estimator_of(config).quick_figures)(setting)
+    return _plan(terms_of(config), setting, memory_limit, quick=True)
 
 
-def _planned(
-    config: PretrainedConfig, memory_limit: int | None, figures_of: Callable[[Setting], Figures]
-) -> Callable[[Setting], Plan]:
-    name = config._name_or_path or config.model_type or "a model"
-    max_positions = estimator_of(config).max_positions
-
-    def plan(setting: Setting) -> Plan:
-        figures = figures_of(setting)
-        return Plan(
-            name,
-            setting,
-            figures.terms,
-            memory_limit,
-            tuple(figures.unknown),
-            tuple(figures.notes),
-            figures.host_bytes,
-            figures.num_parameters,
-            figures.cache_token_bytes,
-            max_positions,
-            plan,
-        )
-
-    return plan
+def _plan(model: ModelTerms, setting: Setting, memory_limit: int | None, *, quick: bool) -> Plan:
+    figures = model.figures(setting, quick=quick)
+    return Plan(
+        model.config._name_or_path or model.config.model_type or "a model",
+        setting,
+        figures.terms,
+        memory_limit,
+        tuple(figures.unknown),
+        tuple(figures.notes),
+        figures.host_bytes,
+        figures.num_parameters,
+        figures.cache_token_bytes,
+        model.max_positions,
+        lambda other: _plan(model, other, memory_limit, quick=quick),
+    )

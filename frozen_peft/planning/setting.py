@@ -150,6 +150,11 @@ class Setting:
         )
 
     @property
+    def number_bytes(self) -> int:
+        """Bytes of a number that is computed with."""
+        return DTYPE_BYTES["bfloat16" if self.bf16 else self.dtype]
+
+    @property
     def num_frozen(self) -> int:
         """Context tokens of a sample that are encoded without gradient."""
         if self.tier != 2 or self.gradient_horizon == -1:

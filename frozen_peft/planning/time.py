@@ -6,13 +6,16 @@ A product with a frozen weight costs one more of its kind in the backward pass (
 one two; a checkpointed layer runs its forward twice.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
 from frozen_peft.planning.cards import Rates
-from frozen_peft.planning.estimating import estimator_of
 from frozen_peft.planning.setting import Setting
+from frozen_peft.planning.shapes import ModelShape
+from frozen_peft.planning.terms import terms_of
 
 __all__ = ["StepTime", "estimate_time"]
 
@@ -50,35 +53,48 @@ def estimate_time(config: PretrainedConfig, setting: Setting, rates: Rates) -> S
     Raises:
         ValueError: The model's layers are not understood.
     """
-    shape = estimator_of(config).work(setting)
+    model = terms_of(config)
+    shape, cache = model.shape, model.cache(setting)
     frozen, graded = setting.num_frozen, setting.num_graded
+    windows = [layer.sliding_window for layer in cache.layers if layer.keys]
+    token_flops, head_flops = 2 * _weights_of_token(shape), 2 * shape.vocabulary * shape.hidden_size
+    head_dim = getattr(shape.text, "head_dim", None) or shape.hidden_size // shape.num_heads
+
+    def forward(num_tokens: int, before: int) -> float:
+        return num_tokens * token_flops + 4 * shape.num_heads * head_dim * _attended(num_tokens, before, windows)
+
     passes = 2 + setting.gradient_checkpointing + setting.in_stretches + (not setting.use_peft)
-    # A token attends to those before it: half of a sequence on average, all of the context for what follows it.
-    flops = frozen * shape.token_flops + _attended(frozen, 0, shape.windows) * shape.score_flops
-    turns = setting.num_boundaries
-    forward = graded * shape.token_flops + _attended(graded, frozen, shape.windows) * shape.score_flops
-    flops += turns * (passes * forward + 3 * setting.decision_length * shape.head_flops)
+    turns, decision = setting.num_boundaries, setting.decision_length
+    flops = forward(frozen, 0) + turns * (passes * forward(graded, frozen) + 3 * decision * head_flops)
     if setting.teacher_length is not None and setting.tier is not None:
         # What it says is kept for later epochs; this is the first.
-        before, decision = setting.teacher_length, setting.decision_length
-        flops += before * shape.token_flops + _attended(before, 0, shape.windows) * shape.score_flops
-        flops += turns * decision * (shape.token_flops + shape.head_flops)
-        flops += turns * _attended(decision, before, shape.windows) * shape.score_flops
+        before = setting.teacher_length
+        flops += forward(before, 0) + turns * (forward(decision, before) + decision * head_flops)
     host_bytes = 0.0
     if setting.offload_stretches and setting.in_stretches:
         num_stretches = graded / (setting.sequence_chunk_size or graded)
         # Each stretch reads what lies before it, in each of its forwards; each backward writes its gradient.
         reads = 2 + setting.gradient_checkpointing + 2
-        host_bytes = reads * shape.cache_token_bytes * graded * num_stretches / 2
+        host_bytes = reads * cache.token_bytes * graded * num_stretches / 2
     total = setting.batch * flops
     copied = setting.batch * host_bytes
     return StepTime(total / rates.flops_per_second, copied / rates.host_bytes_per_second, total, copied)
 
 
-def _attended(num_tokens: int, before: int, windows: tuple[int | None, ...]) -> float:
-    """Pairs of tokens that attention of all layers looks at."""
-    pairs = 0.0
-    for window in windows:
-        everything = num_tokens * (before + num_tokens / 2)
-        pairs += everything if window is None else min(everything, num_tokens * window)
-    return pairs
+def _weights_of_token(shape: ModelShape) -> float:
+    """Weights of the layers that a token is multiplied with; of experts those that it is sent to."""
+    num_experts = max(
+        (weight.shape[0] for name, weight in shape.model.named_parameters() if ".experts." in name), default=1
+    )
+    share = shape.num_experts_per_token / num_experts
+    return sum(
+        size * (share if ".experts." in name else 1.0)
+        for name, size in shape.parameters.items()
+        if re.search(r"(^|\.)(layers|h)\.\d", name)
+    )
+
+
+def _attended(num_tokens: int, before: int, windows: Sequence[int | None]) -> float:
+    """Pairs of tokens that attention of all layers looks at: all before them, of themselves half on average."""
+    everything = num_tokens * (before + num_tokens / 2)
+    return sum(everything if window is None else min(everything, num_tokens * window) for window in windows)

@@ -2,11 +2,11 @@
 """The page that holds plans to measurements: peak memory of tiers 1, 2 and 3 on a CPU, three lengths each."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
+from unittest import mock
 
-import trl.trainer.utils
-
-from frozen_peft.planning import Plan, Setting, make_plan
+from frozen_peft.planning import Plan, Setting, make_plan, step_memory
 from tests.benchmarks.plan_step import (
     CONTEXTS,
     DECISION,
@@ -46,6 +46,12 @@ and logits of {chunk} tokens at a time. The check of the first batch is off.
 """
 
 
+@cache
+def config_of(model: str) -> Any:
+    """The configuration of a measured model."""
+    return make_model(model).config
+
+
 def plan_of(model: str, tier: int, context: int, kind: str | None = None) -> Plan:
     """The plan of a measurement; its total is that of the loaded model too."""
     of_kind: dict[str, Any] = {
@@ -63,12 +69,8 @@ def plan_of(model: str, tier: int, context: int, kind: str | None = None) -> Pla
         sequence_chunk_size=STRETCH if tier == 3 else None,
         **of_kind,
     )
-    before = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    try:
-        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = HEAD_TILES[model] or before
-        return make_plan(make_model(model).config, setting)
-    finally:
-        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = before
+    with mock.patch.object(step_memory, "HEAD_COLUMNS", HEAD_TILES[model] or step_memory.HEAD_COLUMNS):
+        return make_plan(config_of(model), setting)
 
 
 def planned_bytes(plan: Plan) -> int:

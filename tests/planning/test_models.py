@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from frozen_peft.planning import KNOWN_MODELS, Setting, load_config, make_plan
-from frozen_peft.planning.estimating import estimator_of
-from frozen_peft.planning.traces import Cache
+from frozen_peft.planning.shapes import Cache
+from frozen_peft.planning.terms import terms_of
 
 # What the checkpoints' own indices add up to (`total_parameters`, or bytes over two), but for Qwen3.5-27B, of which
 # the text model is planned.
@@ -23,7 +23,7 @@ PUBLISHED = {
 
 
 def cache_of(name: str) -> Cache:
-    return estimator_of(load_config(name)).cache(Setting(2, 4096, 64))
+    return terms_of(load_config(name)).cache(Setting(2, 4096, 64))
 
 
 def qwen3_5_27b() -> int:
@@ -40,7 +40,7 @@ def qwen3_5_27b() -> int:
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_parameters_are_those_published(name: str) -> None:
     expected = qwen3_5_27b() if name == "Qwen/Qwen3.5-27B" else PUBLISHED[name]
-    figures = estimator_of(load_config(name)).weights(Setting(2, 4096, 64))
+    figures = terms_of(load_config(name)).weights(Setting(2, 4096, 64))
     assert figures.num_parameters == expected
     assert figures.terms["weights"] == 2 * expected
 
