@@ -22,7 +22,6 @@ from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from frozen_peft.adapters.roles import LinearModule, as_model, linear_modules
 from frozen_peft.context.capability import reason_against_segments
@@ -182,12 +181,6 @@ class ModelShape:
         self.continues_in_segments = self.can_segment and not latent_expansions(model.get_decoder())
         self._layers = _decoder_layers(model)
         self.num_layers = len(self._layers)
-
-    @cached_property
-    def linear_weights(self) -> list[str]:
-        """Full names of the weights of linear modules, wherever they are."""
-        linears = (nn.Linear, Conv1D)
-        return [f"{name}.weight" for name, module in self.model.named_modules() if type(module) in linears]
 
     @cached_property
     def layers(self) -> Counter[Layer]:

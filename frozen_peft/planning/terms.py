@@ -8,9 +8,11 @@ formulas, see `step_memory`.
 import math
 import re
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
+from torch import nn
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from frozen_peft.adapters import lora_config, quantization_config
@@ -189,7 +191,7 @@ class ModelTerms:
         figures.terms["workspace"] += largest * DTYPE_BYTES["bfloat16"]
         kinds = {part.kind for layer in self.shape.layers for part in layer.parts}
         if setting.accelerator and (slow := [REFERENCE_ONLY[kind] for kind in REFERENCE_ONLY if kind in kinds]):
-            figures.notes.append(f"counted as PyTorch's reference, which takes more: {', '.join(slow)}")
+            figures.notes.append(f"planned as PyTorch's reference, which takes more: {', '.join(slow)}")
 
     def _add_stretches(self, figures: Figures, step: StepMemory, cache: Cache, setting: Setting) -> int:
         """What stretches hand on, and what one of them takes beside it."""
@@ -205,7 +207,9 @@ class ModelTerms:
         figures.terms["cache gradient"] = gradient
         hidden_states = setting.batch * setting.num_outputs * self.shape.hidden_size
         figures.terms["last hidden states"] = 2 * hidden_states * setting.number_bytes
-        return step.stretch(max(lengths), len(lengths) > 1)
+        longest, last = max(lengths), bounds[-1][0]
+        piece = max(setting.num_frozen, longest if last else 0)
+        return step.stretch(longest, setting.num_frozen + last, piece)
 
     def _add_teacher(self, figures: Figures, cache: Cache, teacher: Setting) -> None:
         """It is asked while the student's contexts are at hand, and before its decisions run; without adapters."""
@@ -215,26 +219,34 @@ class ModelTerms:
         needed = _frozen_bytes(cache, teacher) + max(asked, prefill)
         figures.terms["teacher"] = max(needed - figures.terms["activations"] - figures.terms["workspace"], 0)
 
-    def _quantized(self, setting: Setting) -> frozenset[str]:
-        """Full names of the weights that 4-bit loading quantizes."""
-        if not setting.load_in_4bit:
-            return frozenset()
-        kept = quantization_config(self.shape.model).llm_int8_skip_modules
-        weights = self.shape.linear_weights
-        return frozenset(name for name in weights if should_convert_module(name.removesuffix(".weight"), kept))
-
     def _adapted(self, setting: Setting) -> frozenset[str]:
-        """Full names of the linear modules that are trained.
+        return _adapted(self.shape, setting.lora_preset if setting.use_peft else None, setting.lora_roles)
 
-        Raises:
-            UnsupportedArchitectureError: The architecture has no known roles.
-        """
-        linears = frozenset(linear.name for linear in self.shape.linears)
-        if not setting.use_peft:
-            return linears
-        roles = None if setting.lora_roles is None else list(setting.lora_roles)
-        target = lora_config(self.shape.model, preset=setting.lora_preset, roles=roles).target_modules
-        return frozenset(name for name in linears if re.fullmatch(target, name))
+    def _quantized(self, setting: Setting) -> frozenset[str]:
+        return _quantized(self.shape) if setting.load_in_4bit else frozenset()
+
+
+@lru_cache(maxsize=4)
+def _quantized(shape: ModelShape) -> frozenset[str]:
+    """Full names of the weights that 4-bit loading quantizes."""
+    kept = quantization_config(shape.model).llm_int8_skip_modules
+    linears = (nn.Linear, Conv1D)
+    names = [name for name, module in shape.model.named_modules() if type(module) in linears]
+    return frozenset(f"{name}.weight" for name in names if should_convert_module(name, kept))
+
+
+@lru_cache(maxsize=4)
+def _adapted(shape: ModelShape, preset: str | None, roles: tuple[str, ...] | None) -> frozenset[str]:
+    """Full names of the linear modules that are trained; without a preset all are.
+
+    Raises:
+        UnsupportedArchitectureError: The architecture has no known roles.
+    """
+    linears = frozenset(linear.name for linear in shape.linears)
+    if preset is None:
+        return linears
+    target = lora_config(shape.model, preset=preset, roles=None if roles is None else list(roles)).target_modules
+    return frozenset(name for name in linears if re.fullmatch(target, name))
 
 
 def _frozen_bytes(cache: Cache, setting: Setting) -> int:
