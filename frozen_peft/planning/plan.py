@@ -136,7 +136,7 @@ def plan_of_weights(config: PretrainedConfig, setting: Setting, memory_limit: in
 def _plan(model: ModelTerms, setting: Setting, memory_limit: int | None, *, quick: bool) -> Plan:
     figures = model.figures(setting, quick=quick)
     return Plan(
-        model.config._name_or_path or model.config.model_type or "a model",
+        model.config.name_or_path or model.config.model_type or "a model",
         setting,
         figures.terms,
         memory_limit,

@@ -27,6 +27,7 @@ from frozen_peft.adapters.roles import LinearModule, as_model, linear_modules
 from frozen_peft.context.capability import reason_against_segments
 from frozen_peft.context.models import latent_expansions
 from frozen_peft.utils.cache_argument import as_cache_argument
+from frozen_peft.utils.compat.transformers import attention_implementation
 
 __all__ = ["Cache", "Layer", "LayerCache", "ModelShape", "Part"]
 
@@ -175,7 +176,7 @@ class ModelShape:
         self.vocabulary: int = head.weight.shape[0] if head is not None else 0
         self.num_experts_per_token: int = getattr(self.text, "num_experts_per_tok", 0) or 0
         self.linears = linear_modules(model)
-        self.is_eager = self.text._attn_implementation == "eager"
+        self.is_eager = attention_implementation(self.text) == "eager"
         self.can_segment = reason_against_segments(model) is None
         # As `continues_in_segments` has it.
         self.continues_in_segments = self.can_segment and not latent_expansions(model.get_decoder())
