@@ -84,7 +84,8 @@ CARDS: dict[str, Card] = {
         _card("B200", 178.3, 2250, PCIE5_BYTES, (10, 0)),
     )
 }
-ALIASES = {"H100-80GB": "H100", "H200-141GB": "H200", "A100": "A100-80GB", "4090": "RTX4090", "3090": "RTX3090",
+# As `_plain` spells them.
+ALIASES = {"h10080gb": "H100", "h200141gb": "H200", "a100": "A100-80GB", "4090": "RTX4090", "3090": "RTX3090",
            "5090": "RTX5090"}  # fmt: skip
 
 
@@ -98,18 +99,15 @@ def find_card(text: str) -> Card:
     Raises:
         ValueError: It is neither; the message names the nearest.
     """
+    names = {_plain(name): name for name in CARDS}
     wanted = _plain(text)
-    for name, card in {**CARDS, **{alias: CARDS[name] for alias, name in ALIASES.items()}}.items():
-        if _plain(name) == wanted:
-            return card
+    if (known := {**names, **ALIASES}.get(wanted)) is not None:
+        return CARDS[known]
     if re.fullmatch(r"[0-9.]+ ?[kmgt]?i?b?", text.strip(), re.IGNORECASE) and re.search("[a-z]", text, re.IGNORECASE):
         return Card(text, parse_size(re.sub(r"(?i)([kmgt])i?b?$", r"\1iB", text.strip())))
-    near = difflib.get_close_matches(wanted, {_plain(name): name for name in CARDS}, n=2, cutoff=0.3)
-    names = {_plain(name): name for name in CARDS}
-    hint = f"did you mean {' or '.join(names[found] for found in near)}?" if near else ""
-    raise ValueError(
-        f"no accelerator {text!r}; {hint or 'there are ' + ', '.join(CARDS)} A size such as 24GB also does."
-    )
+    near = [names[found] for found in difflib.get_close_matches(wanted, names, n=2, cutoff=0.3)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(CARDS)}"
+    raise ValueError(f"no accelerator {text!r}; {hint} A size such as 24GB also does.")
 
 
 def read_rates(card: Card, path: str | Path) -> Card:
