@@ -7,42 +7,24 @@ from frozen_peft.adapters.activated import (
     find_invocation,
     require_always_active,
 )
-from frozen_peft.adapters.adapted_rows import (
-    AdaptedProjection,
-    adapted_projections,
-    adapted_weights_summary,
-    restrict_adapter_rows,
-)
+from frozen_peft.adapters.adapted_rows import adapted_projections, restrict_adapter_rows
 from frozen_peft.adapters.initialisation import BaseSamples, change_of_base, require_base
 from frozen_peft.adapters.lora import PRESETS, RoleLoraConfig, is_lora, lora_config
 from frozen_peft.adapters.pickles import require_no_pickle
-from frozen_peft.adapters.quantization import (
-    QuantizationReport,
-    WeightGroup,
-    keep_linear4bit_trainable,
-    log_quantization,
-    quantization_config,
-    quantization_report,
-)
-from frozen_peft.adapters.role_table import ROLES, Role
-from frozen_peft.adapters.roles import RoleMatch, find_roles
+from frozen_peft.adapters.quantization import keep_linear4bit_trainable, log_quantization, quantization_config
+from frozen_peft.adapters.role_table import ROLES
+from frozen_peft.adapters.roles import find_roles
 from frozen_peft.adapters.tokenizers import load_tokenizer, require_embeddings
 from frozen_peft.adapters.vocabulary import resize_vocabulary, without_copies
 
 __all__ = [
     "PRESETS",
     "ROLES",
-    "AdaptedProjection",
     "BaseSamples",
-    "QuantizationReport",
-    "Role",
     "RoleLoraConfig",
-    "RoleMatch",
-    "WeightGroup",
     "activate_at_invocation",
     "active_everywhere",
     "adapted_projections",
-    "adapted_weights_summary",
     "change_of_base",
     "find_invocation",
     "find_roles",
@@ -52,7 +34,6 @@ __all__ = [
     "log_quantization",
     "lora_config",
     "quantization_config",
-    "quantization_report",
     "require_always_active",
     "require_base",
     "require_embeddings",

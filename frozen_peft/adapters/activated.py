@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.variants import ALoraLinearVariant
 from transformers import PreTrainedTokenizerBase
 
 from frozen_peft.adapters.lora import is_lora
+from frozen_peft.utils.compat.peft import ALoraLinearVariant, set_variant
 
 __all__ = ["activate_at_invocation", "active_everywhere", "find_invocation", "require_always_active"]
 
@@ -103,7 +103,8 @@ def activate_at_invocation(model: PeftModel, invocation: Sequence[int]) -> None:
     config.alora_invocation_tokens = list(invocation)
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer) and model.active_adapter in layer.scaling:
-            layer.lora_variant[model.active_adapter] = _variant_of(layer, config, name)
+            _require_linear(layer, config, name)
+            set_variant(layer, model.active_adapter, _ActivatedLora())
 
 
 def require_always_active(model: torch.nn.Module) -> None:
@@ -143,7 +144,7 @@ def active_everywhere(model: torch.nn.Module) -> Iterator[None]:
             config.alora_invocation_tokens = invocation
 
 
-def _variant_of(layer: LoraLayer, config: LoraConfig, name: str) -> _ActivatedLora:
+def _require_linear(layer: LoraLayer, config: LoraConfig, name: str) -> None:
     try:
         variant = layer.resolve_lora_variant(config=config)
     except ValueError as error:
@@ -156,4 +157,3 @@ def _variant_of(layer: LoraLayer, config: LoraConfig, name: str) -> _ActivatedLo
             f"`context_adapters=False` needs adapters on linear modules, and `{name}` is a "
             f"{type(layer.get_base_layer()).__name__}. Leave it without adapter, or set `context_adapters=True`."
         )
-    return _ActivatedLora()

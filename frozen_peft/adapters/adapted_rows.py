@@ -24,7 +24,7 @@ from frozen_peft.adapters.role_table import ROLES
 from frozen_peft.adapters.roles import RoleMatch, find_roles, linear_modules, rows_of_roles
 from frozen_peft.errors import UnsupportedArchitectureError
 
-__all__ = ["AdaptedProjection", "adapted_projections", "adapted_weights_summary", "restrict_adapter_rows"]
+__all__ = ["AdaptedProjection", "adapted_projections", "restrict_adapter_rows"]
 
 # Installed restrictions by parameter: what makes a second call find its own hooks. Weak, so that it keeps no
 # weight alive; not on the parameter itself, where it would be saved with it.
@@ -37,7 +37,6 @@ class AdaptedProjection:
 
     Attributes:
         module: Full name of the module, without PEFT's wrapping.
-        path: Its name within the layer.
         index: Index of its layer in the model.
         name: Name of the adapter.
         layer: PEFT's layer.
@@ -46,7 +45,6 @@ class AdaptedProjection:
     """
 
     module: str
-    path: str
     index: int
     name: str
     layer: LoraLayer
@@ -139,17 +137,8 @@ def adapted_projections(model: nn.Module) -> list[AdaptedProjection]:
         for name, config in configs.items():
             if name in layer.lora_B:
                 weight = layer.lora_B[name].weight
-                found.append(
-                    AdaptedProjection(
-                        linear.name,
-                        linear.path,
-                        linear.layer,
-                        name,
-                        layer,
-                        matches,
-                        _adapted_rows(config, matches, weight),
-                    )
-                )
+                adapted = _adapted_rows(config, matches, weight)
+                found.append(AdaptedProjection(linear.name, linear.layer, name, layer, matches, adapted))
     return found
 
 
@@ -175,50 +164,3 @@ def _adapted_rows(config: LoraConfig, matches: list[RoleMatch], weight: torch.Te
             adapted |= rows
     # An adapter that has not been trained yet tells nothing: all of it may move.
     return adapted if adapted.any() else everything
-
-
-def adapted_weights_summary(model: nn.Module) -> str:
-    """Tabulate what is adapted: role, module, number of layers, rows, trainable parameters.
-
-    Parameters are those of `lora_A` and of the adapted rows of `lora_B`. What else is trainable has a line of its
-    own.
-
-    Args:
-        model: The model as wrapped by PEFT.
-    """
-    lines: dict[tuple[str, str, str], list[int]] = {}
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    accounted = 0
-    for adapter in adapted_projections(model):
-        rows = adapter.adapted
-        held = [match.role for match in adapter.matches if (rows_of_roles([match], ROLES) & rows).any()]
-        rank = adapter.weight.shape[1]
-        label = "+".join(held) or "(none)"
-        num_rows = int(rows.sum())
-        count = adapter.layer.lora_A[adapter.name].weight.numel() + num_rows * rank
-        of_rows = f"{num_rows}" if num_rows == len(rows) else f"{num_rows} of {len(rows)}"
-        lines.setdefault((label, adapter.path, of_rows), []).append(count)
-        if adapter.weight.requires_grad:
-            accounted += count + (len(rows) - num_rows) * rank
-    table = [("role", "module", "layers", "rows", "parameters")]
-    table += [
-        (label, path, str(len(counts)), of_rows, f"{sum(counts):,}")
-        for (label, path, of_rows), counts in sorted(lines.items(), key=lambda line: _role_order(line[0][0]))
-    ]
-    if trainable > accounted:
-        table.append(("(none)", "other trainable weights", "", "", f"{trainable - accounted:,}"))
-    total = sum(sum(counts) for counts in lines.values()) + max(trainable - accounted, 0)
-    table.append(("total", "", "", "", f"{total:,}"))
-    widths = [max(len(line[column]) for line in table) for column in range(5)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column >= 2 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    )
-
-
-def _role_order(label: str) -> int:
-    first = label.split("+")[0]
-    return [*ROLES].index(first) if first in ROLES else len(ROLES)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +22,7 @@ from frozen_peft.adapters.roles import (
     rows_of_roles,
     target_pattern,
 )
+from frozen_peft.utils.compat.peft import unredirected_modules
 
 __all__ = [
     "PRESETS",
@@ -192,17 +192,9 @@ def _hint(received: str, known: Collection[str]) -> str:
 
 
 def _without_redirected(model: nn.Module, names: list[str]) -> list[str]:
-    """Drop the modules that PEFT would turn into adapters of the routed experts.
-
-    For checkpoints whose experts transformers 5 stacks (Qwen3-Next, GLM-4-MoE, Qwen3-MoE and others), PEFT (0.21)
-    reads `gate_proj`, `up_proj` and `down_proj` among the targets as the experts of transformers 4 and adapts the
-    stacked parameters instead, the shared expert and dense MLPs not at all. There is no way around it by name, so
-    they are left out; this goes when PEFT tells full names apart.
-    """
-    probe = LoraConfig(target_modules=list(names))
-    convert_peft_config_for_transformers(probe, model=model, conversions=None)
-    kept = [name for name in names if name in probe.target_modules]
-    redirected = [name for name in names if name not in probe.target_modules]
+    """Drop the modules that PEFT would turn into adapters of the routed experts."""
+    kept = unredirected_modules(model, names)
+    redirected = [name for name in names if name not in kept]
     if redirected:
         logger.warning(
             "Not adapted: %s and %d more. PEFT would adapt the stacked routed experts in place of these modules.",

@@ -24,5 +24,6 @@ def require_no_pickle(folder: str | Path) -> None:
     if refused:
         raise ValueError(
             f"{refused[0]} is a pickle, which can hold code, without safetensors beside it. Convert it, or allow it "
-            "with `allow_pickle: true` (--allow_pickle): tensors alone are read from it then."
+            "with `allow_pickle: true` (--allow_pickle), for a merge with --allow-pickle: tensors alone are read from "
+            "it then."
         )

@@ -3,8 +3,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
 from typing import Any
 
 import torch
@@ -16,21 +15,17 @@ from transformers.utils import is_bitsandbytes_available
 from frozen_peft.adapters.lora import matches_by_module
 from frozen_peft.adapters.roles import as_model, bypassed_modules, find_roles, linear_modules
 from frozen_peft.errors import UnsupportedArchitectureError
+from frozen_peft.utils.sizes import format_size
 
-__all__ = [
-    "QuantizationReport",
-    "WeightGroup",
-    "keep_linear4bit_trainable",
-    "log_quantization",
-    "quantization_config",
-    "quantization_report",
-]
+__all__ = ["keep_linear4bit_trainable", "log_quantization", "quantization_config"]
 
 logger = logging.getLogger(__name__)
 
 # Small and exponentiated: an error in beta or decay multiplies through the whole recurrence.
 _SENSITIVE_ROLES = frozenset({"beta", "decay"})
 _LAYER_NUMBER = re.compile(r"\.\d+\.")
+# Weights in their own precision that the log names; norms and biases would hide what matters.
+_NUM_NAMED = 5
 
 
 def quantization_config(model_or_config: nn.Module | PretrainedConfig | str, **kwargs: Any) -> BitsAndBytesConfig:
@@ -77,125 +72,26 @@ def _kept_paths(model: nn.Module) -> set[str]:
     return paths
 
 
-@dataclass(frozen=True)
-class WeightGroup:
-    """Weights of the same name in different layers.
-
-    Attributes:
-        name: Their name, layer numbers written as `*`.
-        count: How many there are.
-        dtype: `"4-bit nf4"`, `"4-bit fp4"`, or the name of the torch type.
-        num_weights: Weights in all of them.
-        num_bytes: Bytes of all of them, block scales included.
-        is_quantized: Whether they are in 4 bit.
-    """
-
-    name: str
-    count: int
-    dtype: str
-    num_weights: int
-    num_bytes: int
-    is_quantized: bool
-
-
-@dataclass(frozen=True)
-class QuantizationReport:
-    """What was quantized and what was not, largest first; `str()` gives the text for the log."""
-
-    groups: tuple[WeightGroup, ...]
-
-    @property
-    def quantized(self) -> tuple[WeightGroup, ...]:
-        """Groups in 4 bit."""
-        return tuple(group for group in self.groups if group.is_quantized)
-
-    @property
-    def kept(self) -> tuple[WeightGroup, ...]:
-        """Groups in their own precision."""
-        return tuple(group for group in self.groups if not group.is_quantized)
-
-    @property
-    def quantized_bytes(self) -> int:
-        """Bytes of the weights in 4 bit, block scales included."""
-        return sum(group.num_bytes for group in self.quantized)
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of the weights in their own precision."""
-        return sum(group.num_bytes for group in self.kept)
-
-    def __str__(self) -> str:
-        lines = []
-        for title, groups, total in (
-            ("quantized", self.quantized, self.quantized_bytes),
-            ("not quantized", self.kept, self.kept_bytes),
-        ):
-            lines.append(f"{title}: {_readable(total)}")
-            # Norms, biases and the like: listed together, or they would hide what matters.
-            small = [group for group in groups if group.num_bytes * 1000 < self.quantized_bytes + self.kept_bytes]
-            if len(small) < 2:
-                small = []
-            listed = [group for group in groups if group not in small]
-            width = max((len(group.name) for group in listed), default=0)
-            for group in listed:
-                lines.append(
-                    f"  {group.name.ljust(width)}  {group.count:>3} x  {group.dtype}  {_readable(group.num_bytes)}"
-                )
-            if small:
-                total_small = _readable(sum(group.num_bytes for group in small))
-                lines.append(f"  {len(small)} smaller kinds of weight  {total_small}")
-        return "\n".join(lines)
-
-
-def quantization_report(model: nn.Module) -> QuantizationReport:
-    """List the weights of a loaded model by whether they are in 4 bit, with the bytes of each; adapters excluded.
+def log_quantization(model: nn.Module) -> None:
+    """Log, at level INFO, the bytes of the weights that are in 4 bit, and of those that are not, largest first.
 
     Args:
-        model: A model, PEFT-wrapped or not, quantized or not.
+        model: A loaded model, PEFT-wrapped or not; adapters are left out.
     """
-    collected: dict[tuple[str, str, bool], list[tuple[int, int]]] = {}
-    for name, dtype, num_weights, num_bytes, is_quantized in _weights(as_model(model)):
-        key = (_LAYER_NUMBER.sub(".*.", name), dtype, is_quantized)
-        collected.setdefault(key, []).append((num_weights, num_bytes))
-    groups = [
-        WeightGroup(name, len(sizes), dtype, sum(size[0] for size in sizes), sum(size[1] for size in sizes), is_4bit)
-        for (name, dtype, is_4bit), sizes in collected.items()
-    ]
-    return QuantizationReport(tuple(sorted(groups, key=lambda group: -group.num_bytes)))
-
-
-def log_quantization(model: nn.Module) -> QuantizationReport:
-    """Log, at level INFO, what was and was not quantized and the bytes of each; returns the report."""
-    report = quantization_report(model)
-    logger.info("%s", report)
-    return report
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, str, int, int, bool]]:
-    """Name, type, number, bytes and whether 4-bit, of every weight of the base model."""
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".modules_to_save." in name:
-            continue
-        name = name.replace(".base_layer.", ".").replace(".original_module.", ".").removesuffix(".weight")
+    quantized, kept = 0, Counter[str]()
+    for name, parameter in as_model(model).named_parameters():
         state = getattr(parameter, "quant_state", None)
-        if state is None:
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            yield name, dtype, parameter.numel(), parameter.numel() * parameter.element_size(), False
-            continue
-        scales = [state.absmax, state.code]
-        if state.nested:
-            scales += [state.offset, state.state2.absmax, state.state2.code]
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in [parameter, *scales])
-        yield name, f"4-bit {state.quant_type}", state.shape.numel(), num_bytes, True
-
-
-def _readable(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
+        if state is not None:
+            scales = [value for value in state.as_dict().values() if isinstance(value, torch.Tensor)]
+            quantized += sum(tensor.nbytes for tensor in [parameter, *scales])
+        elif ".lora_" not in name and ".modules_to_save." not in name:
+            kept[_LAYER_NUMBER.sub(".*.", name).replace(".base_layer", "")] += parameter.nbytes
+    logger.info(
+        "Weights of the base: %s in 4 bit, block scales included; %s in their own precision, most of them %s.",
+        format_size(quantized),
+        format_size(kept.total()),
+        ", ".join(f"{name} ({format_size(num_bytes)})" for name, num_bytes in kept.most_common(_NUM_NAMED)) or "none",
+    )
 
 
 def keep_linear4bit_trainable(model: nn.Module) -> int:

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from frozen_peft.adapters.role_table import ATTENTION_LEAVES, BYPASSED, LAYOUTS, MLP_LEAVES, Role, RowRanges
 from frozen_peft.errors import UnsupportedArchitectureError
+from frozen_peft.utils.compat.transformers import from_config
 
 __all__ = [
     "LinearModule",
@@ -31,6 +32,8 @@ __all__ = [
     "bypassed_modules",
     "find_roles",
     "linear_modules",
+    "model_on_meta",
+    "named_class",
     "rows_of_roles",
     "target_pattern",
 ]
@@ -75,7 +78,6 @@ class RoleMatch:
         rows: Output features that hold the role, as half-open ranges; `None` if all do.
         layer: Index of its layer.
         path: Its name within the layer.
-        in_features: Input features of the module.
         out_features: Output features of the whole module.
     """
 
@@ -84,7 +86,6 @@ class RoleMatch:
     rows: RowRanges | None
     layer: int
     path: str
-    in_features: int
     out_features: int
 
     @property
@@ -109,39 +110,52 @@ def as_model(model_or_config: nn.Module | PretrainedConfig | str) -> nn.Module:
     if isinstance(model_or_config, nn.Module):
         return model_or_config
     if isinstance(model_or_config, str):
-        return _model_on_meta(AutoConfig.from_pretrained(model_or_config))
+        model_or_config = AutoConfig.from_pretrained(model_or_config)
     if isinstance(model_or_config, PretrainedConfig):
-        return _model_on_meta(model_or_config)
+        return model_on_meta(model_or_config)
     raise TypeError(
         "`model_or_config` must be a model, a transformers configuration, or a hub id or path; "
         f"got {type(model_or_config).__name__}."
     )
 
 
-def _model_on_meta(config: PretrainedConfig) -> PreTrainedModel:
+def named_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that a configuration names; None where it names none."""
+    architectures = config.architectures
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    found = getattr(transformers, named, None) if isinstance(named, str) else None
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
+def model_on_meta(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model without weights: the class that its configuration names, else the automatic one.
+
+    Args:
+        config: The configuration.
+        options: `dtype`, by default the configuration's, and `trust_remote_code`.
+
+    Raises:
+        ValueError: transformers has no class for it.
+    """
     # Building a model writes to its configuration (dtype, attention implementation), which is the caller's.
     config = copy.deepcopy(config)
-    architectures = config.architectures or [""]
+    # TRL loads the class a checkpoint names; the automatic class may be another one with other module names.
+    named = named_class(config)
     with torch.device("meta"):
-        # TRL loads the class a checkpoint names; the automatic class may be another one with other module names.
-        if hasattr(transformers, architectures[0]):
-            return getattr(transformers, architectures[0])._from_config(config)
+        if named is not None:
+            return from_config(named, config, dtype=options.get("dtype", config.dtype))
         try:
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, **options)
         except ValueError:
-            return AutoModelForImageTextToText.from_config(config)
+            return AutoModelForImageTextToText.from_config(config, **options)
 
 
-def _text_model(model: nn.Module) -> tuple[str, nn.Module]:
+def _text_model(model: nn.Module) -> tuple[str, PreTrainedModel]:
     """Name (empty for the model itself) and module of the language model inside `model`."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"The model must be a transformers PreTrainedModel, got {type(model).__name__}.")
     decoder = model.get_decoder()
     return next(name for name, module in model.named_modules() if module is decoder), decoder
-
-
-def _model_type(text_model: Any) -> str:
-    return text_model.config.model_type
 
 
 def linear_modules(model: nn.Module) -> list[LinearModule]:
@@ -165,21 +179,10 @@ def linear_modules(model: nn.Module) -> list[LinearModule]:
         in_layer = _IN_LAYER.fullmatch(relative_name)
         if in_layer is None or not isinstance(module, nn.Linear | Conv1D):
             continue
-        if isinstance(module, nn.Linear):
-            in_features, out_features = module.in_features, module.out_features
-        else:
-            in_features, out_features = module.weight.shape
-        found.append(
-            LinearModule(
-                name=f"{prefix}.{relative_name}" if prefix else relative_name,
-                stack=in_layer["stack"],
-                layer=int(in_layer["layer"]),
-                path=in_layer["path"],
-                module=module,
-                in_features=in_features,
-                out_features=out_features,
-            )
-        )
+        name = f"{prefix}.{relative_name}" if prefix else relative_name
+        is_linear = isinstance(module, nn.Linear)
+        sizes = (module.in_features, module.out_features) if is_linear else module.weight.shape
+        found.append(LinearModule(name, in_layer["stack"], int(in_layer["layer"]), in_layer["path"], module, *sizes))
     return found
 
 
@@ -189,7 +192,7 @@ def bypassed_modules(model: nn.Module) -> list[str]:
     Args:
         model: A transformers model without PEFT's wrapping.
     """
-    paths = BYPASSED.get(_model_type(_text_model(model)[1]), frozenset())
+    paths = BYPASSED.get(_text_model(model)[1].config.model_type, frozenset())
     return [linear.name for linear in linear_modules(model) if linear.path in paths]
 
 
@@ -209,8 +212,7 @@ def find_roles(model_or_config: nn.Module | PretrainedConfig | str) -> list[Role
         UnsupportedArchitectureError: The architecture has no known roles; the message lists its linear modules.
     """
     model = as_model(model_or_config)
-    text_model = _text_model(model)[1]
-    model_type = _model_type(text_model)
+    model_type = _text_model(model)[1].config.model_type
     linears = linear_modules(model)
     layouts = LAYOUTS.get(model_type)
     if layouts is None:
@@ -232,18 +234,10 @@ def find_roles(model_or_config: nn.Module | PretrainedConfig | str) -> list[Role
             roles = {"mlp": None}
         else:
             continue
-        for role, rows in roles.items():
-            matches.append(
-                RoleMatch(
-                    module=linear.name,
-                    role=role,
-                    rows=rows,
-                    layer=linear.layer,
-                    path=linear.path,
-                    in_features=linear.in_features,
-                    out_features=linear.out_features,
-                )
-            )
+        matches += [
+            RoleMatch(linear.name, role, rows, linear.layer, linear.path, linear.out_features)
+            for role, rows in roles.items()
+        ]
     return matches
 
 

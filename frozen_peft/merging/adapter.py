@@ -5,10 +5,9 @@ PEFT itself builds its layers, on a model without weights, and loads the adapter
 experts and what is saved beside LoRA mean what they mean to `PeftModel.from_pretrained`.
 """
 
-import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,69 +16,36 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, Linear, ParamWrapper
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils import load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-from peft.utils.save_and_load import set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
 from frozen_peft.adapters.activated import CANNOT_MERGE
 from frozen_peft.adapters.initialisation import CONVERT, initial_change
+from frozen_peft.adapters.pickles import require_no_pickle
 from frozen_peft.adapters.roles import bypassed_modules
 from frozen_peft.adapters.vocabulary import without_copies
-from frozen_peft.merging.layout import adapted_modules, change_layout, layout_of_keys, layout_of_model
-from frozen_peft.merging.patterns import require_quick_patterns
-from frozen_peft.merging.source import find_folder, load_tensors, read_json
+from frozen_peft.merging.layout import change_layout, layout_of_model
+from frozen_peft.merging.source import find_folder, read_json
 from frozen_peft.merging.updates import AddVector, Layered, LowRank, Replacement, RowReplacement, Update
+from frozen_peft.utils.compat.peft import is_dora, variant_name
 
 __all__ = ["AdapterFolder", "open_adapter", "updates_of"]
-
-logger = logging.getLogger(__name__)
 
 _NAME = "default"
 _PREFIX = "base_model.model."
 
 
-def _is(*kinds: type) -> Callable[[Any], bool]:
-    """Checks for a value of just these types; a bool is no int."""
-    return lambda value: type(value) in kinds
-
-
-def _list_of(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: type(value) is list and all(type(item) in kinds for item in value)
-
-
-def _pattern_of(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: type(value) is dict and all(type(item) in kinds and item > 0 for item in value.values())
-
-
-def _tokens_by_module(value: Any) -> bool:
-    return type(value) is dict and all(map(_list_of(int), value.values()))
-
-
-_NONE, _TEXT, _FLAG, _TEXTS = _is(type(None)), _is(str), _is(bool), _list_of(str)
-# The fields that say what an adapter computes, with what they may be.
-_FIELDS: dict[str, tuple[Callable[[Any], bool], ...]] = {
-    "r": (_is(int),),
-    "lora_alpha": (_is(int, float),),
-    "target_modules": (_NONE, _TEXT, _TEXTS),
-    "exclude_modules": (_NONE, _TEXT, _TEXTS),
-    "target_parameters": (_NONE, _TEXTS),
-    "modules_to_save": (_NONE, _TEXTS),
-    "layers_to_transform": (_NONE, _is(int), _list_of(int)),
-    "layers_pattern": (_NONE, _TEXT, _TEXTS),
-    "rank_pattern": (_NONE, _pattern_of(int)),
-    "alpha_pattern": (_NONE, _pattern_of(int, float)),
-    "trainable_token_indices": (_NONE, _list_of(int), _tokens_by_module),
-    "fan_in_fan_out": (_FLAG,),
-    "use_rslora": (_FLAG,),
-    "use_dora": (_FLAG,),
-    "lora_bias": (_FLAG,),
-    "ensure_weight_tying": (_FLAG,),
-    "bias": (_TEXT,),
+# Fields that are read here; of the others PEFT says whether it can read them.
+_KINDS = {
+    "base_model_name_or_path": str,
+    "revision": str,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+    "target_parameters": list,
+    "modules_to_save": list,
 }
-# What says where the base is.
-_BASE_FIELDS = dict.fromkeys(("base_model_name_or_path", "revision"), (_NONE, _TEXT))
 _NOT_MERGED = {
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
@@ -124,12 +90,11 @@ def open_adapter(name: str | Path, *, allow_pickle: bool = False, activated: boo
     folder = find_folder(name, what="the adapter", allow_pickle=allow_pickle)
     path = folder / "adapter_config.json"
     config = read_json(path)
-    if str(config.get("peft_type", "")).upper() != "LORA":
+    if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} has `peft_type` {config.get('peft_type')!r}; only LORA can be merged here.")
-    for field, allowed in (_FIELDS | _BASE_FIELDS).items():
-        value = config.get(field)
-        if field in config and not any(check(value) for check in allowed):
-            raise ValueError(f"{path} has {field!r}: {value!r}, which PEFT cannot read.")
+    for field, kind in _KINDS.items():
+        if not isinstance(config.get(field) or kind(), kind):
+            raise ValueError(f"{path} has {field!r}: {config[field]!r}, which cannot be read by PEFT.")
     if config.get("alora_invocation_tokens") and not activated:
         raise ValueError(f"{folder}: {CANNOT_MERGE}")
     for field, meaning in _NOT_MERGED.items():
@@ -140,11 +105,15 @@ def open_adapter(name: str | Path, *, allow_pickle: bool = False, activated: boo
             f"{path} has {change}, which changes the base weights before training, so that the adapter belongs to "
             f"weights the checkpoint does not hold. {CONVERT}"
         )
-    tensors = without_copies(load_tensors(folder, "adapter_model", allow_pickle=allow_pickle))
+    if not allow_pickle:
+        require_no_pickle(folder)
+    # PEFT would ask the hub for what is not there.
+    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise ValueError(f"{folder} holds no adapter_model.safetensors.")
+    with _readable(folder):
+        tensors = without_copies(load_peft_weights(str(folder), device="cpu"))
     if not tensors:
         raise ValueError(f"{folder} holds an adapter without tensors.")
-    # Of the other class's names the patterns are written out from these.
-    require_quick_patterns(path, config, adapted_modules(tensors))
     return AdapterFolder(str(name), folder, config, tensors)
 
 
@@ -164,13 +133,8 @@ def updates_of(adapter: AdapterFolder, make_model: Callable[[], PreTrainedModel]
     model = make_model()
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     bypassed_names = bypassed_modules(model)
-    config, tensors = adapter.config, adapter.tensors
-    modules = (name for name, _ in model.named_modules())
-    require_quick_patterns(adapter.folder / "adapter_config.json", config, [*modules, *names])
-    needed = layout_of_model(model)
-    if needed is not None and layout_of_keys(tensors) != needed:
-        config, tensors = change_layout(config, tensors, needed)
-    wrapped = _load(adapter.folder, model, _lora_config(adapter.folder, config), tensors)
+    config, tensors = change_layout(adapter.config, adapter.tensors, layout_of_model(model))
+    wrapped = _load(adapter.folder, model, config, tensors)
     found: dict[str, Update] = {}
     for name, module in wrapped.named_modules():
         if isinstance(module, LoraLayer):
@@ -204,32 +168,30 @@ def updates_of(adapter: AdapterFolder, make_model: Callable[[], PreTrainedModel]
     return found
 
 
-def _lora_config(folder: Path, config: dict[str, Any]) -> LoraConfig:
-    """PEFT's configuration, of the fields that say what the adapter computes."""
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Makes an error that names the adapter of whatever PEFT makes of a file that anyone may have written."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return LoraConfig(**{name: config[name] for name in _FIELDS if name in config}, task_type="CAUSAL_LM")
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{folder / 'adapter_config.json'} cannot be read by PEFT: {error}") from error
-
-
-def _load(folder: Path, model: PreTrainedModel, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> PeftModel:
-    """Has PEFT put the adapter on a model without weights."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            wrapped = PeftModel(_fill_in(model), config, adapter_name=_NAME, low_cpu_mem_usage=True)
-            result = set_peft_model_state_dict(wrapped, tensors, adapter_name=_NAME, low_cpu_mem_usage=True)
-        except KeyError as error:
-            raise ValueError(f"{folder} lacks the tensor {error} that its configuration asks for.") from error
-        except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, re.error) as error:
+            yield
+        except Exception as error:
             # torch appends its own frames.
-            problem = str(error).partition("\nException raised from")[0]
+            problem = f"{type(error).__name__}: {error}".partition("\nException raised from")[0]
             raise ValueError(
-                f"{folder} does not fit the base model: {problem}\nThe base has to be the model that the adapter was "
-                "trained on, with the same vocabulary."
+                f"{folder} does not fit the base model, or cannot be read by PEFT: {problem}\nThe base has to be the "
+                "model that the adapter was trained on, with the same vocabulary."
             ) from error
+
+
+def _load(folder: Path, model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> PeftModel:
+    """Has PEFT put the adapter on a model without weights."""
+    # How its weights began is past, and a few ways of it need weights.
+    config = {name: value for name, value in config.items() if name != "init_lora_weights"}
+    with _readable(folder):
+        peft_config = LoraConfig.from_peft_type(**config)
+        wrapped = PeftModel(_fill_in(model), peft_config, adapter_name=_NAME, low_cpu_mem_usage=True)
+        result = set_peft_model_state_dict(wrapped, tensors, adapter_name=_NAME, low_cpu_mem_usage=True)
     if result.unexpected_keys:
         raise ValueError(
             f"{folder}: {len(result.unexpected_keys)} of {len(tensors)} tensors have no home in the base model: "
@@ -277,10 +239,9 @@ def _plain(name: str) -> str:
 
 def _lora_updates(folder: Path, home: str, layer: LoraLayer) -> Iterator[tuple[str, Update]]:
     """What one layer of PEFT changes: parameter names and updates."""
-    variant = layer.lora_variant.get(_NAME)
-    kind = type(layer)
-    if variant is not None and not (kind is Linear and isinstance(variant, DoraLinearVariant)):
-        raise ValueError(f"{folder} adapts {home} by {type(variant).__name__}, which is not merged here.")
+    kind, variant = type(layer), variant_name(layer, _NAME)
+    if variant is not None and not (kind is Linear and is_dora(layer, _NAME)):
+        raise ValueError(f"{folder} adapts {home} by {variant}, which is not merged here.")
     scale = layer.scaling[_NAME]
     if kind is Embedding:
         down, up = layer.lora_embedding_A[_NAME].detach(), layer.lora_embedding_B[_NAME].detach()

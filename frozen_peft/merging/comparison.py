@@ -10,8 +10,8 @@ import gc
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,13 +25,13 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 
 from frozen_peft.adapters.quantization import keep_linear4bit_trainable
+from frozen_peft.adapters.roles import named_class
 from frozen_peft.adapters.vocabulary import resize_vocabulary
 from frozen_peft.merging.adapter import AdapterFolder
-from frozen_peft.merging.exporting import as_layout, write_adapter
-from frozen_peft.merging.header import TORCH_DTYPES
-from frozen_peft.merging.homes import named_class
-from frozen_peft.merging.layout import Layout
-from frozen_peft.merging.source import open_checkpoint
+from frozen_peft.merging.base import Base
+from frozen_peft.merging.exporting import write_adapter
+from frozen_peft.merging.layout import Layout, change_layout
+from frozen_peft.merging.source import TORCH_DTYPES, Checkpoint, open_checkpoint
 from frozen_peft.merging.verify_tokens import (
     PROMPTS,
     SampleTokens,
@@ -58,24 +58,18 @@ class Reference:
     """Where base and adapters are, and how they are loaded.
 
     Attributes:
-        base: The base's folder.
-        config: Its configuration.
+        base: The base.
         adapters: The adapters.
         weights: A factor for each.
         layout: The class of the base; None where it has no other.
-        trust_remote_code: Whether the base's own code may run.
-        allow_pickle: Whether the base's weights may be a pickle.
         quantization: The 4-bit configuration that the adapter was trained on; None for a base in 16 or 32 bit.
         dtype: The type it is loaded in; None: that of the merged weights.
     """
 
-    base: Path
-    config: PretrainedConfig
+    base: Base
     adapters: Sequence[AdapterFolder]
     weights: Sequence[float]
     layout: Layout | None
-    trust_remote_code: bool
-    allow_pickle: bool
     quantization: BitsAndBytesConfig | None = None
     dtype: torch.dtype | None = None
 
@@ -112,40 +106,30 @@ def load_merged(folder: Path, *, trust_remote_code: bool = False, device: str | 
         trust_remote_code: Whether code that comes with it may run.
         device: Where to; by default an accelerator where there is one.
     """
-    _free()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model = _model_class(config).from_pretrained(
-        folder,
-        dtype="auto",
-        device_map=device or _device(),
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,
-    )
-    return model.eval()
+    options = {"dtype": "auto", "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    return _load(folder, config, device or _device(), **options)
 
 
 def verify_merge(
     merged: Path,
-    config: PretrainedConfig,
+    base: Base,
     exact: Reference | None,
     trained: Reference | None,
     samples: Sequence[dict[str, Any]] = (),
     prompts: Sequence[Any] = (),
-    *,
-    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Compares a merged model with its adapter.
 
     Args:
         merged: Its folder.
-        config: Its configuration.
+        base: What it was merged onto.
         exact: What the merged weights are to be equal to, up to rounding; None where there is no such model (TIES,
             DARE).
         trained: What the adapter was trained as: the same, unless the base was in 4 bit and the merged weights are
             not; None where there is no such model.
         samples: Rows of prompt and completion, or conversations.
         prompts: Texts or messages to decide for; by default those of the first samples, else four of its own.
-        trust_remote_code: Whether the base's own code may run.
 
     Returns:
         The section `verification` of the report.
@@ -155,67 +139,49 @@ def verify_merge(
             the adapter does.
         ValueError: A sample has no decision, or no chat template says how its messages are written.
     """
-    tokenizer = load_tokenizer(merged, trust_remote_code)
+    tokenizer = load_tokenizer(merged, base.trust_remote_code)
     rows = [sample_tokens(tokenizer, sample, number) for number, sample in enumerate(samples, start=1)]
     contexts = [row.ids[: row.num_context] for row in rows[:8]]
     if prompts or not rows:
-        vocab_size = config.get_text_config().vocab_size
+        vocab_size = base.config.get_text_config().vocab_size
         contexts = [prompt_tokens(tokenizer, prompt, vocab_size) for prompt in prompts or PROMPTS]
-    dtype, device = _dtype_of(merged), _device()
+    dtype, device = _dtype_of(open_checkpoint(merged)), _device()
     report: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch."), "prompts": len(contexts)}
-    losses = comparison = None
-    if exact is not trained and trained is not None:
-        losses = _score_as_trained(trained, dtype, device, rows)
+    as_trained = unmerged = None
+    if trained is not None and trained is not exact:
+        as_trained = _score_unmerged(trained, dtype, device, [], rows)
     if exact is not None:
-        comparison = _score_unmerged(exact, dtype, device, contexts, rows)
-        losses = losses or (comparison[0].loss, comparison[1].loss)
-    found = _score_merged(merged, trust_remote_code, device, contexts, comparison, rows)
-    if comparison is not None:
-        report |= _compare(*comparison, found)
-    if rows and losses is not None:
-        report |= {"samples": len(rows), **_recovery(*losses, found.loss)}
-    _require_close(report, _coarsest(dtype, exact))
+        unmerged = _score_unmerged(exact, dtype, device, contexts, rows)
+    model = load_merged(merged, trust_remote_code=base.trust_remote_code, device=device)
+    found = _score(model, contexts if unmerged else [], unmerged[1].decisions if unmerged else [], rows)
+    if unmerged is not None and exact is not None:
+        report |= _compare(*unmerged, found)
+        # Of the two models, the one that rounds the most.
+        rounding = max(_ROUNDING[kind] for kind in (dtype, exact.dtype or dtype))
+        _require_close(report, rounding)
+    scores = as_trained or unmerged
+    if rows and scores is not None:
+        report |= {"samples": len(rows), **_recovery(scores[0].loss, scores[1].loss, found.loss)}
     return report
 
 
-def _score_as_trained(
-    trained: Reference, dtype: torch.dtype, device: str, rows: Sequence[SampleTokens]
-) -> tuple[float | None, float | None]:
-    """Losses of base and adapter as they were in training."""
-    with _adapted(trained, dtype, device) as (model, biases):
-        with _without_adapters(model, biases):
-            before = _loss(model, rows)
-        return before, _loss(model, rows)
-
-
 def _score_unmerged(
-    exact: Reference, dtype: torch.dtype, device: str, contexts: Sequence[torch.Tensor], rows: Sequence[SampleTokens]
-) -> tuple[_Scores, _Scores]:
-    """Scores without and with the adapter, of what the adapter decides."""
-    with _adapted(exact, dtype, device) as (model, biases):
-        unmerged = _score(model, contexts, _decide(model, contexts), rows)
-        with _without_adapters(model, biases):
-            return _score(model, contexts, unmerged.decisions, rows), unmerged
-
-
-def _score_merged(
-    merged: Path,
-    trust_remote_code: bool,
+    reference: Reference,
+    dtype: torch.dtype,
     device: str,
     contexts: Sequence[torch.Tensor],
-    comparison: tuple[_Scores, _Scores] | None,
     rows: Sequence[SampleTokens],
-) -> _Scores:
-    """Scores of the merged model, of the same decisions."""
-    model = load_merged(merged, trust_remote_code=trust_remote_code, device=device)
-    decisions = [] if comparison is None else comparison[1].decisions
-    return _score(model, contexts if decisions else [], decisions, rows)
-
-
-def _coarsest(dtype: torch.dtype, exact: Reference | None) -> torch.dtype:
-    """The type of the two models that rounds the most."""
-    own = dtype if exact is None or exact.dtype is None else exact.dtype
-    return max((dtype, own), key=lambda kind: _ROUNDING[kind])
+) -> tuple[_Scores, _Scores]:
+    """Scores without and with the adapter, of what the adapter decides."""
+    model, biases = _load_adapted(reference, dtype, device)
+    unmerged = _score(model, contexts, _decide(model, contexts), rows)
+    with warnings.catch_warnings():
+        # An adapter's biases stay when it is switched off, so the base's are put back.
+        warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
+        with model.disable_adapter():
+            for parameter, base in biases:
+                parameter.data = base
+            return _score(model, contexts, unmerged.decisions, rows), unmerged
 
 
 def _compare(without: _Scores, unmerged: _Scores, found: _Scores) -> dict[str, Any]:
@@ -242,14 +208,12 @@ def _recovery(base: float | None, adapter: float | None, merged: float | None) -
     return {"loss": {"base": base, "adapter": adapter, "merged": merged}, "recovery": recovery}
 
 
-def _require_close(report: dict[str, Any], dtype: torch.dtype) -> None:
-    if "log_probability_difference" not in report:
-        return
+def _require_close(report: dict[str, Any], rounding: float) -> None:
     difference, effect = (report[name]["mean"] for name in ("log_probability_difference", "adapter_effect"))
-    if not difference <= max(_ROUNDING[dtype], effect / 2):
+    if not difference <= max(rounding, effect / 2):
         raise MergeMismatchError(
             f"The merged model is not its base and adapter: log-probabilities of {report['decision_tokens']} tokens "
-            f"differ by {difference:.3g} on average, where rounding explains {_ROUNDING[dtype]:g} and the adapter as "
+            f"differ by {difference:.3g} on average, where rounding explains {rounding:g} and the adapter as "
             f"a whole does {effect:.3g}. Nothing was written. Please report it with the architecture's name; "
             "--no-verify (`verify=False`) writes the merged model all the same."
         )
@@ -304,91 +268,58 @@ def _logits(model: Any, ids: torch.Tensor, num_context: int) -> torch.Tensor:
     return out.logits[0, -kept:-1].float().cpu()
 
 
-@contextmanager
-def _adapted(reference: Reference, dtype: torch.dtype, device: str) -> Iterator[tuple[PeftModel, _Biases]]:
+def _load_adapted(reference: Reference, dtype: torch.dtype, device: str) -> tuple[PeftModel, _Biases]:
     """Base and adapters in PEFT, unmerged; and the base's biases, since an adapter may have its own."""
-    _free()
-    options: dict[str, Any] = {} if reference.allow_pickle else {"use_safetensors": True}
-    if reference.quantization is not None:
-        options["quantization_config"] = reference.quantization
-    model = _model_class(reference.config).from_pretrained(
-        reference.base,
+    base = reference.base
+    model = _load(
+        base.checkpoint.folder,
+        base.config,
+        device,
         dtype=reference.dtype or dtype,
-        device_map=device,
-        trust_remote_code=reference.trust_remote_code,
-        **options,
+        trust_remote_code=base.trust_remote_code,
+        use_safetensors=None if base.allow_pickle else True,
+        quantization_config=reference.quantization,
     )
-    if reference.quantization is not None:
-        keep_linear4bit_trainable(model)
-    biases = [
-        (parameter, parameter.detach().clone())
-        for name, parameter in model.named_parameters()
-        if name.endswith("bias")
-    ]
+    keep_linear4bit_trainable(model)
+    named = (item for item in model.named_parameters() if item[0].endswith("bias"))
+    biases = [(parameter, parameter.detach().clone()) for _, parameter in named]
     with tempfile.TemporaryDirectory() as scratch:
         for number, adapter in enumerate(reference.adapters):
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            config, tensors = as_layout(adapter, reference.layout)
+            config, tensors = change_layout(adapter.config, adapter.tensors, reference.layout)
             write_adapter(folder, config, tensors)
-            if not number:
-                resize_vocabulary(model, tensors, config)
             if number:
                 model.load_adapter(folder, f"adapter{number}")
             else:
+                resize_vocabulary(model, tensors, config)
                 model = PeftModel.from_pretrained(model, folder, "adapter0")
-    _weigh(model, {f"adapter{number}": weight for number, weight in enumerate(reference.weights)})
-    yield model.eval(), biases
-
-
-@contextmanager
-def _without_adapters(model: PeftModel, biases: _Biases) -> Iterator[None]:
-    """Runs a model as its base, with the biases that it had."""
-    with warnings.catch_warnings():
-        # Of biases that stay the adapter's when it is switched off.
-        warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
-        trained = [parameter.data for parameter, _ in biases]
-        with model.disable_adapter():
-            try:
-                for parameter, base in biases:
-                    parameter.data = base
-                yield
-            finally:
-                for (parameter, _), data in zip(biases, trained, strict=True):
-                    parameter.data = data
-
-
-def _weigh(model: PeftModel, weights: dict[str, float]) -> None:
-    """Has all adapters act, each with its factor."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.scaling:
-                module.scaling[name] *= weights[name]
-    if len(weights) > 1:
-        model.base_model.set_adapter(list(weights))
+                module.scaling[name] *= reference.weights[int(name.removeprefix("adapter"))]
+    if len(reference.adapters) > 1:
+        model.base_model.set_adapter([f"adapter{number}" for number in range(len(reference.adapters))])
+    return model.eval(), biases
 
 
-def _model_class(config: PretrainedConfig) -> Any:
-    """The class that the checkpoint names."""
-    return named_class(config) or AutoModelForCausalLM
+def _load(folder: Path, config: PretrainedConfig, device: str, **options: Any) -> Any:
+    """A model by the class that its configuration names, once the memory of the one before is given back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    model_class = named_class(config) or AutoModelForCausalLM
+    return model_class.from_pretrained(folder, device_map=device, **options).eval()
 
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _free() -> None:
-    """Gives back the memory of the model before."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _dtype_of(folder: Path) -> torch.dtype:
+def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
     """The type of most of a checkpoint's weights."""
-    sizes: dict[torch.dtype, int] = {}
-    for _, entry in open_checkpoint(folder).tensors():
+    sizes = Counter[str]()
+    for entry in checkpoint.tensors.values():
         if entry.dtype in TORCH_DTYPES:
-            dtype = TORCH_DTYPES[entry.dtype]
-            sizes[dtype] = sizes.get(dtype, 0) + math.prod(entry.shape)
-    return max(sizes, key=lambda dtype: sizes[dtype])
+            sizes[entry.dtype] += math.prod(entry.shape)
+    return TORCH_DTYPES[max(sizes, key=lambda dtype: sizes[dtype])]

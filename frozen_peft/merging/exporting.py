@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from frozen_peft.adapters.tokenizers import TOKENIZER_FILES
-from frozen_peft.merging.adapter import AdapterFolder, open_adapter
+from frozen_peft.merging.adapter import open_adapter
 from frozen_peft.merging.base_record import RECORD
 from frozen_peft.merging.layout import Layout, change_layout, layout_of_keys
 from frozen_peft.merging.output import require_space, whole_folder
@@ -61,10 +61,3 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
     """Writes the two files that make an adapter."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def as_layout(adapter: AdapterFolder, layout: Layout | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """An adapter's configuration and weights for a class of model; None: one that has no other."""
-    if layout is None:
-        return adapter.config, adapter.tensors
-    return change_layout(adapter.config, adapter.tensors, layout)

@@ -13,17 +13,13 @@ import torch
 from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 
-__all__ = ["Layout", "adapted_modules", "change_layout", "layout_of_keys", "layout_of_model", "text_name"]
+__all__ = ["Layout", "change_layout", "layout_of_keys", "layout_of_model"]
 
 Layout = Literal["text", "wrapper"]
 
-_TEXT, _WRAPPER = "base_model.model.model.", "base_model.model.model.language_model."
+_PREFIX = "base_model.model."
+_TEXT, _WRAPPER = f"{_PREFIX}model.", f"{_PREFIX}model.language_model."
 _MODULE = re.compile(r"base_model\.model\.(?P<module>.+?)(?:\.base_layer)*\.lora_")
-
-
-def text_name(name: str) -> str:
-    """A parameter's name in the text class."""
-    return re.sub(r"^model\.language_model\.", "model.", name)
 
 
 def layout_of_keys(names: Iterable[str]) -> Layout:
@@ -39,13 +35,8 @@ def layout_of_model(model: PreTrainedModel) -> Layout | None:
     return layouts.get(name)
 
 
-def adapted_modules(names: Iterable[str]) -> list[str]:
-    """The modules that an adapter's tensors belong to."""
-    return sorted({match["module"] for name in names if (match := _MODULE.match(name))})
-
-
 def change_layout(
-    config: dict[str, Any], tensors: dict[str, torch.Tensor], layout: Layout
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], layout: Layout | None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """An adapter under the names of the other class.
 
@@ -55,42 +46,48 @@ def change_layout(
     Args:
         config: `adapter_config.json`.
         tensors: Its weights, by their names in the file.
-        layout: The class they are to be named for.
+        layout: The class they are to be named for; None: of a model that has no other.
 
     Returns:
         Configuration and weights; the same ones if they are named so already.
 
     Raises:
-        ValueError: The adapter adapts a part that the text class does not have.
+        ValueError: The adapter adapts a part that the text class does not have, or a pattern is none.
     """
-    if layout_of_keys(tensors) == layout:
+    if layout in (None, layout_of_keys(tensors)):
         return config, tensors
-    renamed = {_renamed(name, layout): tensor for name, tensor in tensors.items()}
+
+    def module_name(name: str) -> str:
+        return _renamed(_PREFIX + name, layout).removeprefix(_PREFIX)
+
     changed = dict(config)
     before = _adapted(config, tensors)
     if config.get("target_modules"):
         # Experts that `target_parameters` adapts are named there, by endings.
-        changed["target_modules"] = sorted(
-            _renamed_module(name, layout) for name, parameter in before if not parameter
-        )
+        changed["target_modules"] = sorted(module_name(name) for name, parameter in before if not parameter)
         changed["exclude_modules"] = changed["layers_to_transform"] = changed["layers_pattern"] = None
     for field, usual in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         patterns = config.get(field)
-        if patterns:
-            # Spelled out: what a pattern means under the one class's names. 8 is PEFT's own default.
-            changed[field] = {
-                re.escape(_renamed_module(name, layout) + parameter): patterns.get(
-                    get_pattern_key(list(patterns), name + parameter), config.get(usual, 8)
-                )
-                for name, parameter in before
-            }
+        if not patterns:
+            continue
+        try:
+            keys = {names: get_pattern_key(list(patterns), "".join(names)) for names in before}
+        except re.error as error:
+            raise ValueError(
+                f"{field!r} of the adapter's configuration has a key that is no pattern: {error}"
+            ) from error
+        # Spelled out: what a pattern means under the one class's names. 8 is PEFT's own default.
+        changed[field] = {
+            re.escape(module_name(name) + parameter): patterns.get(key, config.get(usual, 8))
+            for (name, parameter), key in keys.items()
+        }
     for field in ("target_parameters", "modules_to_save"):
         if config.get(field):
-            changed[field] = [_renamed_text(name, layout) for name in config[field]]
-    return changed, renamed
+            changed[field] = [_renamed_part(str(name), layout) for name in config[field]]
+    return changed, {_renamed(name, layout): tensor for name, tensor in tensors.items()}
 
 
-def _renamed(name: str, layout: Layout) -> str:
+def _renamed(name: str, layout: Layout | None) -> str:
     if layout == "wrapper":
         return name.replace(_TEXT, _WRAPPER, 1) if name.startswith(_TEXT) else name
     if name.startswith(_WRAPPER):
@@ -100,10 +97,8 @@ def _renamed(name: str, layout: Layout) -> str:
     return name
 
 
-def _renamed_text(name: Any, layout: Layout) -> Any:
+def _renamed_part(name: str, layout: Layout | None) -> str:
     """A full name, or the beginning of one, in a configuration."""
-    if not isinstance(name, str):
-        return name
     if layout == "text":
         return re.sub(r"^(\^?model(?:\\)?\.)language_model(?:\\)?\.", r"\1", name)
     return re.sub(r"^(\^?model(\\)?\.)(?!language_model)", r"\1language_model\2.", name)
@@ -111,13 +106,9 @@ def _renamed_text(name: Any, layout: Layout) -> Any:
 
 def _adapted(config: dict[str, Any], names: Iterable[str]) -> list[tuple[str, str]]:
     """Modules with adapters; with the name of a parameter, after a dot, where that is adapted and not the module."""
+    targets = [str(target).rpartition(".") for target in config.get("target_parameters") or ()]
     found = []
-    for module in adapted_modules(names):
-        targets = (str(target) for target in config.get("target_parameters") or ())
-        own = {leaf for owner, _, leaf in (target.rpartition(".") for target in targets) if module.endswith(owner)}
+    for module in sorted({match["module"] for name in names if (match := _MODULE.match(name))}):
+        own = {leaf for owner, _, leaf in targets if module.endswith(owner)}
         found += [(module, f".{leaf}") for leaf in sorted(own)] or [(module, "")]
     return found
-
-
-def _renamed_module(name: str, layout: Layout) -> str:
-    return _renamed(f"base_model.model.{name}", layout).removeprefix("base_model.model.")

@@ -8,62 +8,35 @@
 4. All of it goes to a hidden folder, with config, tokenizer and report, and gets its name at the end.
 """
 
-import copy
 import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from frozen_peft.adapters.vocabulary import resized_vocabulary
 from frozen_peft.merging.adapter import AdapterFolder, open_adapter, updates_of
-from frozen_peft.merging.base_record import read_record, require_same_base
+from frozen_peft.merging.base import Base, compare_with_records, open_base, require_tokens, with_vocabulary
+from frozen_peft.merging.base_record import read_record
 from frozen_peft.merging.comparison import Reference, fits, verify_merge
-from frozen_peft.merging.homes import load_config, make_meta_model, parameters_of_tensors, require_layers
 from frozen_peft.merging.layout import layout_of_model
-from frozen_peft.merging.merge_plan import DTYPES, dtype_name, plan_shards
-from frozen_peft.merging.output import require_free, require_space, whole_folder
+from frozen_peft.merging.merge_plan import plan_shards
+from frozen_peft.merging.output import REPORT, copy_files, require_free, require_space, whole_folder, write_config
 from frozen_peft.merging.quantized import requantizer, training_config
-from frozen_peft.merging.source import INDEX, Checkpoint, find_folder, open_checkpoint
-from frozen_peft.merging.source_files import copy_files, highest_token, write_config
-from frozen_peft.merging.updates import COMBINATIONS, Combination, Combined, Update, seed_of
-from frozen_peft.merging.writing import OutputShard, write_shards
+from frozen_peft.merging.updates import COMBINATIONS, Combination, Combined, Update, combine
+from frozen_peft.merging.writing import write_index, write_shards
 from frozen_peft.utils.installed import installed_version
 
-__all__ = ["REPORT", "merge_adapter"]
+__all__ = ["merge_adapter"]
 
 logger = logging.getLogger(__name__)
 
-REPORT = "merge_report.json"
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _REPORTED_VERSIONS = ("torch", "transformers", "peft")
-
-
-@dataclass(frozen=True)
-class _Base:
-    """The model that is merged onto.
-
-    Attributes:
-        name: As the caller, or the adapter, named it.
-        checkpoint: Its weights.
-        config: Its configuration.
-        trust_remote_code: Whether its own code may run.
-        allow_pickle: Whether its weights may be a pickle.
-    """
-
-    name: str
-    checkpoint: Checkpoint
-    config: PretrainedConfig
-    trust_remote_code: bool
-    allow_pickle: bool
-
-    def model(self) -> PreTrainedModel:
-        """The model without weights, a new one."""
-        return make_meta_model(self.config, trust_remote_code=self.trust_remote_code)
 
 
 def merge_adapter(
@@ -124,21 +97,20 @@ def merge_adapter(
     """
     output = Path(output)
     names = [adapter] if isinstance(adapter, str | Path) else list(adapter)
-    written = None if dtype is None else dtype_name(dtype)
-    if dtype is not None and written is None:
-        known = [*DTYPES, "bfloat16", "float16", "float32"]
-        raise ValueError(f"`dtype` must be one of {known} or a dtype of torch of that name, got {dtype!r}.")
+    written = None if dtype is None else _short_name(dtype)
     weights = _check_choices(names, weights, combination, density, onto)
     require_free(output)
     adapters = [open_adapter(name, allow_pickle=allow_pickle) for name in names]
-    found = _open_base(adapters, base, revision, trust_remote_code, allow_pickle)
-    found, vocab_size = _with_vocabulary(adapters, found)
+    found = open_base(
+        base, adapters, revision=revision, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
+    found, vocab_size = with_vocabulary(found, adapters)
     model = found.model()
-    compared = None if any_base else _require_same_base(adapters, found, model)
-    _require_same_vocabulary(adapters, found)
+    compared = None if any_base else compare_with_records(found, adapters, model)
+    require_tokens(found, adapters)
     quantized = requantizer(read_record(adapters[0].folder), model) if onto == "quantized" else None
-    updates = _combine(adapters, found, weights, combination, density or 1.0, seed)
-    shards, untied = plan_shards(found.checkpoint, model, updates, written, quantized)
+    updates = combine([updates_of(item, found.model) for item in adapters], weights, combination, density or 1.0, seed)
+    shards, untied = plan_shards(found.checkpoint, model, updates, _DTYPES[written] if written else None, quantized)
     num_bytes = sum(shard.num_bytes for shard in shards)
     require_space(output.absolute().parent, num_bytes)
     report: dict[str, Any] = {
@@ -159,17 +131,16 @@ def merge_adapter(
     }
     with whole_folder(output) as part:
         copy_files(found.checkpoint.folder, adapters[0].folder, part)
-        write_config(found.checkpoint.folder, part, dtype=written, untied=untied, vocab_size=vocab_size)
+        torch_name = str(_DTYPES[written]).removeprefix("torch.") if written else None
+        write_config(found.checkpoint.folder, part, dtype=torch_name, untied=untied, vocab_size=vocab_size)
         write_shards(shards, part, updates, model)
         if found.checkpoint.indexed:
-            _write_index(part, shards)
+            write_index(part, shards)
         if verify is None and not fits(num_bytes):
             logger.warning("The merged model is not verified: it does not fit in memory here.")
         elif verify or verify is None:
             exact, trained = _references(adapters, weights, found, model, updates, onto)
-            report["verification"] = verify_merge(
-                part, found.config, exact, trained, samples, prompts, trust_remote_code=trust_remote_code
-            )
+            report["verification"] = verify_merge(part, found, exact, trained, samples, prompts)
         (part / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
@@ -177,7 +148,7 @@ def merge_adapter(
 def _references(
     adapters: Sequence[AdapterFolder],
     weights: Sequence[float],
-    base: _Base,
+    base: Base,
     model: PreTrainedModel,
     updates: Mapping[str, Update],
     onto: str,
@@ -187,62 +158,13 @@ def _references(
     # PEFT adds up adapters that are plain LoRA, each with a factor.
     if any(update.combination != "linear" or not update.is_linear for update in combined):
         return None, None
-    original = Reference(
-        base=base.checkpoint.folder,
-        config=base.config,
-        adapters=adapters,
-        weights=weights,
-        layout=layout_of_model(model),
-        trust_remote_code=base.trust_remote_code,
-        allow_pickle=base.allow_pickle,
-    )
+    original = Reference(base, adapters, weights, layout_of_model(model))
     record = read_record(adapters[0].folder)
     in_4_bit = training_config(record, model, assume=onto == "quantized")
     if in_4_bit is None:
         return original, original
     trained = replace(original, quantization=in_4_bit, dtype=in_4_bit.bnb_4bit_compute_dtype)
     return (trained if onto == "quantized" else original), trained
-
-
-def _require_same_base(adapters: Sequence[AdapterFolder], base: _Base, model: PreTrainedModel) -> int | None:
-    """Number of tensors of which values were compared with what training recorded; None where it recorded nothing."""
-    loaded = parameters_of_tensors(model, [entry.name for _, entry in base.checkpoint.tensors()])
-    stored = {parameter: name for name, (parameter, is_converted) in loaded.items() if not is_converted}
-    records = [record for item in adapters if (record := read_record(item.folder)) is not None]
-    counts = [require_same_base(record, model, base.checkpoint, stored) for record in records]
-    return min(counts) if counts else None
-
-
-def _with_vocabulary(adapters: Sequence[AdapterFolder], base: _Base) -> tuple[_Base, int | None]:
-    """The base with as many tokens as it had in training, and their number where it has others; else None."""
-    model = base.model()
-    sizes = {item.name: resized_vocabulary(model, item.tensors, item.config) for item in adapters}
-    resized = {name: size for name, size in sizes.items() if size is not None}
-    if not resized:
-        return base, None
-    if len(adapters) > 1:
-        raise ValueError(
-            f"{', '.join(resized)} was trained with another vocabulary than {base.name} has, and such an adapter is "
-            "not combined with others. Merge it alone, and the others onto what comes out."
-        )
-    (size,) = resized.values()
-    config = copy.deepcopy(base.config)
-    for part in (config, config.get_text_config()):
-        if hasattr(part, "vocab_size"):
-            part.vocab_size = size
-    return replace(base, config=config), size
-
-
-def _require_same_vocabulary(adapters: Sequence[AdapterFolder], base: _Base) -> None:
-    """Refuses an adapter whose tokenizer has tokens that the base has no embedding for."""
-    vocab_size = base.config.get_text_config().vocab_size
-    for item in adapters:
-        highest = highest_token(item.folder)
-        if highest is not None and highest >= vocab_size:
-            raise ValueError(
-                f"The tokenizer in {item.folder} has a token {highest}, and {base.name} has embeddings of "
-                f"{vocab_size} tokens. Merge onto the model that the adapter was trained on, resized as it was then."
-            )
 
 
 def _check_choices(
@@ -271,58 +193,11 @@ def _check_choices(
     return [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
 
 
-def _open_base(
-    adapters: Sequence[AdapterFolder],
-    base: str | Path | None,
-    revision: str | None,
-    trust_remote_code: bool,
-    allow_pickle: bool,
-) -> _Base:
-    named = {item.config.get("base_model_name_or_path") for item in adapters}
-    if base is None:
-        if len(named) != 1 or not isinstance(name := next(iter(named)), str) or not name:
-            raise ValueError(f"The adapters name {sorted(map(str, named))} as base models; say which with `base`.")
-        base, revision = name, revision or adapters[0].config.get("revision")
-    folder = find_folder(base, revision, allow_pickle=allow_pickle)
-    checkpoint = open_checkpoint(folder, allow_pickle=allow_pickle)
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{folder} holds quantized weights, to which no update can be added exactly. Give the 16-bit checkpoint "
-            "that they were made from as `base`."
-        )
-    require_layers(config, checkpoint)
-    return _Base(str(base), checkpoint, config, trust_remote_code, allow_pickle)
-
-
-def _combine(
-    adapters: Sequence[AdapterFolder],
-    base: _Base,
-    weights: Sequence[float],
-    combination: Combination,
-    density: float,
-    seed: int,
-) -> dict[str, Update]:
-    """What all adapters together change of the model, by the name of the parameter."""
-    each = [updates_of(item, base.model) for item in adapters]
-    if len(each) == 1 and weights[0] == 1.0 and combination == "linear":
-        return each[0]
-    names = dict.fromkeys(name for own in each for name in own)
-    return {
-        name: Combined(
-            [own[name] for own in each if name in own],
-            [weight for own, weight in zip(each, weights, strict=True) if name in own],
-            combination,
-            density,
-            seed_of(name, seed),
-        )
-        for name in names
-    }
-
-
-def _write_index(folder: Path, shards: Sequence[OutputShard]) -> None:
-    """The index, last of the weights, as transformers writes it."""
-    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
-    sizes = [tensor.num_bytes for shard in shards for tensor in shard.tensors]
-    values = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def _short_name(dtype: str | torch.dtype) -> str:
+    """The key in `_DTYPES` of a type, by that name or by torch's and transformers'."""
+    text = str(dtype).removeprefix("torch.")
+    for short, known in _DTYPES.items():
+        if text in (short, str(known).removeprefix("torch.")):
+            return short
+    known_names = [*_DTYPES, "bfloat16", "float16", "float32"]
+    raise ValueError(f"`dtype` must be one of {known_names} or a dtype of torch of that name, got {dtype!r}.")

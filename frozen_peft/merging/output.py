@@ -1,16 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder that appears under its name when it is whole, and not before."""
+"""The folder that is written, which appears under its name when it is whole; and what lies in it beside weights."""
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from frozen_peft.adapters.tokenizers import TEMPLATE_FILES, TOKENIZER_FILES, has_tokenizer, own_template
+from frozen_peft.merging.source import read_json
 from frozen_peft.utils.files import sync
 
-__all__ = ["require_free", "require_space", "whole_folder"]
+__all__ = ["REPORT", "copy_files", "require_free", "require_space", "whole_folder", "write_config"]
+
+REPORT = "merge_report.json"
+# Weights in any form, and what describes the base only.
+_LEFT_OUT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf", ".tflite"}
+)
+_LEFT_OUT = frozenset({"config.json", "README.md", REPORT, "adapter_config.json"})
+# Beyond this a file is no configuration.
+_MAX_FILE_BYTES = 512 << 20
 
 
 def require_free(output: Path) -> None:
@@ -72,6 +84,57 @@ def whole_folder(output: Path) -> Iterator[Path]:
             raise
     finally:
         os.close(handle)
+
+
+def copy_files(base: Path, adapter: Path, target: Path) -> None:
+    """Copies what lies beside the base's weights, with the tokenizer and the chat template that count.
+
+    Folders, weights and what is not a file are left out.
+    """
+    sources = {
+        path.name: path
+        for path in base.iterdir()
+        if path.is_file()
+        and not path.name.startswith(".")
+        and not path.name.endswith((".index.json", *_LEFT_OUT_SUFFIXES))
+        and path.name not in _LEFT_OUT
+        and path.stat().st_size <= _MAX_FILE_BYTES
+    }
+    template = own_template(adapter)
+    if has_tokenizer(adapter):
+        sources = {name: path for name, path in sources.items() if name not in TOKENIZER_FILES}
+        sources |= {name: adapter / name for name in TOKENIZER_FILES if (adapter / name).is_file()}
+        template = own_template(base) if template is None else None
+    if template is not None:
+        # Beside a tokenizer of another folder, in the file that wins over its configuration.
+        sources = {name: path for name, path in sources.items() if name not in TEMPLATE_FILES}
+        (target / TEMPLATE_FILES[0]).write_text(template, encoding="utf-8")
+    for name, path in sources.items():
+        shutil.copyfile(path, target / name)
+
+
+def write_config(base: Path, target: Path, *, dtype: str | None, untied: bool, vocab_size: int | None) -> None:
+    """Writes the base's configuration with what the merge has changed of it.
+
+    Args:
+        base: The base's folder.
+        target: Where to.
+        dtype: The type of the weights by torch's name; None: as before.
+        untied: Whether embedding and head are no longer one tensor.
+        vocab_size: Number of tokens; None: as before.
+    """
+    config = read_json(base / "config.json")
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        is_whole = part is config
+        if dtype is not None and (is_whole or "dtype" in part or "torch_dtype" in part):
+            part.pop("torch_dtype", None)
+            part["dtype"] = dtype
+        if untied and (is_whole or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+        if vocab_size is not None and ("vocab_size" in part or (is_whole and "text_config" not in config)):
+            part["vocab_size"] = vocab_size
+    (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _open(part: Path) -> int:

@@ -2,34 +2,32 @@
 """A base checkpoint: its folder, shards and index, read tensor by tensor."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from frozen_peft.merging.header import TORCH_DTYPES, TensorEntry, read_header
+from frozen_peft.adapters.pickles import require_no_pickle
 
 __all__ = [
-    "ALLOW_PICKLE",
+    "INDEX",
+    "TORCH_DTYPES",
     "Checkpoint",
     "PickleShard",
-    "SafetensorsShard",
     "Shard",
+    "TensorEntry",
     "find_folder",
-    "load_tensors",
-    "not_floating",
     "open_checkpoint",
     "read_json",
 ]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_WEIGHTS, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-ALLOW_PICKLE = (
-    "Loading a pickle can run code. Convert it to safetensors, or allow it with --allow-pickle (`allow_pickle=True`), "
-    "which reads tensors only (`torch.load(weights_only=True)`)"
-)
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Floating-point types that an update can be added to, by their names in a safetensors header."""
+_OTHER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 _COPY_BYTES = 1 << 22
 _HUB_FILES = (
     "model*.safetensors",
@@ -44,110 +42,106 @@ _HUB_FILES = (
 _HUB_PICKLES = ("pytorch_model*.bin", "adapter_model.bin")
 
 
-class Shard(Protocol):
-    """One file of weights."""
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file.
 
-    path: Path
-    tensors: dict[str, TensorEntry]
-    metadata: dict[str, str]
+    Attributes:
+        dtype: Type as a safetensors header names it.
+        shape: Its shape.
+        start: Offset of its first byte in the file.
+        num_bytes: Its bytes.
+    """
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `start` to `stop` of a floating-point tensor, in its own type."""
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
 
-    def copy(self, name: str, target: BinaryIO) -> None:
-        """Writes a tensor's bytes as they are."""
 
+class Shard:
+    """A safetensors file, of which no more is in memory than what is asked for.
 
-class SafetensorsShard:
-    """A safetensors file.
+    Attributes:
+        path: Where it is.
+        tensors: By name, in the order of their bytes.
+        metadata: The header's `__metadata__`.
 
     Raises:
         ValueError: It is not a whole one.
     """
 
     def __init__(self, path: Path):
-        header = read_header(path)
         self.path = path
-        self.tensors = header.tensors
-        self.metadata = header.metadata
-        self._data_start = header.data_start
+        try:
+            # Checks the header. Read by pieces: what is mapped into memory counts as the process's own.
+            self._file = safe_open(path, "pt", backend="pread")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is no whole safetensors file: {error}. Get it again from where it came from."
+            ) from error
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.tensors = {}
+        for name, item in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = item["data_offsets"]
+            self.tensors[name] = TensorEntry(item["dtype"], tuple(item["shape"]), 8 + length + start, stop - start)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `start` to `stop` of a floating-point tensor, in its own type; all of them by default.
-
-        Raises:
-            ValueError: The tensor is of a type that nothing can be added to, such as a quantized one.
-        """
-        entry = self.tensors[name]
-        dtype = TORCH_DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise ValueError(not_floating(name, self.path, entry.dtype))
-        rows = entry.shape[0] if entry.shape else 1
-        stop = rows if stop is None else stop
-        row_bytes = entry.num_bytes // max(rows, 1)
-        buffer = bytearray((stop - start) * row_bytes)
-        with self.path.open("rb") as file:
-            file.seek(self._data_start + entry.start + start * row_bytes)
-            if file.readinto(buffer) != len(buffer):
-                raise ValueError(f"{self.path} ended within `{name}`: it was changed while it was read.")
-        shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
-        if not buffer:
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
+        """Rows `start` to `stop` of a tensor, in its own type; all of it by default."""
+        if stop is None:
+            return self._file.get_tensor(name)
+        return self._file.get_slice(name)[start:stop]
 
     def copy(self, name: str, target: BinaryIO) -> None:
-        """Writes a tensor's bytes as they are."""
+        """Writes a tensor's bytes as they are, whatever its type."""
         entry = self.tensors[name]
-        left = entry.num_bytes
         with self.path.open("rb") as file:
-            file.seek(self._data_start + entry.start)
-            while left:
-                part = file.read(min(left, _COPY_BYTES))
-                if not part:
-                    raise ValueError(f"{self.path} ended within `{name}`: it was changed while it was read.")
+            file.seek(entry.start)
+            left = entry.num_bytes
+            while left and (part := file.read(min(left, _COPY_BYTES))):
                 target.write(part)
                 left -= len(part)
+        if left:
+            raise ValueError(f"{self.path} ended within `{name}`: it was changed while it was read.")
 
 
-class PickleShard:
+class PickleShard(Shard):
     """A file of `torch.save`, read with `weights_only=True`; its tensors stay in the mapped file until used.
 
     Raises:
         ValueError: It is not a file of named tensors.
     """
 
-    _DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
     def __init__(self, path: Path):
-        self.path = path
-        self.metadata = {"format": "pt"}
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # whatever the unpickler of an arbitrary file raises
             raise ValueError(f"{path} cannot be read as a pickle of tensors: {error}") from error
         if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
             raise ValueError(f"{path} does not hold named tensors.")
-        self._tensors: dict[str, torch.Tensor] = loaded
-        self.tensors = {
-            name: TensorEntry(name, self._dtype(name), tuple(tensor.shape), 0, tensor.numel() * tensor.element_size())
-            for name, tensor in loaded.items()
-        }
+        self.path = path
+        self.metadata = {"format": "pt"}
+        self._loaded: dict[str, torch.Tensor] = loaded
+        names = {dtype: name for name, dtype in (TORCH_DTYPES | _OTHER_DTYPES).items()}
+        self.tensors = {}
+        for name, tensor in loaded.items():
+            if tensor.dtype not in names:
+                raise ValueError(
+                    f"`{name}` in {path} is of type {tensor.dtype}; convert the checkpoint to safetensors."
+                )
+            self.tensors[name] = TensorEntry(names[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `start` to `stop` of a tensor, in its own type; all of them by default."""
-        tensor = self._tensors[name]
-        return (tensor[start:stop] if tensor.ndim else tensor).clone()
+        """Rows `start` to `stop` of a tensor, in its own type; all of it by default."""
+        tensor = self._loaded[name]
+        return (tensor if stop is None else tensor[start:stop]).clone()
 
     def copy(self, name: str, target: BinaryIO) -> None:
         """Writes a tensor's bytes as they are."""
-        target.write(self._tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-    def _dtype(self, name: str) -> str:
-        dtype = self._tensors[name].dtype
-        known = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL", **self._DTYPES}
-        if dtype not in known:
-            raise ValueError(f"`{name}` in {self.path} is of type {dtype}; convert the checkpoint to safetensors.")
-        return known[dtype]
+        target.write(self._loaded[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 @dataclass(frozen=True)
@@ -164,11 +158,10 @@ class Checkpoint:
     shards: list[Shard]
     indexed: bool
 
-    def tensors(self) -> Iterator[tuple[Shard, TensorEntry]]:
-        """Every tensor, with the file that holds it."""
-        for shard in self.shards:
-            for entry in shard.tensors.values():
-                yield shard, entry
+    @property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """Every tensor, by its name."""
+        return {name: entry for shard in self.shards for name, entry in shard.tensors.items()}
 
     def shard_of(self, name: str) -> Shard:
         """The file that holds a tensor."""
@@ -210,45 +203,14 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     Raises:
         ValueError: A file is missing, not whole, or a pickle that is not allowed; or the index says otherwise.
     """
-    if (folder / INDEX).is_file():
-        return _open_indexed(folder, INDEX, SafetensorsShard, ".safetensors")
-    if (folder / WEIGHTS).is_file():
-        return Checkpoint(folder, [SafetensorsShard(folder / WEIGHTS)], False)
-    pickles = [name for name in (PICKLE_INDEX, PICKLE_WEIGHTS) if (folder / name).is_file()]
-    if not pickles:
-        raise ValueError(f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX} is there.")
     if not allow_pickle:
-        raise ValueError(f"{folder} has its weights only as a pickle, {pickles[0]}. {ALLOW_PICKLE}.")
-    if pickles[0] == PICKLE_INDEX:
-        return _open_indexed(folder, PICKLE_INDEX, PickleShard, ".bin")
-    return Checkpoint(folder, [PickleShard(folder / PICKLE_WEIGHTS)], False)
-
-
-def not_floating(name: str, path: Path, dtype: str) -> str:
-    """What is wrong with a tensor of another type than the floating-point ones."""
-    return (
-        f"`{name}` in {path} is stored as {dtype}, to which no update can be added. Use the checkpoint in "
-        f"{', '.join(TORCH_DTYPES)}."
-    )
-
-
-def load_tensors(folder: Path, stem: str, *, allow_pickle: bool = False) -> dict[str, torch.Tensor]:
-    """All tensors of a small file, `{stem}.safetensors` or, where that is allowed, `{stem}.bin`.
-
-    Raises:
-        ValueError: There is no such file, or it is not whole.
-    """
-    path, pickle = folder / f"{stem}.safetensors", folder / f"{stem}.bin"
-    shard: Shard
-    if path.is_file():
-        shard = SafetensorsShard(path)
-    elif not pickle.is_file():
-        raise ValueError(f"{folder} holds no {path.name}.")
-    elif not allow_pickle:
-        raise ValueError(f"{folder} has its weights only as a pickle, {pickle.name}. {ALLOW_PICKLE}.")
-    else:
-        shard = PickleShard(pickle)
-    return {name: shard.read(name) for name in shard.tensors}
+        require_no_pickle(folder)
+    for weights, index, shard_type in ((WEIGHTS, INDEX, Shard), (PICKLE_WEIGHTS, PICKLE_INDEX, PickleShard)):
+        if (folder / index).is_file():
+            return Checkpoint(folder, _indexed_shards(folder, index, shard_type), True)
+        if (folder / weights).is_file():
+            return Checkpoint(folder, [shard_type(folder / weights)], False)
+    raise ValueError(f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX} is there.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -269,10 +231,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _open_indexed(folder: Path, index: str, shard_type: Any, suffix: str) -> Checkpoint:
+def _indexed_shards(folder: Path, index: str, shard_type: type[Shard]) -> list[Shard]:
     weight_map = read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / index} has no `weight_map`.")
+    suffix = ".safetensors" if shard_type is Shard else ".bin"
     for tensor, name in weight_map.items():
         # Files of the same names are written to the output, beside others that have theirs.
         is_name = isinstance(name, str) and name.endswith(suffix) and not name.startswith(".") and len(name) <= 128
@@ -280,16 +243,18 @@ def _open_indexed(folder: Path, index: str, shard_type: Any, suffix: str) -> Che
             raise ValueError(
                 f"{folder / index} places `{tensor}` in {name!r}, which is no name of a {suffix} file beside it."
             )
-    missing = [name for name in sorted(set(weight_map.values())) if not (folder / name).is_file()]
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which its index names. Download it again.")
-    shards = [shard_type(folder / name) for name in sorted(set(weight_map.values()))]
-    held = {tensor: shard.path.name for shard in shards for tensor in shard.tensors}
-    for tensor in sorted(set(held) | set(weight_map)):
-        if held.get(tensor) != weight_map.get(tensor):
-            raise ValueError(
-                f"{folder / index} places `{tensor}` in {weight_map.get(tensor)}, and it is in {held.get(tensor)}."
-            )
-    if sum(len(shard.tensors) for shard in shards) != len(held):
-        raise ValueError(f"A tensor is in two files of {folder}.")
-    return Checkpoint(folder, shards, True)
+    shards = [shard_type(folder / name) for name in names]
+    held = {(tensor, shard.path.name) for shard in shards for tensor in shard.tensors}
+    misplaced = {tensor for tensor, _ in held ^ set(weight_map.items())}
+    if misplaced:
+        tensor = min(misplaced)
+        found = [shard.path.name for shard in shards if tensor in shard.tensors]
+        raise ValueError(
+            f"{folder / index} places `{tensor}` in {weight_map.get(tensor)}, and it is in "
+            f"{' and '.join(found) or 'none of its files'}."
+        )
+    return shards

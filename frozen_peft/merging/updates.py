@@ -7,8 +7,8 @@ experts where experts are stacked. An update by rows never holds more than the r
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, ties
@@ -23,10 +23,13 @@ __all__ = [
     "Replacement",
     "RowReplacement",
     "Update",
+    "combine",
+    "same_update",
 ]
 
 Combination = Literal["linear", "ties", "dare_linear", "dare_ties"]
-COMBINATIONS: tuple[Combination, ...] = ("linear", "ties", "dare_linear", "dare_ties")
+COMBINATIONS: tuple[Combination, ...] = get_args(Combination)
+_FUNCTIONS = {"ties": ties, "dare_linear": dare_linear, "dare_ties": dare_ties}
 
 
 class Update(Protocol):
@@ -42,9 +45,6 @@ class Update(Protocol):
 
     def apply(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The updated rows, float32 as they are given."""
-
-    def shape_problem(self, shape: tuple[int, ...]) -> str | None:
-        """What is wrong with updating a weight of this shape; None if nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +77,14 @@ class LowRank:
 
     def apply(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The updated rows."""
-        changed = rows + self.scale * (self.left[start:stop].float() @ self._right(start, stop).float())
+        right = self.right[start:stop] if self.right.ndim == 3 else self.right
+        changed = rows + self.scale * (self.left[start:stop].float() @ right.float())
         if self.magnitude is None:
             return changed
         if self.outputs_last:
             return changed * (self.magnitude.float() / torch.linalg.norm(changed, dim=0))
         norm = torch.linalg.norm(changed, dim=1, keepdim=True)
         return changed * (self.magnitude[start:stop, None].float() / norm)
-
-    def shape_problem(self, shape: tuple[int, ...]) -> str | None:
-        """What is wrong with a weight of this shape."""
-        own = (*self.left.shape[:-1], self.right.shape[-1])
-        return None if tuple(shape) == own else f"the adapter's update has the shape {list(own)}"
-
-    def _right(self, start: int, stop: int) -> torch.Tensor:
-        return self.right[start:stop] if self.right.ndim == 3 else self.right
 
 
 @dataclass(frozen=True)
@@ -100,17 +93,12 @@ class AddVector:
 
     vector: torch.Tensor
     scale: float
-    by_rows: bool = field(default=True, init=False)
-    is_linear: bool = field(default=True, init=False)
+    by_rows: ClassVar[bool] = True
+    is_linear: ClassVar[bool] = True
 
     def apply(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The updated entries."""
         return rows + self.scale * self.vector[start:stop].float()
-
-    def shape_problem(self, shape: tuple[int, ...]) -> str | None:
-        """What is wrong with a bias of this shape."""
-        own = tuple(self.vector.shape)
-        return None if tuple(shape) == own else f"the adapter's has the shape {list(own)}"
 
 
 @dataclass(frozen=True)
@@ -118,17 +106,12 @@ class Replacement:
     """A weight that was trained as a whole (`modules_to_save`, `bias`)."""
 
     tensor: torch.Tensor
-    by_rows: bool = field(default=True, init=False)
-    is_linear: bool = field(default=False, init=False)
+    by_rows: ClassVar[bool] = True
+    is_linear: ClassVar[bool] = False
 
     def apply(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The trained rows."""
         return (self.tensor[start:stop] if self.tensor.ndim else self.tensor).float()
-
-    def shape_problem(self, shape: tuple[int, ...]) -> str | None:
-        """What is wrong with a weight of this shape."""
-        own = tuple(self.tensor.shape)
-        return None if tuple(shape) == own else f"the adapter's has the shape {list(own)}"
 
 
 @dataclass(frozen=True)
@@ -137,8 +120,8 @@ class RowReplacement:
 
     indices: torch.Tensor
     values: torch.Tensor
-    by_rows: bool = field(default=True, init=False)
-    is_linear: bool = field(default=False, init=False)
+    by_rows: ClassVar[bool] = True
+    is_linear: ClassVar[bool] = False
 
     def apply(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The rows, trained ones replaced."""
@@ -147,13 +130,6 @@ class RowReplacement:
         changed[self.indices[inside] - start] = self.values[inside].float()
         return changed
 
-    def shape_problem(self, shape: tuple[int, ...]) -> str | None:
-        """What is wrong with an embedding of this shape."""
-        if len(shape) != 2 or shape[1] != self.values.shape[1]:
-            return f"the adapter's rows have {self.values.shape[1]} columns"
-        highest = int(self.indices.max()) if len(self.indices) else -1
-        return None if highest < shape[0] else f"the adapter trains token {highest}"
-
 
 @dataclass(frozen=True)
 class Layered:
@@ -161,7 +137,7 @@ class Layered:
 
     base: torch.Tensor
     update: Update
-    is_linear: bool = field(default=False, init=False)
+    is_linear: ClassVar[bool] = False
 
     @property
     def by_rows(self) -> bool:
@@ -171,10 +147,6 @@ class Layered:
     def apply(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The updated rows, of those that the adapter holds."""
         return self.update.apply(self.base[start:stop].float(), start, stop)
-
-    def shape_problem(self, shape: tuple[int, ...]) -> str | None:
-        """What is wrong with a weight of this shape."""
-        return Replacement(self.base).shape_problem(shape) or self.update.shape_problem(shape)
 
 
 @dataclass(frozen=True)
@@ -190,7 +162,7 @@ class Combined:
         weights: As many.
         combination: How they are combined.
         density: Share of each difference that is kept; unused by `linear`.
-        seed: Decides, with the weight's name, what DARE drops.
+        seed: Decides what DARE drops.
     """
 
     updates: Sequence[Update]
@@ -211,52 +183,51 @@ class Combined:
 
     def apply(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """The updated rows."""
+        differences = (update.apply(rows, start, stop) - rows for update in self.updates)
         if self.combination == "linear":
             changed = rows.clone()
-            for update, weight in zip(self.updates, self.weights, strict=True):
-                changed += weight * (update.apply(rows, start, stop) - rows)
+            for difference, weight in zip(differences, self.weights, strict=True):
+                changed += weight * difference
             return changed
-        differences = [update.apply(rows, start, stop) - rows for update in self.updates]
         weights = torch.tensor(self.weights, dtype=torch.float32)
-        if self.combination == "ties":
-            return rows + ties(differences, weights, self.density)
-        combine = dare_linear if self.combination == "dare_linear" else dare_ties
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return rows + combine(differences, weights, self.density)
-
-    def shape_problem(self, shape: tuple[int, ...]) -> str | None:
-        """What is wrong with a weight of this shape."""
-        problems = (update.shape_problem(shape) for update in self.updates)
-        return next((problem for problem in problems if problem), None)
+            return rows + _FUNCTIONS[self.combination](list(differences), weights, self.density)
 
 
-def seed_of(name: str, seed: int) -> int:
-    """A seed of this weight's own, the same on every machine."""
-    return (zlib.crc32(name.encode("utf-8")) << 20) ^ seed
+def combine(
+    each: Sequence[dict[str, Update]], weights: Sequence[float], how: Combination, density: float, seed: int
+) -> dict[str, Update]:
+    """What several adapters change together.
 
-
-def same_update(first: Update, second: Update) -> bool:
-    """Whether two updates do exactly the same to equal weights."""
-    if isinstance(first, LowRank) and isinstance(second, LowRank):
-        return (
-            first.scale == second.scale
-            and first.magnitude is None
-            and second.magnitude is None
-            and torch.equal(first.left, second.left)
-            and torch.equal(first.right, second.right)
+    Args:
+        each: Updates of each adapter, by the name of the parameter.
+        weights: A factor for each.
+        how: See `Combined`, as for what follows.
+        density: Share of each difference that is kept.
+        seed: Decides, with the weight's name, what DARE drops.
+    """
+    if len(each) == 1 and weights[0] == 1.0 and how == "linear":
+        return each[0]
+    combined: dict[str, Update] = {}
+    for name in dict.fromkeys(name for own in each for name in own):
+        held = [(own[name], weight) for own, weight in zip(each, weights, strict=True) if name in own]
+        # The same on every machine, and another one for each weight.
+        own_seed = (zlib.crc32(name.encode("utf-8")) << 20) ^ seed if how.startswith("dare") else 0
+        combined[name] = Combined(
+            [update for update, _ in held], [weight for _, weight in held], how, density, own_seed
         )
-    if isinstance(first, Replacement) and isinstance(second, Replacement):
-        return torch.equal(first.tensor, second.tensor)
-    if isinstance(first, RowReplacement) and isinstance(second, RowReplacement):
-        return torch.equal(first.indices, second.indices) and torch.equal(first.values, second.values)
-    if isinstance(first, Layered) and isinstance(second, Layered):
-        return torch.equal(first.base, second.base) and same_update(first.update, second.update)
-    if isinstance(first, Combined) and isinstance(second, Combined):
-        return (
-            len(first.updates) == len(second.updates)
-            and first.combination == second.combination == "linear"
-            and list(first.weights) == list(second.weights)
-            and all(map(same_update, first.updates, second.updates))
-        )
-    return False
+    return combined
+
+
+def same_update(first: Any, second: Any) -> bool:
+    """Whether two updates, or values of their fields, are equal, and so do the same to equal weights."""
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(same_update, first, second))
+    if is_dataclass(first):
+        return all(same_update(getattr(first, own.name), getattr(second, own.name)) for own in fields(first))
+    return first == second

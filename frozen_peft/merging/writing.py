@@ -3,24 +3,27 @@
 
 What is alive: the factors of the adapter, and of the weight that is being written a block of rows in its own type, in
 float32 and updated. Updates that need a whole matrix (TIES, DARE, DoRA of transposed weights, experts that the
-checkpoint stores one by one) have it whole; so has a weight that is quantized first.
+checkpoint stores one by one) have it whole; so has a weight that is quantized first. The library writes files from
+tensors that are all in memory, so their headers are written here.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from frozen_peft.merging.header import TORCH_DTYPES, num_bytes_of, pack_header
-from frozen_peft.merging.homes import Piece, cut_update
-from frozen_peft.merging.source import Shard
+from frozen_peft.merging.homes import Piece
+from frozen_peft.merging.source import INDEX, TORCH_DTYPES, Shard
 from frozen_peft.merging.updates import Update
+from frozen_peft.utils.compat.transformers import as_stored
 
-__all__ = ["OutputShard", "OutputTensor", "write_shards"]
+__all__ = ["OutputShard", "OutputTensor", "write_index", "write_shards"]
 
 BLOCK_BYTES = 8 << 20
 
@@ -56,7 +59,9 @@ class OutputTensor:
     @property
     def num_bytes(self) -> int:
         """Bytes in the output."""
-        return num_bytes_of(self.dtype, self.shape)
+        if self.dtype not in TORCH_DTYPES:
+            return self.shard.tensors[self.source].num_bytes
+        return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
 
     @property
     def is_copied(self) -> bool:
@@ -78,8 +83,16 @@ class OutputShard:
         return len(self.header()) + sum(tensor.num_bytes for tensor in self.tensors)
 
     def header(self) -> bytes:
-        """Its first bytes."""
-        return pack_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in self.tensors], self.metadata)
+        """Its first bytes (https://github.com/huggingface/safetensors, "Format")."""
+        values: dict[str, Any] = {"__metadata__": self.metadata}
+        end = 0
+        for tensor in self.tensors:
+            start, end = end, end + tensor.num_bytes
+            values[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+        text = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        # Tensors then begin at a multiple of eight, as the library writes them.
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
 
 
 def write_shards(
@@ -99,7 +112,7 @@ def write_shards(
     total = sum(tensor.num_bytes for shard in shards for tensor in shard.tensors)
     with tqdm(total=total, desc="Merging", unit="B", unit_scale=True, delay=2) as bar:
         for shard in shards:
-            cutter = _Cutter(model, updates, shard.tensors)
+            cutter = _Cutter(model, updates, shard)
             with (folder / shard.name).open("xb") as file:
                 file.write(shard.header())
                 for tensor in shard.tensors:
@@ -111,42 +124,41 @@ def write_shards(
                     bar.update(tensor.num_bytes)
 
 
-class _Cutter:
-    """Updates of parameters that are stored in parts, each kept until its last part in this file is written."""
+def write_index(folder: Path, shards: Sequence[OutputShard]) -> None:
+    """Writes the index, as transformers does."""
+    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    sizes = [tensor.num_bytes for shard in shards for tensor in shard.tensors]
+    values = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
-    def __init__(self, model: PreTrainedModel, updates: Mapping[str, Update], tensors: Sequence[OutputTensor]):
+
+class _Cutter:
+    """Updates of parameters that are stored in parts, each kept until its last part in one file is written."""
+
+    def __init__(self, model: PreTrainedModel, updates: Mapping[str, Update], shard: OutputShard):
         self._model, self._updates = model, updates
-        self._shapes = {
-            name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)
-        }
+        self._names = {tensor.name for tensor in shard.tensors}
         self._parts: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
-        self._left: dict[tuple[str, ...], int] = {}
-        for tensor in tensors:
-            if tensor.piece and tensor.piece.group:
-                self._left[tensor.piece.group] = self._left.get(tensor.piece.group, 0) + 1
 
     def change(self, piece: Piece, name: str) -> torch.Tensor:
         """What is added to one part, float32 of its shape."""
         if piece.group not in self._parts:
-            changes = {
-                parameter: self._updates[parameter].apply(
-                    torch.zeros(self._shapes[parameter]), 0, self._shapes[parameter][0]
-                )
-                for parameter in piece.group
-                if parameter in self._updates
-            }
-            self._parts[piece.group] = cut_update(self._model, piece.group, changes)
-        change = self._parts[piece.group].pop(name)
-        self._left[piece.group] -= 1
-        if not self._left[piece.group]:
+            parts = as_stored(self._model, {parameter: self._whole(parameter) for parameter in piece.group})
+            self._parts[piece.group] = {part: parts[part] for part in parts if part in self._names}
+        left = self._parts[piece.group]
+        change = left.pop(name)
+        if not left:
             del self._parts[piece.group]
         return change
+
+    def _whole(self, parameter: str) -> torch.Tensor:
+        zeros = torch.zeros(self._model.get_parameter(parameter).shape)
+        return self._updates[parameter].apply(zeros, 0, len(zeros)) if parameter in self._updates else zeros
 
 
 @torch.no_grad()
 def _blocks(tensor: OutputTensor, updates: Mapping[str, Update], cutter: _Cutter) -> Iterator[torch.Tensor]:
     """The merged tensor, in blocks of its rows."""
-    dtype = TORCH_DTYPES[tensor.dtype]
     for rows, start, stop in _read(tensor, updates):
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if tensor.piece is None:
@@ -155,7 +167,7 @@ def _blocks(tensor: OutputTensor, updates: Mapping[str, Update], cutter: _Cutter
             merged = rows + cutter.change(tensor.piece, tensor.name)
         else:
             merged = updates[tensor.piece.parameter].apply(rows, start, stop)
-        merged = merged.to(dtype)
+        merged = merged.to(TORCH_DTYPES[tensor.dtype])
         if tensor.piece is not None and not bool(torch.isfinite(merged).all()):
             raise ValueError(
                 f"`{tensor.name}` is not finite after merging, in {tensor.dtype}: the adapter holds such values, or "
@@ -166,20 +178,19 @@ def _blocks(tensor: OutputTensor, updates: Mapping[str, Update], cutter: _Cutter
 
 def _read(tensor: OutputTensor, updates: Mapping[str, Update]) -> Iterator[tuple[torch.Tensor, int, int]]:
     """The tensor before its update, in blocks of rows if that can be, and the rows' numbers."""
-    shape = tensor.shape
-    num_rows = shape[0] if shape else 1
-    whole = tensor.prepare is not None
-    if tensor.piece is not None:
-        whole = whole or bool(tensor.piece.group) or not updates[tensor.piece.parameter].by_rows
-    if whole or not shape or not math.prod(shape):
+    shape, piece = tensor.shape, tensor.piece
+    by_rows = piece is None or (not piece.group and updates[piece.parameter].by_rows)
+    if tensor.prepare is not None or not by_rows or not math.prod(shape) or not shape:
         assert tensor.num_rows is None, "what the adapter holds as a whole is updated by rows"
         weight = tensor.shard.read(tensor.source)
-        yield (weight if tensor.prepare is None else tensor.prepare(weight)), 0, num_rows
+        yield (weight if tensor.prepare is None else tensor.prepare(weight)), 0, len(weight) if shape else 1
         return
     step = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:])))
     stored = tensor.shard.tensors[tensor.source].shape[0]
-    for start in range(0, num_rows, step):
-        stop = min(start + step, num_rows)
-        rows = tensor.shard.read(tensor.source, min(start, stored), min(stop, stored))
-        # Rows that the base does not have; the adapter holds them.
-        yield torch.cat([rows, rows.new_zeros(stop - start - len(rows), *shape[1:])]), start, stop
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        rows = torch.zeros(stop - start, *shape[1:], dtype=TORCH_DTYPES[tensor.shard.tensors[tensor.source].dtype])
+        if start < stored:
+            # What is beyond are rows that the base does not have; the adapter holds them.
+            rows[: stored - start] = tensor.shard.read(tensor.source, start, min(stop, stored))
+        yield rows, start, stop

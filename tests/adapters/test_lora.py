@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, Phi3Config
 from frozen_peft.adapters import (
     PRESETS,
     RoleLoraConfig,
-    adapted_weights_summary,
     find_roles,
     lora_config,
     restrict_adapter_rows,
@@ -152,7 +151,7 @@ def test_all_linear_needs_no_role_table() -> None:
     model = get_peft_model(base, lora_config(base, "all-linear"))
 
     assert restrict_adapter_rows(model) == []
-    assert "self_attn.qkv_proj" in adapted_weights_summary(model)
+    assert any(".self_attn.qkv_proj.lora_B." in name for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("name", ["falcon_h1", "granitemoehybrid", "nemotron_h"])
@@ -328,18 +327,3 @@ def test_the_same_kinds_are_accepted_for_whole_modules() -> None:
 
 def test_a_model_without_lora_is_left_alone() -> None:
     assert restrict_adapter_rows(tiny_model("llama")) == []
-
-
-def test_summary_names_roles_rows_and_all_trainable_parameters() -> None:
-    base = tiny_model("qwen3_next")
-    model = get_peft_model(base, lora_config(base, r=2))
-    restrict_adapter_rows(model)
-    lines = adapted_weights_summary(model).splitlines()
-
-    assert lines[0].split() == ["role", "module", "layers", "rows", "parameters"]
-    gate = next(line for line in lines if "in_proj_qkvz" in line)
-    # 2 layers: lora_A is 2 x 32, and 64 of lora_B's 192 rows of 2 are adapted.
-    assert gate.split() == ["gate", "linear_attn.in_proj_qkvz", "2", "64", "of", "192", str(2 * (64 + 128))]
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    frozen_rows = 2 * (192 - 64) * 2
-    assert lines[-1].split() == ["total", f"{trainable - frozen_rows:,}"]

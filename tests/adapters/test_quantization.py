@@ -16,9 +16,9 @@ from frozen_peft.adapters import (
     log_quantization,
     lora_config,
     quantization_config,
-    quantization_report,
     restrict_adapter_rows,
 )
+from frozen_peft.utils.sizes import format_size
 from tests.tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
 
@@ -91,34 +91,36 @@ def test_beta_decay_and_head_stay_in_16_bit(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next"])
-def test_report_accounts_for_every_weight_and_is_logged(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_log_accounts_for_every_byte(
+    name: str, adapted: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = in_4bit(name, tmp_path)
-    with caplog.at_level(logging.INFO, logger="frozen_peft"):
-        report = log_quantization(model)
-
-    assert str(report) in caplog.text
-    assert sum(group.num_weights for group in report.groups) == tiny_model(name).num_parameters()
-    # Half a byte a weight, a scale of a byte per block of 64, for the scales one of 4 bytes per 256 and an offset,
-    # and the two code books, of 16 and 256 numbers.
-    expected_bytes = 0
+    reference = tiny_model(name)
+    # Half a byte a weight, a scale of a byte per block of 64, for the scales one of 4 bytes per 256, and the two code
+    # books, of 16 and 256 numbers.
+    quantized, kept = 0, 2 * reference.num_parameters()
     for key in quantized_names(model):
-        num_weights = tiny_model(name).get_submodule(key).weight.numel()
+        num_weights = reference.get_submodule(key).weight.numel()
         num_blocks = math.ceil(num_weights / 64)
-        expected_bytes += num_weights // 2 + num_blocks + 4 * math.ceil(num_blocks / 256) + 4 + 4 * (16 + 256)
-    assert report.quantized_bytes == expected_bytes
-    assert report.kept_bytes == 2 * sum(group.num_weights for group in report.kept)
-    kept = {group.name: group for group in report.kept}
-    beta = "model.layers.*.linear_attn.in_proj_b" + ("a" if name == "qwen3_next" else "")
-    assert kept[beta].count == 2
-    assert kept[beta].dtype == "bfloat16"
-    if name == "qwen3_next":
-        assert not kept["model.layers.*.mlp.experts.gate_up_proj"].is_quantized
-    assert "not quantized: " in str(report)
+        quantized += num_weights // 2 + num_blocks + 4 * math.ceil(num_blocks / 256) + 4 * (16 + 256)
+        kept -= 2 * num_weights
+    if adapted:
+        # Not adapters, and what they are put on under its own name.
+        model = get_peft_model(model, lora_config(model, roles=["query", "beta"]))
+    with caplog.at_level(logging.INFO, logger="frozen_peft"):
+        log_quantization(model)
 
-    adapted = get_peft_model(model, lora_config(model))
-    assert quantization_report(adapted) == report
+    line = caplog.messages[-1]
+    assert f"{format_size(quantized)} in 4 bit" in line
+    assert f"{format_size(kept)} in their own precision" in line
+    named = "mlp.experts.gate_up_proj" if name == "qwen3_next" else "linear_attn.in_proj_b.weight"
+    num_bytes = sum(weight.nbytes for key, weight in model.named_parameters() if plain(key).endswith(named))
+    assert f"model.layers.*.{named} ({format_size(num_bytes)})" in line
+
+
+def plain(name: str) -> str:
+    return name.replace(".base_layer", "")
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "gpt2"])

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from frozen_peft import merge_adapter
 from frozen_peft.adapters import activate_at_invocation
-from frozen_peft.merging import patterns
 from tests.merging.cases import Case, lora, save_case
 from tests.tiny_models import tiny_model
 from tests.training.runs import word_tokenizer
@@ -124,7 +123,7 @@ def test_an_index_that_disagrees_with_its_files_is_refused(made) -> None:
     index = json.loads((made[0] / INDEX).read_text())
     index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = "model-00001-of-00004.safetensors"
     (made[0] / INDEX).write_text(json.dumps(index))
-    refused(made, r"places `model.layers.9.mlp.up_proj.weight` in model-00001-of-00004.safetensors, and it is in None")
+    refused(made, r"places `model.layers.9.mlp.up_proj.weight` in model-00001-of-00004.safetensors, and it is in none")
 
 
 def test_a_report_among_the_weights_is_not_written_over(made) -> None:
@@ -200,10 +199,10 @@ def test_a_pickle_is_refused_with_the_flag_that_allows_it(tmp_path: Path) -> Non
     weights, factors = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
     (base / "model.safetensors").unlink()
     torch.save(weights, base / "pytorch_model.bin")
-    refused((base, adapter), "only as a pickle, pytorch_model.bin.*--allow-pickle")
+    refused((base, adapter), "pytorch_model.bin is a pickle.*--allow-pickle")
     (adapter / "adapter_model.safetensors").unlink()
     torch.save(factors, adapter / "adapter_model.bin")
-    refused((base, adapter), "only as a pickle, adapter_model.bin.*--allow-pickle")
+    refused((base, adapter), "adapter_model.bin is a pickle.*--allow-pickle")
     merge_adapter(adapter, tmp_path / "merged", base, allow_pickle=True)
     merged, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", expected))
     assert merged.keys() == wanted.keys()
@@ -249,21 +248,19 @@ def test_a_quantized_base_is_refused(made) -> None:
         ({"layer_replication": [[0, 2], [1, 3]]}, "replicated layers"),
         ({"init_lora_weights": "pissa"}, "changes the base weights before training"),
         ({"init_lora_weights": 7}, "changes the base weights before training"),
-        ({"r": "two"}, "PEFT cannot read"),
-        ({"r": True}, "PEFT cannot read"),
+        ({"r": "two"}, "cannot be read by PEFT"),
+        ({"r": True}, "cannot be read by PEFT"),
         ({"target_modules": "(("}, "does not fit the base model"),
-        ({"target_modules": [{}]}, "PEFT cannot read"),
-        ({"rank_pattern": {"q_proj": []}}, "PEFT cannot read|does not fit"),
+        ({"target_modules": [{}]}, "cannot be read by PEFT"),
+        ({"rank_pattern": {"q_proj": []}}, "cannot be read by PEFT"),
         ({"rank_pattern": {"((": 2}}, "does not fit the base model"),
         ({"r": 5}, "size mismatch"),
-        ({"target_modules": r"((\w|\.)+)+!"}, "take longer than"),
-        ({"rank_pattern": {r"((\w|\.)+)+!": 2}}, "take longer than"),
-        ({"base_model_name_or_path": []}, "PEFT cannot read"),
+        ({"rank_pattern": [2]}, "cannot be read by PEFT"),
+        ({"base_model_name_or_path": [3]}, "cannot be read by PEFT"),
         ({"bias": "some"}, "does not fit|cannot be read|no home"),
     ],
 )
-def test_configurations_that_cannot_be_merged(fields: dict[str, Any], message: str, made, monkeypatch) -> None:
-    monkeypatch.setattr(patterns, "LIMIT_SECONDS", 0.2)
+def test_configurations_that_cannot_be_merged(fields: dict[str, Any], message: str, made) -> None:
     edit(made[1] / "adapter_config.json", **fields)
     refused(made, message)
 
