@@ -10,13 +10,13 @@ The update of a module is `scaling * lora_B @ lora_A`, and row i of it depends o
 3. Saving, loading and merging treat `lora_B` as the ordinary matrix that it is.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from frozen_peft.adapters.lora import RoleLoraConfig, check_partial, is_lora, matches_by_module, partial_problem
@@ -26,8 +26,8 @@ from frozen_peft.errors import UnsupportedArchitectureError
 
 __all__ = ["AdaptedProjection", "adapted_projections", "restrict_adapter_rows"]
 
-# Installed restrictions by parameter: what makes a second call find its own hooks. Weak, so that it keeps no
-# weight alive; not on the parameter itself, where it would be saved with it.
+# Installed hooks by parameter, which a second call replaces. Weak, so that it keeps no weight alive; not on the
+# parameter itself, where it would be saved with it.
 _installed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -77,43 +77,35 @@ def restrict_adapter_rows(model: nn.Module) -> list[str]:
     """
     restricted = []
     for adapter in adapted_projections(model):
-        frozen = ~adapter.adapted
-        previous = _installed.get(adapter.weight)
-        if previous is not None:
-            handle, rows = previous
-            if torch.equal(rows, frozen):
-                restricted.append(adapter.module)
-                continue
-            handle.remove()
-            del _installed[adapter.weight]
+        weight, frozen = adapter.weight, ~adapter.adapted
+        if (previous := _installed.pop(weight, None)) is not None:
+            previous.remove()
         if not frozen.any():
             continue
         assert isinstance(model, PeftModel)
         check_partial(model.peft_config[adapter.name], [adapter.module])
-        weight = adapter.weight
         if weight.device.type != "meta" and bool(weight.detach()[frozen.to(weight.device)].any()):
             raise ValueError(
                 f"Adapter {adapter.name!r} of {adapter.module} already changes rows that its `roles` "
                 f"({model.peft_config[adapter.name].roles}) leave out. Load it with the roles it was trained with."
             )
-        _installed[weight] = (_zero_gradient_of(weight, frozen), frozen)
+        # A parameter that is not trainable (an adapter loaded for inference) takes no hook until it is.
+        trainable = weight.requires_grad
+        _installed[weight] = weight.requires_grad_(True).register_hook(_zeroing(frozen))
+        weight.requires_grad_(trainable)
         restricted.append(adapter.module)
     return restricted
 
 
-def _zero_gradient_of(weight: nn.Parameter, frozen: torch.Tensor) -> RemovableHandle:
-    # Moved once, not at every backward; the weight may still move, hence the `to` below, which is then free.
-    on_device = frozen.to(weight.device) if weight.device.type != "meta" else frozen
+def _zeroing(frozen: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A hook that zeroes rows of a gradient; which rows is moved once to where gradients are."""
 
     def hook(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.masked_fill(on_device.to(gradient.device)[:, None], 0.0)
+        nonlocal frozen
+        frozen = frozen.to(gradient.device)
+        return gradient.masked_fill(frozen[:, None], 0.0)
 
-    # A parameter that is not trainable (an adapter loaded for inference) takes no hook until it is.
-    trainable = weight.requires_grad
-    weight.requires_grad_(True)
-    handle = weight.register_hook(hook)
-    weight.requires_grad_(trainable)
-    return handle
+    return hook
 
 
 def adapted_projections(model: nn.Module) -> list[AdaptedProjection]:

@@ -88,13 +88,6 @@ class RoleMatch:
     path: str
     out_features: int
 
-    @property
-    def num_rows(self) -> int:
-        """Number of output features that hold the role."""
-        if self.rows is None:
-            return self.out_features
-        return sum(stop - start for start, stop in self.rows)
-
 
 def as_model(model_or_config: nn.Module | PretrainedConfig | str) -> nn.Module:
     """Return a model without PEFT's wrapping; from a configuration, one without weights (on the meta device).

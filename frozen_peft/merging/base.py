@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from frozen_peft.adapters.roles import model_on_meta
+from frozen_peft.adapters.tokenizers import has_tokenizer, require_embeddings
 from frozen_peft.adapters.vocabulary import resized_vocabulary
 from frozen_peft.merging.adapter import AdapterFolder
 from frozen_peft.merging.base_record import read_record, require_same_base
-from frozen_peft.merging.source import Checkpoint, find_folder, open_checkpoint, read_json
+from frozen_peft.merging.source import Checkpoint, find_folder, open_checkpoint
 from frozen_peft.utils.compat.transformers import parameters_of_tensors
 
 __all__ = ["Base", "compare_with_records", "open_base", "require_tokens", "with_vocabulary"]
@@ -141,27 +142,13 @@ def require_tokens(base: Base, adapters: Sequence[AdapterFolder]) -> None:
     """Refuses an adapter whose tokenizer has tokens that the base has no embedding for.
 
     Raises:
-        ValueError: One has.
+        ValueError: One has, or has a tokenizer that cannot be read.
     """
-    vocab_size = base.config.get_text_config().vocab_size
     for item in adapters:
-        highest = _highest_token(item.folder / "tokenizer.json")
-        if highest >= vocab_size:
-            raise ValueError(
-                f"The tokenizer in {item.folder} has a token {highest}, and {base.name} has embeddings of "
-                f"{vocab_size} tokens. Merge onto the model that the adapter was trained on, resized as it was then."
-            )
-
-
-def _highest_token(path: Path) -> int:
-    """The highest token id of a tokenizer's file; -1 where it says none."""
-    if not path.is_file():
-        return -1
-    values = read_json(path)
-    model, added = values.get("model"), values.get("added_tokens")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    # Unigram models list their tokens, the others number them.
-    ids = [len(vocabulary) - 1] if isinstance(vocabulary, list) else []
-    ids += list(vocabulary.values()) if isinstance(vocabulary, dict) else []
-    ids += [item.get("id") for item in added if isinstance(item, dict)] if isinstance(added, list) else []
-    return max((number for number in ids if type(number) is int), default=-1)
+        if not has_tokenizer(item.folder):
+            continue
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(item.folder, trust_remote_code=base.trust_remote_code)
+        except Exception as error:  # whatever transformers makes of files that anyone may have written
+            raise ValueError(f"The tokenizer in {item.folder} cannot be read by transformers: {error}") from error
+        require_embeddings(tokenizer, base.config.get_text_config().vocab_size, item.folder)

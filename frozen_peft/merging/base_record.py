@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from frozen_peft.adapters.vocabulary import vocabulary_parameters
 from frozen_peft.merging.source import Checkpoint, read_json
+from frozen_peft.utils.files import whole_file
 
 __all__ = [
     "RECORD",
@@ -76,9 +77,7 @@ class BaseRecord:
 
 def relative_names(model: PreTrainedModel) -> dict[str, str]:
     """The model's own parameter names, by those that a record uses."""
-    relative = _relative(model)
-    named = ((relative(name), name) for name, _ in model.named_parameters(remove_duplicate=False))
-    return {own: name for own, name in named if own is not None}
+    return {relative: name for relative, name, _ in _parameters(model)}
 
 
 def save_base_record(model: nn.Module, folder: str | Path) -> None:
@@ -89,7 +88,7 @@ def save_base_record(model: nn.Module, folder: str | Path) -> None:
     """
     if not isinstance(model, PeftModel):
         return
-    parameters = dict(_base_parameters(model))
+    parameters = {relative: parameter for relative, _, parameter in _parameters(model)}
     states = {
         name: state for name, parameter in parameters.items() if (state := getattr(parameter, "quant_state", None))
     }
@@ -116,10 +115,11 @@ def save_base_record(model: nn.Module, folder: str | Path) -> None:
             {"name": pattern, "shape": list(shape), "quantized": quantized, "layers": layers}
             for (pattern, shape, quantized), layers in groups.items()
         ],
-        "quantization": next(map(_quantization, states.values()), None),
+        "quantization": next((_quantization(state) for state in states.values()), None),
         "samples": [_sample(*item) for item in readable[:: max(1, len(readable) // _NUM_TENSORS)]],
     }
-    (Path(folder) / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    with whole_file(Path(folder) / RECORD) as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def read_record(folder: Path) -> BaseRecord | None:
@@ -158,10 +158,7 @@ def read_record(folder: Path) -> BaseRecord | None:
 
 
 def require_same_base(
-    record: BaseRecord,
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    stored: Mapping[str, str],
+    record: BaseRecord, model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapping[str, str]
 ) -> int:
     """Compares names, shapes and sampled values with a checkpoint's.
 
@@ -202,7 +199,7 @@ def require_same_base(
 
 def difference_from(record: BaseRecord, model: PeftModel) -> str | None:
     """What sampled value of the base is another one in a loaded model than it was in training; None where none is."""
-    parameters = dict(_base_parameters(model))
+    parameters = {relative: parameter for relative, _, parameter in _parameters(model)}
     for name, values in record.samples.items():
         if name not in parameters or parameters[name].numel() <= max(values, default=-1):
             return f"`{name}` was there in training"
@@ -251,28 +248,17 @@ def _sample(name: str, parameter: nn.Parameter) -> dict[str, Any]:
     return {"name": name, "indices": indices, "values": values.tolist()}
 
 
-def _base_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of the base's text model and head, by names that count from the text model."""
-    base = model.get_base_model()
-    relative = _relative(base)
+def _parameters(model: PeftModel | PreTrainedModel) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """The base's parameters in text model and head: by names that count from the text model, and by their own."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = {id(module): name for name, module in base.named_modules()}
+    prefixes = {f"{modules[id(base.get_decoder())]}.": ""}
+    if (head := base.get_output_embeddings()) is not None:
+        prefixes[f"{modules[id(head)]}."] = "head."
     for name, parameter in base.named_parameters(remove_duplicate=False):
         if ".lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name:
             continue
-        own = relative(_WRAPPING.sub("", name))
-        if own is not None:
-            yield own, parameter
-
-
-def _relative(model: PreTrainedModel) -> Callable[[str], str | None]:
-    """What gives a parameter's name from the text model on, or the head's own; None for what is neither."""
-    names = {id(module): name for name, module in model.named_modules()}
-    prefixes = {f"{names[id(model.get_decoder())]}.": ""}
-    head = model.get_output_embeddings()
-    if head is not None:
-        prefixes[f"{names[id(head)]}."] = "head."
-
-    def relative(name: str) -> str | None:
-        found = (own + name.removeprefix(prefix) for prefix, own in prefixes.items() if name.startswith(prefix))
-        return next(found, None)
-
-    return relative
+        plain = _WRAPPING.sub("", name)
+        prefix = next((prefix for prefix in prefixes if plain.startswith(prefix)), None)
+        if prefix is not None:
+            yield prefixes[prefix] + plain.removeprefix(prefix), name, parameter

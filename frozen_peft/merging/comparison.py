@@ -32,13 +32,7 @@ from frozen_peft.merging.base import Base
 from frozen_peft.merging.exporting import write_adapter
 from frozen_peft.merging.layout import Layout, change_layout
 from frozen_peft.merging.source import TORCH_DTYPES, Checkpoint, open_checkpoint
-from frozen_peft.merging.verify_tokens import (
-    PROMPTS,
-    SampleTokens,
-    load_tokenizer,
-    prompt_tokens,
-    sample_tokens,
-)
+from frozen_peft.merging.verify_tokens import PROMPTS, SampleTokens, load_tokenizer, prompt_tokens, sample_tokens
 
 __all__ = ["MergeMismatchError", "Reference", "fits", "load_merged", "verify_merge"]
 
@@ -76,19 +70,17 @@ class Reference:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What one model makes of prompts and samples.
+    """What one model makes of decisions and samples.
 
     Attributes:
-        decisions: int64[tokens] of each prompt.
-        log_probabilities: float32[all tokens] of those decisions.
-        choices: int64[all tokens], what the model itself would decide at each.
-        loss: Mean over the decision tokens of all samples; None without samples.
+        log_probabilities: float32[tokens of all decisions].
+        choices: int64[tokens of all decisions], what the model itself would decide at each.
+        loss: Mean over the decision tokens of all samples, in nats; NaN without samples.
     """
 
-    decisions: list[torch.Tensor]
     log_probabilities: torch.Tensor
     choices: torch.Tensor
-    loss: float | None
+    loss: float
 
 
 def fits(num_bytes: int) -> bool:
@@ -153,15 +145,17 @@ def verify_merge(
     if exact is not None:
         unmerged = _score_unmerged(exact, dtype, device, contexts, rows)
     model = load_merged(merged, trust_remote_code=base.trust_remote_code, device=device)
-    found = _score(model, contexts if unmerged else [], unmerged[1].decisions if unmerged else [], rows)
-    if unmerged is not None and exact is not None:
-        report |= _compare(*unmerged, found)
+    found = _score(model, unmerged[0] if unmerged else [], rows)
+    if exact is not None and unmerged is not None:
         # Of the two models, the one that rounds the most.
         rounding = max(_ROUNDING[kind] for kind in (dtype, exact.dtype or dtype))
-        _require_close(report, rounding)
-    scores = as_trained or unmerged
-    if rows and scores is not None:
-        report |= {"samples": len(rows), **_recovery(scores[0].loss, scores[1].loss, found.loss)}
+        report |= _compare(*unmerged, found, rounding)
+    if rows and (scores := as_trained or unmerged):
+        before, adapter = (own.loss for own in scores[1:])
+        report["samples"] = len(rows)
+        report["loss"] = {"base": before, "adapter": adapter, "merged": found.loss}
+        # Without a gain there is none to recover.
+        report["recovery"] = (before - found.loss) / (before - adapter) if before > adapter else None
     return report
 
 
@@ -171,56 +165,46 @@ def _score_unmerged(
     device: str,
     contexts: Sequence[torch.Tensor],
     rows: Sequence[SampleTokens],
-) -> tuple[_Scores, _Scores]:
-    """Scores without and with the adapter, of what the adapter decides."""
+) -> tuple[list[SampleTokens], _Scores, _Scores]:
+    """What the adapter decides in contexts, and scores without and with it."""
     model, biases = _load_adapted(reference, dtype, device)
-    unmerged = _score(model, contexts, _decide(model, contexts), rows)
+    decisions = _decide(model, contexts)
+    adapted = _score(model, decisions, rows)
     with warnings.catch_warnings():
         # An adapter's biases stay when it is switched off, so the base's are put back.
         warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
         with model.disable_adapter():
             for parameter, base in biases:
                 parameter.data = base
-            return _score(model, contexts, unmerged.decisions, rows), unmerged
+            return decisions, _score(model, decisions, rows), adapted
 
 
-def _compare(without: _Scores, unmerged: _Scores, found: _Scores) -> dict[str, Any]:
+def _compare(
+    decisions: Sequence[SampleTokens], without: _Scores, unmerged: _Scores, found: _Scores, rounding: float
+) -> dict[str, Any]:
+    """The figures of a merged model beside those without and with its adapter."""
     difference = (found.log_probabilities - unmerged.log_probabilities).abs()
     effect = (without.log_probabilities - unmerged.log_probabilities).abs()
-    lengths = [len(decision) for decision in unmerged.decisions]
-    decided = torch.cat(unmerged.decisions)
-    alike = [bool(same.all()) for same in (found.choices == decided).split(lengths)]
+    if not difference.mean() <= max(rounding, float(effect.mean()) / 2):
+        raise MergeMismatchError(
+            f"The merged model is not its base and adapter: log-probabilities of {len(difference)} tokens differ by "
+            f"{difference.mean():.3g} on average, where rounding explains {rounding:g} and the adapter as a whole "
+            f"does {effect.mean():.3g}. Nothing was written. Please report it with the architecture's name; "
+            "--no-verify (`verify=False`) writes the merged model all the same."
+        )
+    own = [decision.ids[decision.num_context :] for decision in decisions]
+    equal = found.choices == torch.cat(own)
     return {
-        "decision_tokens": len(decided),
+        "decision_tokens": len(equal),
         "log_probability_difference": {"mean": float(difference.mean()), "max": float(difference.max())},
         "adapter_effect": {"mean": float(effect.mean()), "max": float(effect.max())},
-        "equal_greedy_tokens": float((found.choices == decided).float().mean()),
-        "equal_greedy_decisions": sum(alike),
+        "equal_greedy_tokens": float(equal.float().mean()),
+        "equal_greedy_decisions": sum(bool(same.all()) for same in equal.split([len(tokens) for tokens in own])),
     }
 
 
-def _recovery(base: float | None, adapter: float | None, merged: float | None) -> dict[str, Any]:
-    assert base is not None  # there are samples
-    assert adapter is not None
-    assert merged is not None
-    # Without a gain there is none to recover.
-    recovery = (base - merged) / (base - adapter) if base > adapter else None
-    return {"loss": {"base": base, "adapter": adapter, "merged": merged}, "recovery": recovery}
-
-
-def _require_close(report: dict[str, Any], rounding: float) -> None:
-    difference, effect = (report[name]["mean"] for name in ("log_probability_difference", "adapter_effect"))
-    if not difference <= max(rounding, effect / 2):
-        raise MergeMismatchError(
-            f"The merged model is not its base and adapter: log-probabilities of {report['decision_tokens']} tokens "
-            f"differ by {difference:.3g} on average, where rounding explains {rounding:g} and the adapter as "
-            f"a whole does {effect:.3g}. Nothing was written. Please report it with the architecture's name; "
-            "--no-verify (`verify=False`) writes the merged model all the same."
-        )
-
-
 @torch.no_grad()
-def _decide(model: Any, contexts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _decide(model: Any, contexts: Sequence[torch.Tensor]) -> list[SampleTokens]:
     """Greedy decisions, of one token at least."""
     decisions = []
     for context in tqdm(contexts, desc="Deciding by the adapter", delay=2):
@@ -233,39 +217,26 @@ def _decide(model: Any, contexts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             num_beams=1,
             pad_token_id=0,
         )
-        decisions.append(out[0, ids.shape[1] :].cpu())
+        decisions.append(SampleTokens(out[0].cpu(), len(context)))
     return decisions
 
 
+def _score(model: Any, decisions: Sequence[SampleTokens], rows: Sequence[SampleTokens]) -> _Scores:
+    log_probabilities, choices = _read(model, decisions)
+    return _Scores(log_probabilities, choices, -float(_read(model, rows)[0].double().mean()))
+
+
 @torch.no_grad()
-def _score(
-    model: Any, contexts: Sequence[torch.Tensor], decisions: list[torch.Tensor], rows: Sequence[SampleTokens]
-) -> _Scores:
+def _read(model: Any, rows: Sequence[SampleTokens]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all tokens behind contexts: their log-probabilities, and which token the model would choose."""
     log_probabilities, choices = [torch.empty(0)], [torch.empty(0, dtype=torch.long)]
-    for context, decision in zip(contexts, decisions, strict=True):
-        logits = _logits(model, torch.cat([context, decision]), len(context))
-        log_probabilities.append(log_softmax(logits, -1).gather(-1, decision[:, None])[:, 0])
+    for row in tqdm(rows, desc="Scoring", delay=2):
+        kept = len(row.ids) - row.num_context + 1
+        out = model(input_ids=row.ids[None].to(model.device), use_cache=False, logits_to_keep=kept)
+        logits = out.logits[0, -kept:-1].float().cpu()
+        log_probabilities.append(log_softmax(logits, -1).gather(-1, row.ids[row.num_context :, None])[:, 0])
         choices.append(logits.argmax(-1))
-    return _Scores(decisions, torch.cat(log_probabilities), torch.cat(choices), _loss(model, rows))
-
-
-@torch.no_grad()
-def _loss(model: Any, rows: Sequence[SampleTokens]) -> float | None:
-    """Mean over the decision tokens of all samples, in nats."""
-    total, count = 0.0, 0
-    for row in tqdm(rows, desc="Scoring samples", delay=2):
-        decision = row.ids[row.num_context :]
-        logits = _logits(model, row.ids, row.num_context)
-        total -= float(log_softmax(logits, -1).gather(-1, decision[:, None]).double().sum())
-        count += len(decision)
-    return total / count if count else None
-
-
-def _logits(model: Any, ids: torch.Tensor, num_context: int) -> torch.Tensor:
-    """float32[decision tokens, vocabulary]: what predicts each token from `num_context` on."""
-    kept = len(ids) - num_context + 1
-    out = model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=kept)
-    return out.logits[0, -kept:-1].float().cpu()
+    return torch.cat(log_probabilities), torch.cat(choices)
 
 
 def _load_adapted(reference: Reference, dtype: torch.dtype, device: str) -> tuple[PeftModel, _Biases]:

@@ -27,19 +27,13 @@ def require_repeatable(config: PeftConfig, folder: Path, *, in_4_bit: bool) -> N
     Raises:
         ValueError: It is one.
     """
-    change = initial_change(config)
-    if change is None:
-        return
-    reason = None
+    problem = None
     if getattr(config, "init_lora_weights", None) in NOT_REPEATED:
-        reason = "it was made from data that the adapter's folder does not hold"
+        problem = "it was made from data that the adapter's folder does not hold"
     elif in_4_bit:
-        reason = "in 4 bit it comes out as another one; load the base in 16 bit"
-    if reason is not None:
-        raise ValueError(
-            f"{folder}: this adapter has changed the weights of its base before training (`{change}`), and loading "
-            f"it cannot repeat that: {reason}. {CONVERT}"
-        )
+        problem = "in 4 bit it comes out as another one; load the base in 16 bit"
+    if (change := initial_change(config)) and problem:
+        raise _not_repeated(folder, change, f"loading it cannot repeat that: {problem}")
 
 
 def require_repeated_change(model: PeftModel, folder: Path) -> None:
@@ -56,15 +50,17 @@ def require_repeated_change(model: PeftModel, folder: Path) -> None:
     change = initial_change(config)
     if change is None:
         return
-    record = read_record(folder)
+    record, problem = read_record(folder), None
     if record is not None:
         problem = difference_from(record, model)
-    elif config.init_lora_weights in REPEATED or getattr(config, "kasa_config", None):
-        problem = None
-    else:
+    elif config.init_lora_weights not in REPEATED and not getattr(config, "kasa_config", None):
         problem = "it is drawn at random, and nothing beside the adapter says what it was"
     if problem is not None:
-        raise ValueError(
-            f"{folder}: this adapter has changed the weights of its base before training (`{change}`), and loading "
-            f"it did not repeat that: {problem}. {CONVERT}"
-        )
+        raise _not_repeated(folder, change, f"loading it did not repeat that: {problem}")
+
+
+def _not_repeated(folder: Path, change: str, problem: str) -> ValueError:
+    return ValueError(
+        f"{folder}: this adapter has changed the weights of its base before training (`{change}`), and {problem}. "
+        f"{CONVERT}"
+    )

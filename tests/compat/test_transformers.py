@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of transformers is used beyond what it promises is there, does what it is used for, and is still needed."""
 
-from transformers import PreTrainedModel
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from frozen_peft.utils.compat.transformers import attention_implementation
+from frozen_peft.utils.compat.transformers import (
+    as_stored,
+    attention_implementation,
+    from_config,
+    kept_in_float32,
+    parameters_of_tensors,
+    stored_together,
+)
 from tests.tiny_models import tiny_model
 
 
@@ -14,3 +22,35 @@ def test_the_attention_of_a_model_is_known_by_its_configuration_alone() -> None:
     public = {name for name in dir(PreTrainedModel) if "attn_implementation" in name and not name.startswith("_")}
     # The second says what an implementation that is asked for would come to.
     assert public == {"set_attn_implementation", "get_correct_attn_implementation"}
+
+
+def test_no_public_method_makes_a_model_of_one_class_in_a_type() -> None:
+    model = tiny_model("llama")
+    assert from_config(type(model), model.config, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert not hasattr(PreTrainedModel, "from_config")
+    # The automatic class takes no other class than its own choice.
+    assert type(AutoModelForCausalLM.from_config(tiny_model("qwen3_5").config)).__name__ == "Qwen3_5ForCausalLM"
+
+
+def test_transformers_alone_knows_what_a_stacked_parameter_is_stored_as() -> None:
+    """Experts that a checkpoint stores one by one, gate and up apart: there and back."""
+    model = tiny_model("qwen3_next")
+    stacked = next(name for name, _ in model.named_parameters() if name.endswith("experts.gate_up_proj"))
+    parts = as_stored(model, {stacked: model.get_parameter(stacked).detach()})
+    loaded = parameters_of_tensors(model, parts)
+    assert len(parts) > 2
+    assert set(loaded.values()) == {(stacked, True)}
+    assert stored_together(model, stacked) == (stacked,)
+    public = [name for name in dir(model) if "conversion" in name and not name.startswith("_")]
+    assert not public, f"transformers may say it in public now: {public}"
+
+
+def test_what_stays_in_float32_is_no_public_list() -> None:
+    model = tiny_model("llama")
+    assert {"_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"} <= set(dir(PreTrainedModel))
+    assert not [name for name in dir(PreTrainedModel) if "fp32" in name and not name.startswith("_")]
+    model._keep_in_fp32_modules = ["lm_head"]
+    pattern = kept_in_float32(model, torch.float16)
+    assert pattern is not None
+    assert pattern.search("lm_head.weight")
+    assert kept_in_float32(model, torch.float32) is None
