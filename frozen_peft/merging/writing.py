@@ -186,11 +186,18 @@ def _read(tensor: OutputTensor, updates: Mapping[str, Update]) -> Iterator[tuple
         yield (weight if tensor.prepare is None else tensor.prepare(weight)), 0, len(weight) if shape else 1
         return
     step = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:])))
-    stored = tensor.shard.tensors[tensor.source].shape[0]
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
-        rows = torch.zeros(stop - start, *shape[1:], dtype=TORCH_DTYPES[tensor.shard.tensors[tensor.source].dtype])
-        if start < stored:
-            # What is beyond are rows that the base does not have; the adapter holds them.
-            rows[: stored - start] = tensor.shard.read(tensor.source, start, min(stop, stored))
-        yield rows, start, stop
+        yield _rows(tensor, start, stop), start, stop
+
+
+def _rows(tensor: OutputTensor, start: int, stop: int) -> torch.Tensor:
+    """Rows of the base; zeros for those that it does not have, which the adapter holds."""
+    entry = tensor.shard.tensors[tensor.source]
+    num_there = entry.shape[0]
+    if stop <= num_there:
+        return tensor.shard.read(tensor.source, start, stop)
+    rows = torch.zeros(stop - start, *entry.shape[1:], dtype=TORCH_DTYPES[entry.dtype])
+    if start < num_there:
+        rows[: num_there - start] = tensor.shard.read(tensor.source, start, num_there)
+    return rows
