@@ -2,9 +2,8 @@
 """`frozen-peft inspect`: what the gradient knows about the context, before a long run.
 
 Compares, on samples of a recipe's data, the gradient of tier 2 (frozen context) with the full one: norm, cosine and
-the share that passes through the context, by layer and role; the attention that decisions give to the context, and
-what recurrent layers read from the frozen state. Trains nothing. Prints a table, and writes gradient_flow.json and a
-heat map, gradient_flow.png. docs/inspection.md explains the figures.
+the share that passes through the context, by layer and role. Trains nothing. Prints a table, and writes
+gradient_flow.json and a heat map, gradient_flow.png. docs/inspection.md explains the figures.
 """
 
 import json

@@ -111,7 +111,6 @@ def inspect_samples(
             cut=cut,
             prefill_chunk_size=args.prefill_chunk_size,
             sequence_chunk_size=args.sequence_chunk_size or DEFAULT_STRETCH,
-            learning_rate=args.learning_rate,
             progress=progress,
         )
 
@@ -199,19 +198,9 @@ def _rows(trainer: FrozenContextTrainer, num_samples: int) -> Iterator[dict[str,
 
 
 def flow_table(flow: GradientFlow) -> str:
-    """The figures as text: layers against roles, then attention and recurrent layers, then all together."""
+    """The figures as text: layers against roles, then all together."""
     first = flow.horizons[0]
     parts = [_gradient_table(flow)]
-    if flow.attention:
-        rows = [[str(layer.layer), f"{layer.context_mass:.1%}", f"{layer.moved:+.2e}"] for layer in flow.attention]
-        parts.append(
-            "attention of decision tokens\n" + _aligned([["layer", "on the context", "moved by a step"], *rows])
-        )
-    if flow.states:
-        rows = [
-            [str(layer.layer), f"{layer.state_share:.1%}", f"{layer.state_gradient_norm:.2e}"] for layer in flow.states
-        ]
-        parts.append("recurrent layers\n" + _aligned([["layer", "read from the state", "state's gradient"], *rows]))
     rows = [
         [
             _reach(horizon.horizon),

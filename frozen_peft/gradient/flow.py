@@ -10,9 +10,6 @@ context, and its share is `|full - frozen| / |full|`.
   lora_A`, so with `lora_B` at zero, where training starts, `lora_A` has no gradient at all; that of `lora_B` is the
   weight's own gradient seen through the random projection `lora_A`, which keeps angles and shares roughly. And of two
   roles in one fused projection each has its own rows of `lora_B`, while `lora_A` is common to both.
-- *The step* that moves the attention goes along the negative frozen gradient of all `lora_B` together, and is as long
-  as the first one of Adam, which moves each of n weights by the learning rate: `learning rate * sqrt(n)`. Contexts are
-  then encoded anew.
 
 Samples run one at a time: the context is encoded without gradient, the decision runs over it forward and backward, and
 the whole sample in stretches of the sequence (`stretches`). What is kept are sums: a few numbers per layer, and one
@@ -30,17 +27,7 @@ from tqdm import tqdm
 from frozen_peft.context import TAIL, Cut
 from frozen_peft.gradient.flow_meter import FlowMeter
 
-__all__ = [
-    "FORMAT",
-    "AttentionFlow",
-    "GradientFlow",
-    "GradientShare",
-    "HorizonFlow",
-    "ProjectionFlow",
-    "StateFlow",
-    "gradient_flow",
-    "pooled",
-]
+__all__ = ["FORMAT", "GradientFlow", "GradientShare", "HorizonFlow", "ProjectionFlow", "gradient_flow", "pooled"]
 
 FORMAT = 1
 
@@ -95,38 +82,6 @@ class HorizonFlow:
 
 
 @dataclass(frozen=True)
-class AttentionFlow:
-    """How an attention layer looks at the context.
-
-    Attributes:
-        layer: Its index.
-        context_mass: Share of their attention that decision tokens give to the context, mean over tokens and heads.
-        moved: What one step along the negative frozen gradient adds to it.
-    """
-
-    layer: int
-    context_mass: float
-    moved: float
-
-
-@dataclass(frozen=True)
-class StateFlow:
-    """How a recurrent layer (Gated DeltaNet, Mamba-2) uses the state that the context left.
-
-    Attributes:
-        layer: Its index.
-        state_share: Norm of the part of its rule's output that comes from the frozen state over that of the output,
-            at all decision tokens.
-        state_gradient_norm: Norm of the gradient of a sample's mean loss in the state at the boundary; mean over
-            samples with a context.
-    """
-
-    layer: int
-    state_share: float
-    state_gradient_norm: float
-
-
-@dataclass(frozen=True)
 class GradientFlow:
     """What was measured.
 
@@ -136,8 +91,6 @@ class GradientFlow:
         num_decision_tokens: Decision tokens of all of them.
         loss: Mean negative log-likelihood of a supervised token, in nats.
         horizons: The gradients of every horizon asked for, in that order.
-        attention: Attention layers.
-        states: Layers with a recurrent state.
     """
 
     num_samples: int
@@ -145,8 +98,6 @@ class GradientFlow:
     num_decision_tokens: int
     loss: float
     horizons: list[HorizonFlow]
-    attention: list[AttentionFlow]
-    states: list[StateFlow]
 
     def as_dict(self) -> dict[str, Any]:
         """What `gradient_flow.json` holds: the first horizon in full, of any others the totals."""
@@ -162,8 +113,6 @@ class GradientFlow:
             "loss": self.loss,
             "horizon": first.horizon,
             "gradient": rows,
-            "attention": [asdict(layer) for layer in self.attention],
-            "gdn": [asdict(layer) for layer in self.states],
             "total": asdict(first.total),
         }
         if others:
@@ -179,7 +128,6 @@ def gradient_flow(
     cut: Cut = TAIL,
     prefill_chunk_size: int = 2048,
     sequence_chunk_size: int = 2048,
-    learning_rate: float = 1e-4,
     progress: bool = False,
 ) -> GradientFlow:
     """Measures what the gradient of a model's adapters knows about the context.
@@ -192,12 +140,11 @@ def gradient_flow(
         model: A causal language model of transformers with LoRA adapters.
         batch: A batch, or several: `input_ids`, `labels` and, where there is padding (on either side),
             `attention_mask`, each of shape `(samples, tokens)`. A sample without context is no error: its frozen
-            gradient is the full one, and its attention to the context zero.
+            gradient is the full one.
         horizons: Gradients to compare with the full one, by the number of context tokens that they reach; 0: tier 2.
         cut: Where samples are cut; its own `gradient_horizon` does not matter.
         prefill_chunk_size: Context tokens per forward without gradient; 0: one forward.
         sequence_chunk_size: Tokens that have their activations in memory at a time.
-        learning_rate: Decides the length of the step that moves the attention.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -220,24 +167,15 @@ def gradient_flow(
     num_samples = sum(map(len, decisions))
     if not num_samples:
         raise ValueError("There is no sample to measure: the batch is empty.")
-    # Once for the gradients, once more for the attention after a step.
-    with tqdm(total=2 * num_samples, desc="Gradient flow", unit=" passes", delay=2, disable=not progress) as bar:
+    with tqdm(total=num_samples, desc="Gradient flow", unit=" samples", delay=2, disable=not progress) as bar:
         for group in decisions:
             meter.measure(group, bar.update)
-        before = meter.attention_mass()
-        with meter.after_step(learning_rate):
-            for group in decisions:
-                meter.measure_attention(group, bar.update)
-            after = meter.attention_mass()
-    contexts = [len(decision.context) for group in decisions for decision in group]
     return GradientFlow(
         num_samples=num_samples,
-        num_context_tokens=sum(contexts),
+        num_context_tokens=sum(len(decision.context) for group in decisions for decision in group),
         num_decision_tokens=sum(len(decision.input_ids) for group in decisions for decision in group),
         loss=meter.loss(),
         horizons=[_horizon_flow(meter, horizon) for horizon in horizons],
-        attention=[AttentionFlow(layer, mass, after[layer] - mass) for layer, mass in sorted(before.items())],
-        states=[StateFlow(layer, *figures) for layer, figures in sorted(meter.states().items())],
     )
 
 
@@ -251,20 +189,19 @@ def pooled(parts: Sequence[GradientShare]) -> GradientShare:
     return GradientShare(
         math.sqrt(frozen_square),
         math.sqrt(full_square),
-        product / both if both > 0.0 else None,
+        # Rounding may leave a little more than 1.
+        max(-1.0, min(1.0, product / both)) if both > 0.0 else None,
         math.sqrt(difference / full_square) if full_square > 0.0 else None,
     )
 
 
 def _horizon_flow(meter: FlowMeter, horizon: int) -> HorizonFlow:
-    return HorizonFlow(
-        horizon,
-        _share(*meter.total(horizon)),
-        [
-            ProjectionFlow(part.layer, part.role, part.module, _share(*meter.of_part(part, horizon)))
-            for part in meter.parts
-        ],
-    )
+    total = pooled([_share(*meter.gradients(horizon, weight, rows)) for weight, rows in enumerate(meter.adapted)])
+    projections = [
+        ProjectionFlow(part.layer, part.role, part.module, _share(*meter.gradients(horizon, part.weight, part.rows)))
+        for part in meter.parts
+    ]
+    return HorizonFlow(horizon, total, projections)
 
 
 def _share(frozen: torch.Tensor, full: torch.Tensor) -> GradientShare:
@@ -273,7 +210,6 @@ def _share(frozen: torch.Tensor, full: torch.Tensor) -> GradientShare:
     frozen_norm, full_norm = float(frozen.norm()), float(full.norm())
     cosine = share = None
     if frozen_norm > 0.0 and full_norm > 0.0:
-        # Rounding may leave a little more than 1.
         cosine = max(-1.0, min(1.0, float((frozen / frozen_norm).flatten() @ (full / full_norm).flatten())))
     if full_norm > 0.0:
         share = float((full - frozen).norm()) / full_norm

@@ -4,6 +4,7 @@
 Shapes: B samples, H key/value heads, P tokens of a piece, E head dimension.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,10 +18,11 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from frozen_peft.context.encoded import AttentionState
 from frozen_peft.context.handover import KeyValueGradient
 from frozen_peft.errors import UnsupportedArchitectureError
 
-__all__ = ["FrozenPast", "LayerEnd", "LayerKind", "LayerPast", "LinearStates", "Piece", "layer_kinds"]
+__all__ = ["LayerEnd", "LayerKind", "LayerPast", "LinearStates", "Piece", "layer_kinds"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Piece:
     def add_gradient_to(self) -> KeyValueGradient:
         """The gradient so far, zeros to begin with."""
         if self.gradient is None:
-            self.gradient = (_zeros_like(self.keys), _zeros_like(self.values))
+            dtype = torch.promote_types(self.keys.dtype, torch.float32)
+            self.gradient = torch.zeros_like(self.keys, dtype=dtype), torch.zeros_like(self.values, dtype=dtype)
         return self.gradient
 
     def last(self, num_tokens: int) -> "Piece":
@@ -92,10 +95,6 @@ class Piece:
         if num_tokens >= self.keys.shape[-2]:
             return self
         return _PieceEnd(self, num_tokens)
-
-
-def _zeros_like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _PieceEnd(Piece):
@@ -126,20 +125,12 @@ class LinearStates:
         """All states, in an order that depends on their indices only."""
         return [kind[index] for kind in (self.conv, self.recurrent) for index in sorted(kind)]
 
-
-@dataclass(frozen=True)
-class FrozenPast:
-    """Constant keys and values of a frozen context in one layer.
-
-    Attributes:
-        keys: Per sample its pieces of shape `(1, H, tokens, E)`, oldest first.
-        values: Per sample its pieces of shape `(1, H, tokens, value head dimension)`.
-        padded_length: Tokens of the longest sample.
-    """
-
-    keys: tuple[tuple[torch.Tensor, ...], ...]
-    values: tuple[tuple[torch.Tensor, ...], ...]
-    padded_length: int
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LinearStates":
+        """Every state changed alike."""
+        conv, recurrent = (
+            {index: change(state) for index, state in kind.items()} for kind in (self.conv, self.recurrent)
+        )
+        return LinearStates(conv, recurrent)
 
 
 @dataclass
@@ -148,17 +139,18 @@ class LayerPast:
 
     Attributes:
         pieces: Keys and values of the stretches before it, oldest first; for a sliding window only what it sees.
-        frozen: Keys and values of a frozen context before those, None where there is none to be seen.
+        frozen: Constant keys and values of the samples' frozen contexts before those; empty where there are none to
+            be seen.
         linear: States that linear attention starts from; empty at the beginning of a sequence.
     """
 
     pieces: list[Piece] = field(default_factory=list)
-    frozen: FrozenPast | None = None
+    frozen: Sequence[AttentionState] = ()
     linear: LinearStates = field(default_factory=LinearStates)
 
     @property
     def num_frozen(self) -> int:
-        return self.frozen.padded_length if self.frozen is not None else 0
+        return max((state.num_kept for state in self.frozen), default=0)
 
     @property
     def num_kept(self) -> int:

@@ -9,7 +9,8 @@ states that each stretch starts from.
 import torch
 
 from frozen_peft.context.cache import FrozenContext
-from frozen_peft.gradient.layers import FrozenPast, LayerEnd, LayerKind, LayerPast, LinearStates, Piece
+from frozen_peft.context.encoded import AttentionState
+from frozen_peft.gradient.layers import LayerEnd, LayerKind, LayerPast, LinearStates, Piece
 
 __all__ = ["Past"]
 
@@ -25,16 +26,21 @@ class Past:
 
     def __init__(self, kinds: list[LayerKind], frozen: FrozenContext | None, storage: torch.device | None):
         self.kinds, self.storage = kinds, storage
-        self._frozen = [_frozen_past(frozen, index) if kind.attends else None for index, kind in enumerate(kinds)]
+        self._frozen: list[list[AttentionState]] = [[] for _ in kinds]
         # By stretch, then by layer.
         self._pieces: list[list[Piece | None]] = []
-        self._starts = [[_frozen_states(frozen, index, kind) for index, kind in enumerate(kinds)]]
+        self._starts = [[LinearStates() for _ in kinds]]
+        if frozen is not None:
+            for layer, kind in enumerate(kinds):
+                states = (state.attention for state in frozen.states(layer))
+                self._frozen[layer] = [state for state in states if state is not None]
+                self._starts[0][layer] = _frozen_states(frozen, layer, kind.num_linear_states)
         self._lengths: list[int] = []
 
     def append(self, ends: list[LayerEnd], num_tokens: int) -> None:
         """Adds what a stretch of `num_tokens` tokens left behind in each layer."""
         self._pieces.append([self._piece(end, kind) for end, kind in zip(ends, self.kinds, strict=True)])
-        self._starts.append([_moved(end.linear, self.storage) for end in ends])
+        self._starts.append([end.linear.map(self._stored) for end in ends])
         self._lengths.append(num_tokens)
 
     def _piece(self, end: LayerEnd, kind: LayerKind) -> Piece | None:
@@ -44,7 +50,10 @@ class Past:
         if kind.sliding_window is not None and kind.sliding_window - 1 < keys.shape[-2]:
             # Copies: views would keep the keys of the whole stretch.
             keys, values = (tensor[..., 1 - kind.sliding_window :, :].clone() for tensor in (keys, values))
-        return Piece(keys.to(self.storage), values.to(self.storage)) if self.storage else Piece(keys, values)
+        return Piece(self._stored(keys), self._stored(values))
+
+    def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.storage is None else tensor.to(self.storage)
 
     def before(self, stretch: int, device: torch.device, *, with_gradient: bool = False) -> list[LayerPast]:
         """What lies before a stretch in each layer.
@@ -61,9 +70,11 @@ class Past:
             frozen = self._frozen[index]
             if kind.sliding_window is not None:
                 pieces = _last_tokens(pieces, kind.sliding_window - 1)
-                frozen = frozen if num_own < kind.sliding_window - 1 else None
-            states = _moved(self._starts[stretch][index], device)
-            pasts.append(LayerPast(pieces, frozen, _leaves(states) if with_gradient else states))
+                frozen = frozen if num_own < kind.sliding_window - 1 else []
+            states = self._starts[stretch][index].map(lambda state: state.to(device))
+            if with_gradient:
+                states = states.map(lambda state: state.detach().requires_grad_())
+            pasts.append(LayerPast(pieces, frozen, states))
         return pasts
 
     def forget_states_before(self, stretch: int) -> None:
@@ -91,39 +102,13 @@ def _last_tokens(pieces: list[Piece], num_tokens: int) -> list[Piece]:
     return last
 
 
-def _moved(states: LinearStates, device: torch.device | None) -> LinearStates:
-    if device is None:
-        return states
-    return LinearStates(
-        {index: state.to(device) for index, state in states.conv.items()},
-        {index: state.to(device) for index, state in states.recurrent.items()},
-    )
-
-
-def _leaves(states: LinearStates) -> LinearStates:
-    return LinearStates(
-        {index: state.detach().requires_grad_() for index, state in states.conv.items()},
-        {index: state.detach().requires_grad_() for index, state in states.recurrent.items()},
-    )
-
-
-def _frozen_past(frozen: FrozenContext | None, layer: int) -> FrozenPast | None:
-    if frozen is None:
-        return None
-    attention = frozen.layers[layer]
-    return FrozenPast(
-        tuple(state.keys for state in attention.attention_states),
-        tuple(state.values for state in attention.attention_states),
-        attention.padded_length,
-    )
-
-
-def _frozen_states(frozen: FrozenContext | None, layer: int, kind: LayerKind) -> LinearStates:
-    if frozen is None or not kind.num_linear_states:
-        return LinearStates()
-    conv = {index: frozen.get_conv_state(layer, index) for index in range(kind.num_linear_states)}
-    recurrent = {index: frozen.get_recurrent_state(layer, index) for index in range(kind.num_linear_states)}
-    return LinearStates(
-        {index: state for index, state in conv.items() if state is not None},
-        {index: state for index, state in recurrent.items() if state is not None},
-    )
+def _frozen_states(frozen: FrozenContext, layer: int, num_states: int) -> LinearStates:
+    found = LinearStates()
+    for index in range(num_states):
+        for states, state in (
+            (found.conv, frozen.get_conv_state(layer, index)),
+            (found.recurrent, frozen.get_recurrent_state(layer, index)),
+        ):
+            if state is not None:
+                states[index] = state
+    return found

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
 
+from frozen_peft.context.cache import padded_pieces
 from frozen_peft.context.handover import KeyValueGradient, Segment, give_segment, mark_frozen_length, uncompiled
 from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
 from frozen_peft.gradient.layers import LayerEnd, LayerKind, LayerPast, LinearStates
@@ -87,7 +88,7 @@ class _StretchAttention(CacheLayerMixin):
         frozen, pieces = self.past.frozen, self.past.pieces
         keys, values, of_rows = [], [], []
         for row in range(num_rows):
-            frozen_keys, frozen_values = (frozen.keys[row], frozen.values[row]) if frozen else ((), ())
+            frozen_keys, frozen_values = (frozen[row].keys, frozen[row].values) if frozen else ((), ())
             keys.append((*frozen_keys, *(piece.keys[row : row + 1] for piece in pieces)))
             values.append((*frozen_values, *(piece.values[row : row + 1] for piece in pieces)))
             own = [g and (g[0][row : row + 1], g[1][row : row + 1]) for g in gradients]
@@ -98,9 +99,9 @@ class _StretchAttention(CacheLayerMixin):
         """Keys (index 0) or values (1) of the past and a stretch's own, shape `(B, H, kept tokens + own, E)`."""
         past = [piece.values if index else piece.keys for piece in self.past.pieces]
         totals = [gradient and gradient[index] for gradient in gradients]
-        if self.past.frozen is not None:
-            frozen = self.past.frozen.values if index else self.past.frozen.keys
-            past, totals = [_left_padded(frozen, self.past.num_frozen), *past], [None, *totals]
+        if self.past.frozen:
+            frozen = [state.values if index else state.keys for state in self.past.frozen]
+            past, totals = [padded_pieces(frozen), *past], [None, *totals]
         return _JoinedPast.apply(own, tuple(past), tuple(totals))
 
     def get_seq_length(self) -> int:
@@ -112,16 +113,6 @@ class _StretchAttention(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the mask, and the index of its first column."""
         return self.past.num_kept + query_length, self.num_before - self.past.num_kept
-
-
-def _left_padded(rows: tuple[tuple[torch.Tensor, ...], ...], length: int) -> torch.Tensor:
-    """Pieces of each sample as one batch, padded on the left with zeros, shape `(B, H, length, E)`."""
-    template = rows[0][0]
-    batch = template.new_zeros(len(rows), template.shape[1], length, template.shape[-1])
-    for row, pieces in enumerate(rows):
-        joined = torch.cat(pieces, dim=-2)
-        batch[row, :, length - joined.shape[-2] :] = joined[0]
-    return batch
 
 
 class _StretchLinear(LinearAttentionCacheLayerMixin):

@@ -72,9 +72,8 @@ def verify_stretches(model: torch.nn.Module, input_ids: torch.Tensor, stretch_si
     num_tokens = max(num_tokens, rope_limits(pretrained).crossed(len(input_ids)) + MIN_TOKENS_TO_VERIFY)
     input_ids = input_ids[:num_tokens]
     stretch_size = min(stretch_size, -(-len(input_ids) // NUM_STRETCHES))
-    forward = _hidden if are_sharded(model) else _hidden_and_gradient
-    plain = forward(model, input_ids, not_compiled(model))
-    found = forward(model, input_ids, stretched_forward(model, stretch_size))
+    plain = _hidden_and_gradient(model, input_ids, not_compiled(model))
+    found = _hidden_and_gradient(model, input_ids, stretched_forward(model, stretch_size))
     errors = [_relative_error(one, other) for one, other in zip(found, plain, strict=True)]
     check = StretchCheck(
         errors[0],
@@ -95,37 +94,32 @@ def verify_stretches(model: torch.nn.Module, input_ids: torch.Tensor, stretch_si
     return check
 
 
-@torch.no_grad()
-def _hidden(model: torch.nn.Module, input_ids: torch.Tensor, mode: AbstractContextManager[Any]) -> tuple[torch.Tensor]:
-    """Hidden states `(1, tokens, E)` alone."""
-    decoder = get_decoder(get_pretrained_model(model))
+def _hidden_and_gradient(
+    model: torch.nn.Module, input_ids: torch.Tensor, mode: AbstractContextManager[Any]
+) -> list[torch.Tensor]:
+    """Hidden states `(1, tokens, E)` and, of weights that are not in shards, the gradient as one vector."""
+    pretrained = get_pretrained_model(model)
+    decoder = get_decoder(pretrained)
     positions = torch.arange(len(input_ids), device=input_ids.device)[None]
+    sharded = are_sharded(model)
 
     def run() -> torch.Tensor:
         return decoder(input_ids=input_ids[None], position_ids=positions, use_cache=False).last_hidden_state
 
-    with without_dropout(model), mode:
-        return (run_within_forward(model, run),)
-
-
-def _hidden_and_gradient(
-    model: torch.nn.Module, input_ids: torch.Tensor, mode: AbstractContextManager[Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states `(1, tokens, E)`, and the gradient of all trainable weights of the decoder as one vector."""
-    pretrained = get_pretrained_model(model)
-    decoder = get_decoder(pretrained)
-    weights = [weight for weight in decoder.parameters() if weight.requires_grad]
-    positions = torch.arange(len(input_ids), device=input_ids.device)[None]
-    with without_dropout(model, keep_checkpointing=not has_dropout(pretrained)), mode, torch.enable_grad():
-        hidden = decoder(input_ids=input_ids[None], position_ids=positions, use_cache=False).last_hidden_state
+    keep_checkpointing = not sharded and not has_dropout(pretrained)
+    plain = without_dropout(model, keep_checkpointing=keep_checkpointing)
+    with torch.set_grad_enabled(not sharded), plain, mode:
+        if sharded:
+            return [run_within_forward(model, run)]
+        hidden = run()
         direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
         loss = (hidden.float() * direction).sum()
         if not loss.requires_grad:
-            return hidden, hidden.new_zeros(1)
+            return [hidden, hidden.new_zeros(1)]
+        weights = [weight for weight in decoder.parameters() if weight.requires_grad]
         # Layers under activation checkpoints run again in here, without dropout as the first time.
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-    found = [gradient.flatten().float() for gradient in gradients if gradient is not None]
-    return hidden.detach(), torch.cat(found)
+    return [hidden.detach(), torch.cat([gradient.flatten().float() for gradient in gradients if gradient is not None])]
 
 
 def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -11,7 +11,6 @@ Shapes: B samples, S tokens of a sample, E hidden size.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,11 +28,13 @@ from frozen_peft.context.sharding import num_missing_forwards, run_within_forwar
 from frozen_peft.gradient.layers import LayerEnd, LayerPast, Piece, layer_kinds
 from frozen_peft.gradient.past import Past
 from frozen_peft.gradient.stretch_cache import StretchCache
-from frozen_peft.gradient.totals import Root, ShardedTotals, Totals
+from frozen_peft.gradient.totals import Root, Totals
 from frozen_peft.utils.cache_argument import as_cache_argument, take_cache
 
 __all__ = ["MIN_STRETCH_TOKENS", "StretchedDecoder", "stretch_bounds"]
 
+# Of the random number generators of the CPU, and of which devices which, before a stretch.
+RandomState = tuple[torch.Tensor, list[int], list[torch.Tensor]]
 # A stretch of one token would run the kernels for one step, which write their state in place.
 MIN_STRETCH_TOKENS = 2
 
@@ -102,7 +103,7 @@ class StretchedDecoder:
         device_type = self.device.type
         self.autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
         self.past = Past(layer_kinds(model), self.frozen, torch.device("cpu") if offload else None)
-        self.random_states: list[_RandomState] = []
+        self.random_states: list[RandomState] = []
         self.output_type: type[Any] | None = None
         self.needs_backward = False
 
@@ -123,7 +124,8 @@ class StretchedDecoder:
         collected: list[torch.Tensor] = []
         for index, (start, stop) in enumerate(self.bounds):
             if self.needs_backward:
-                self.random_states.append(_RandomState.now(self.device.type, [*self.leaves, self.position_ids]))
+                devices = get_device_states(*self.leaves, self.position_ids)
+                self.random_states.append((torch.get_rng_state(), *devices))
             else:
                 self.past.forget_states_before(index)
             embeddings = None if self.embeddings is None else self.embeddings[:, start:stop]
@@ -169,17 +171,17 @@ class StretchedDecoder:
     def finish(self) -> None:
         """Runs the stretches backward, after a backward that left the gradient of the hidden states."""
         assert self.root is not None
-        self._differentiate_all(self.gradients, ShardedTotals(self.embeddings))
+        self._differentiate_all(self.gradients, Totals(self.embeddings, None))
         for _ in range(self.num_missing):
             with torch.enable_grad():
                 hidden = run_within_forward(self.root, self._run_idle)
             # Nothing, but every process has to take part where gradients are reduced.
             torch.autograd.backward(hidden, torch.zeros_like(hidden))
 
-    def _differentiate_all(self, by_row: list[torch.Tensor | None], totals: "Totals | ShardedTotals") -> None:
+    def _differentiate_all(self, by_row: list[torch.Tensor | None], totals: Totals) -> None:
         of_states: list[torch.Tensor | None] = []
         for index in reversed(range(len(self.bounds))):
-            of_states = handed_back(self._differentiate(index, by_row, of_states, totals))
+            of_states = self._differentiate(index, by_row, of_states, totals)
 
     def _run_idle(self) -> torch.Tensor:
         """Takes part in a stretch that other processes have and this one has not."""
@@ -197,7 +199,7 @@ class StretchedDecoder:
         index: int,
         by_row: list[torch.Tensor | None],
         of_states: list[torch.Tensor | None],
-        totals: "Totals | ShardedTotals",
+        totals: Totals,
     ) -> list[torch.Tensor | None]:
         """Computes a stretch again, with gradient, and differentiates it.
 
@@ -215,7 +217,7 @@ class StretchedDecoder:
         pasts = self.past.before(index, self.device, with_gradient=index > 0)
         states = [state for past in pasts for state in past.linear.tensors() if state.requires_grad]
         embeddings = totals.leaf_of_embeddings(start, stop)
-        with torch.enable_grad(), self.random_states.pop().again():
+        with torch.enable_grad(), _random_state(self.random_states.pop(), self.device.type):
             given, ends = self._run_gathered(index, pasts, embeddings)
             results = self._by_row(given)
             roots = [
@@ -224,8 +226,7 @@ class StretchedDecoder:
             ]
             for end, piece in zip(ends, pieces, strict=True):
                 roots += _key_value_roots(end, piece)
-        if of_states:
-            roots += zip([state for end in ends for state in end.linear.tensors()], of_states, strict=True)
+            roots += _state_roots(ends, of_states)
         return totals.add(roots, embeddings, states, start)
 
     def _run_gathered(
@@ -298,11 +299,6 @@ class StretchedDecoder:
         return [None if result is None else result.view(self.num_rows, -1, result.shape[-1]) for result in results]
 
 
-def handed_back(of_states: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """Gradient of the states that a stretch started from, on its way to the stretch before."""
-    return of_states
-
-
 class _AllStretches(torch.autograd.Function):
     """To autograd, the decoder is one function of its weights."""
 
@@ -331,24 +327,19 @@ def _key_value_roots(end: LayerEnd, piece: Piece | None) -> list[Root]:
     return [(end.keys[..., first:, :], piece.gradient[0]), (end.values[..., first:, :], piece.gradient[1])]
 
 
-@dataclass(frozen=True)
-class _RandomState:
-    """State of the random number generators before a stretch, so that it draws the same when it runs again."""
+def _state_roots(ends: list[LayerEnd], of_states: list[torch.Tensor | None]) -> list[Root]:
+    """The states that a stretch left behind, with the gradient that the next one gave them; none of the last."""
+    if not of_states:
+        return []
+    return list(zip([state for end in ends for state in end.linear.tensors()], of_states, strict=True))
 
-    cpu: torch.Tensor
-    device_type: str
-    devices: list[int]
-    device_states: list[torch.Tensor]
 
-    @classmethod
-    def now(cls, device_type: str, tensors: Sequence[torch.Tensor]) -> "_RandomState":
-        devices, states = get_device_states(*tensors)
-        return cls(torch.get_rng_state(), device_type, devices, states)
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        with torch.random.fork_rng(devices=self.devices, device_type=self.device_type):
-            torch.set_rng_state(self.cpu)
-            if self.devices:
-                set_device_states(self.devices, self.device_states, device_type=self.device_type)
-            yield
+@contextmanager
+def _random_state(state: RandomState, device_type: str) -> Iterator[None]:
+    """Has what runs inside draw the same random numbers as when the state was taken."""
+    on_cpu, devices, on_devices = state
+    with torch.random.fork_rng(devices=devices, device_type=device_type):
+        torch.set_rng_state(on_cpu)
+        if devices:
+            set_device_states(devices, on_devices, device_type=device_type)
+        yield

@@ -38,6 +38,7 @@ from frozen_peft.context.models import get_decoder, get_pretrained_model, requir
 from frozen_peft.context.sharding import are_sharded
 from frozen_peft.gradient.stretched_decoder import MIN_STRETCH_TOKENS, StretchedDecoder
 from frozen_peft.utils.cache_argument import given_cache
+from frozen_peft.utils.compat.transformers import checkpoint_function
 
 __all__ = ["Stretching", "finish_stretches", "stretched_forward"]
 
@@ -159,8 +160,7 @@ def _tokens(arguments: dict[str, Any]) -> torch.Tensor:
 
 def _require_plain_checkpoints(model: PreTrainedModel) -> None:
     for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(function, "keywords", {}).get("use_reentrant"):
+        if getattr(checkpoint_function(module), "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "`sequence_chunk_size` needs non-reentrant checkpoints: a reentrant one hides keys, values and states "
                 "from autograd. Remove `use_reentrant` from `gradient_checkpointing_kwargs`, or set it to False."

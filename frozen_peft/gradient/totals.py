@@ -6,7 +6,7 @@ Shapes: B samples, S tokens of a sample, E hidden size.
 
 import torch
 
-__all__ = ["Root", "ShardedTotals", "Totals"]
+__all__ = ["Root", "Totals"]
 
 # An output of a stretch and the gradient it gets; None where nothing behind it gives one.
 Root = tuple[torch.Tensor, torch.Tensor | None]
@@ -17,15 +17,16 @@ class Totals:
 
     Args:
         embeddings: Of all tokens, shape `(B, S, E)`, or None where the decoder embeds them itself.
-        parameters: The weights.
+        parameters: The weights; None: they are in shards, and the hooks of their modules reduce their gradients over
+            processes and add them up. Embeddings get no gradient then.
     """
 
-    def __init__(self, embeddings: torch.Tensor | None, parameters: list[torch.Tensor]):
+    def __init__(self, embeddings: torch.Tensor | None, parameters: list[torch.Tensor] | None):
         self.embeddings, self.parameters = embeddings, parameters
-        self.of_parameters: list[torch.Tensor | None] = [None] * len(parameters)
+        self.of_parameters: list[torch.Tensor | None] = [None for _ in parameters or ()]
         self.of_embeddings: torch.Tensor | None = None
-        if self.embeddings is not None and self.embeddings.requires_grad:
-            self.of_embeddings = torch.zeros_like(self.embeddings)
+        if embeddings is not None and embeddings.requires_grad and parameters is not None:
+            self.of_embeddings = torch.zeros_like(embeddings)
 
     def leaf_of_embeddings(self, start: int, stop: int) -> torch.Tensor | None:
         """Embeddings of a stretch, cut off from what made them."""
@@ -44,61 +45,34 @@ class Totals:
             states: The leaves that it started from.
             start: Its first token.
         """
-        live = _live(roots)
+        live = [
+            (output, gradient.to(output.device, output.dtype))
+            for output, gradient in roots
+            if gradient is not None and output.requires_grad
+        ]
+        outputs, of_outputs = [output for output, _ in live], [gradient for _, gradient in live]
+        if self.parameters is None:
+            assert live, "every process runs every backward"
+            torch.autograd.backward(outputs, of_outputs)
+            return [state.grad for state in states]
         if not live:
             return [None] * len(states)
         leaves = [*self.parameters, *states]
-        if embeddings is not None and embeddings.requires_grad:
+        if embeddings is not None and self.of_embeddings is not None:
             leaves.append(embeddings)
-        gradients = torch.autograd.grad(
-            [output for output, _ in live], leaves, [gradient for _, gradient in live], allow_unused=True
-        )
-        num_weights, num_states = len(self.parameters), len(states)
+        gradients = torch.autograd.grad(outputs, leaves, of_outputs, allow_unused=True)
+        if embeddings is not None and self.of_embeddings is not None:
+            self.of_embeddings[:, start : start + embeddings.shape[1]] = gradients[-1]
+        num_weights = len(self.parameters)
         for index, gradient in enumerate(gradients[:num_weights]):
             if gradient is not None:
                 self.of_parameters[index] = _sum(self.of_parameters[index], gradient)
-        for of_embeddings in gradients[num_weights + num_states :]:
-            assert self.of_embeddings is not None
-            self.of_embeddings[:, start : start + of_embeddings.shape[1]] = of_embeddings
-        return list(gradients[num_weights : num_weights + num_states])
+        return list(gradients[num_weights : num_weights + len(states)])
 
     def results(self) -> list[torch.Tensor | None]:
         """Gradient of the embeddings or None, then of each weight in its type."""
-        of_parameters = zip(self.of_parameters, self.parameters, strict=True)
+        of_parameters = zip(self.of_parameters, self.parameters or (), strict=True)
         return [self.of_embeddings, *(total if total is None else total.to(p.dtype) for total, p in of_parameters)]
-
-
-class ShardedTotals:
-    """The same for weights in shards, which the hooks of their modules reduce over processes and add up.
-
-    Args:
-        embeddings: Of all tokens, which get no gradient, or None where the decoder embeds them itself.
-    """
-
-    def __init__(self, embeddings: torch.Tensor | None):
-        self.embeddings = embeddings
-
-    def leaf_of_embeddings(self, start: int, stop: int) -> torch.Tensor | None:
-        """Embeddings of a stretch."""
-        return None if self.embeddings is None else self.embeddings[:, start:stop].detach()
-
-    def add(
-        self, roots: list[Root], embeddings: torch.Tensor | None, states: list[torch.Tensor], start: int
-    ) -> list[torch.Tensor | None]:
-        """Runs a stretch backward, and returns what is for its states; see `Totals.add`."""
-        live = _live(roots)
-        assert live, "every process runs every backward"
-        torch.autograd.backward([output for output, _ in live], [gradient for _, gradient in live])
-        return [state.grad for state in states]
-
-
-def _live(roots: list[Root]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Outputs that gradient goes through, with their gradient."""
-    return [
-        (output, gradient.to(output.device, output.dtype))
-        for output, gradient in roots
-        if gradient is not None and output.requires_grad
-    ]
 
 
 def _sum(total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:

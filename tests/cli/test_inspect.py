@@ -49,8 +49,6 @@ def test_writes_table_file_and_heatmap(folder: Path, capsys: pytest.CaptureFixtu
     assert (found["format"], found["samples"]) == (1, 3)
     assert found["tokens"]["decision"] == 3 * 5
     assert {row["role"] for row in found["gradient"]} == ROLES
-    assert [layer["layer"] for layer in found["attention"]] == [1, 3]
-    assert [layer["layer"] for layer in found["gdn"]] == [0, 2]
     assert all(row["full_norm"] > 0 for row in found["gradient"])
     last = [row for row in found["gradient"] if row["layer"] == 3]
     # What the last layer does at context positions reaches no decision.
@@ -78,7 +76,7 @@ def test_a_trained_adapter_is_measured_as_it_is(folder: Path, tmp_path: Path) ->
         labels = input_ids.clone()
         labels[:, : len(context)] = -100
         batches.append({"input_ids": input_ids, "labels": labels})
-    expected = gradient_flow(model, batches, learning_rate=2e-5).as_dict()
+    expected = gradient_flow(model, batches).as_dict()
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     for row, same in zip(found["gradient"], expected["gradient"], strict=True):
         assert (row["module"], row["role"]) == (same["module"], same["role"])

@@ -3,15 +3,19 @@
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from frozen_peft.utils.compat.transformers import (
     as_stored,
     attention_implementation,
+    checkpoint_function,
     from_config,
     kept_in_float32,
     parameters_of_tensors,
+    set_checkpoint_function,
     stored_together,
 )
+from tests.frozen_runs import checkpoint_layers
 from tests.tiny_models import tiny_model
 
 
@@ -54,3 +58,18 @@ def test_what_stays_in_float32_is_no_public_list() -> None:
     assert pattern is not None
     assert pattern.search("lm_head.weight")
     assert kept_in_float32(model, torch.float32) is None
+
+
+def test_the_checkpoint_of_a_layer_is_an_attribute_and_nothing_public() -> None:
+    model = tiny_model("llama")
+    layer = model.model.layers[0]
+    assert checkpoint_function(layer) is None
+    checkpoint_layers(model, use_reentrant=True)
+    assert checkpoint_function(layer).keywords == {"use_reentrant": True}
+    calls = []
+    set_checkpoint_function(layer, lambda forward, *args: calls.append(args) or forward(*args))
+    model.train()(input_ids=model.dummy_inputs["input_ids"] % 9, use_cache=False)
+    assert len(calls) == 1
+    # When this fails, see whether transformers has a public way by now.
+    public = {name for name in vars(GradientCheckpointingLayer) if not name.startswith("_")}
+    assert public == {"gradient_checkpointing"}

@@ -12,6 +12,7 @@ from torch import nn
 
 from frozen_peft import FrozenContextConfig
 from frozen_peft.gradient import group_checkpoints
+from frozen_peft.utils.compat.transformers import checkpoint_function
 from tests.frozen_runs import checkpoint_layers, encode, frozen_gradients
 from tests.reference import random_sample, worst_gradient_error
 from tests.tiny_models import add_lora, tiny_model
@@ -124,9 +125,9 @@ def test_without_gradient_nothing_is_checkpointed() -> None:
 def test_grouping_again_changes_nothing() -> None:
     model = checkpointed(add_lora(tiny_model("llama")).train(), 2)
     decoder = model.get_base_model().get_decoder()
-    before = [layer._gradient_checkpointing_func for layer in decoder.layers]
+    before = [checkpoint_function(layer) for layer in decoder.layers]
     group_checkpoints(decoder, 2)
-    assert [layer._gradient_checkpointing_func for layer in decoder.layers] == before
+    assert [checkpoint_function(layer) for layer in decoder.layers] == before
 
 
 def test_a_forward_that_failed_leaves_the_next_one_whole() -> None:

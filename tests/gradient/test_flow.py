@@ -110,8 +110,6 @@ def test_samples_without_context_are_no_error() -> None:
     assert {part.gradient.context_share for part in flow.horizons[0].projections} == {0.0}
     cosines = [part.gradient.cosine for part in flow.horizons[0].projections]
     assert cosines == pytest.approx([1.0] * len(cosines))
-    assert [(layer.context_mass, layer.moved) for layer in flow.attention] == [(0.0, 0.0)] * 2
-    assert [(layer.state_share, layer.state_gradient_norm) for layer in flow.states] == [(0.0, 0.0)] * 2
 
 
 def test_turns_are_decisions_of_their_own() -> None:
@@ -148,13 +146,12 @@ def test_the_model_is_left_as_it_was() -> None:
     model.base_model.model.lm_head.weight.requires_grad_(True)
     before = {name: (weight.detach().clone(), weight.requires_grad) for name, weight in model.named_parameters()}
     training = [module.training for module in model.modules()]
-    gradient_flow(model, collated(ROWS), learning_rate=0.1)
+    gradient_flow(model, collated(ROWS))
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name][0])
         assert weight.requires_grad == before[name][1]
         assert weight.grad is None
     assert [module.training for module in model.modules()] == training
-    assert not any(module._forward_pre_hooks for module in model.modules() if hasattr(module, "layer_idx"))
 
 
 def test_only_rows_that_are_adapted_count() -> None:
@@ -186,9 +183,8 @@ def test_no_layer_sees_more_than_a_stretch_or_a_chunk() -> None:
         lambda module, args: widths.append(args[0].shape[1])
     )
     gradient_flow(model, collated([LONG]), sequence_chunk_size=32, prefill_chunk_size=48)
-    # Chunks of the context, and the decision as it is read; stretches of the decision, and of all. Attention is probed
-    # with contexts of one and two.
-    assert set(widths) - {1, 2} == {48, 42, 41} | {32, 9} | {32, 3}
+    # Chunks of the context; stretches of the decision, and of all. Attention is probed with contexts of one and two.
+    assert set(widths) - {1, 2} == {48, 42} | {32, 9} | {32, 3}
 
 
 def test_a_model_without_adapters_is_refused() -> None:
@@ -213,12 +209,8 @@ def test_arguments_out_of_range_are_named() -> None:
 
 
 def _assert_close(left: GradientFlow, right: GradientFlow) -> None:
-    assert replace(left, horizons=[], attention=[], states=[], loss=0.0) == replace(
-        right, horizons=[], attention=[], states=[], loss=0.0
-    )
+    assert replace(left, horizons=[], loss=0.0) == replace(right, horizons=[], loss=0.0)
     assert left.loss == pytest.approx(right.loss, rel=1e-5)
     for one, other in zip(left.horizons[0].projections, right.horizons[0].projections, strict=True):
         assert (one.module, one.role) == (other.module, other.role)
         assert_share(one.gradient, other.gradient)
-    for layer, same in zip([*left.attention, *left.states], [*right.attention, *right.states], strict=True):
-        assert list(vars(layer).values()) == pytest.approx(list(vars(same).values()), rel=1e-4, abs=1e-7)

@@ -1,9 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of PyTorch is used beyond what it promises."""
 
-import torch
+import inspect
+from collections.abc import Callable, Generator
+from typing import Any
 
-__all__ = ["num_writes"]
+import torch
+from torch.utils.checkpoint import _checkpoint_without_reentrant_generator
+
+__all__ = ["begun_checkpoint", "num_writes"]
+
+# Before the arguments of the recomputation: random states are kept, nothing surrounds it, its tensors are compared,
+# and no trace is kept. Whether it stops early was added after torch 2.8, which does so unasked.
+_CHECKPOINT_OPTIONS: tuple[Any, ...] = (True, torch.utils.checkpoint.noop_context_fn, "default", False)
+if "early_stop" in inspect.signature(_checkpoint_without_reentrant_generator).parameters:
+    _CHECKPOINT_OPTIONS += (True,)
+
+
+# PRIVATE: `torch.utils.checkpoint._checkpoint_without_reentrant_generator`, torch 2.8 to 2.14.
+# Why: an activation checkpoint whose beginning and end are in different calls;
+# `torch.distributed._composable.checkpoint` uses it for the same purpose. Goes when: PyTorch offers that in public.
+def begun_checkpoint(recompute: Callable[..., None], *args: Any) -> Generator[None, None, None]:
+    """Begins a checkpoint; `next(checkpoint, None)` on what comes back ends it.
+
+    Args:
+        recompute: Computes again what ran between beginning and end.
+        args: What it is called with.
+    """
+    checkpoint = _checkpoint_without_reentrant_generator(recompute, *_CHECKPOINT_OPTIONS, *args)
+    next(checkpoint)
+    return checkpoint
 
 
 # PRIVATE: `Tensor._version`, torch 2.8 to 2.13.

@@ -2,10 +2,11 @@
 """What of transformers is used beyond what it promises."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -20,9 +21,11 @@ from transformers.core_model_loading import (
 __all__ = [
     "as_stored",
     "attention_implementation",
+    "checkpoint_function",
     "from_config",
     "kept_in_float32",
     "parameters_of_tensors",
+    "set_checkpoint_function",
     "stored_together",
 ]
 
@@ -93,3 +96,16 @@ def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype | None) -> re.Pat
     if dtype == torch.float16:
         names.update(model._keep_in_fp32_modules or ())
     return build_glob_alternation(sorted(names))[0] if names else None
+
+
+# PRIVATE: `GradientCheckpointingLayer._gradient_checkpointing_func`, transformers 5.23 and 5.24.
+# Why: checkpoints over several layers take the place of those of each layer, and how checkpoints were asked for is
+# kept nowhere else. Goes when: transformers checkpoints several layers together, and says whether it is reentrant.
+def checkpoint_function(module: nn.Module) -> Callable[..., Any] | None:
+    """What a layer calls in place of its forward under gradient checkpointing; None where it has no such thing."""
+    return getattr(module, "_gradient_checkpointing_func", None)
+
+
+def set_checkpoint_function(layer: nn.Module, function: Callable[..., Any]) -> None:
+    """Has a layer call this, with its forward and the arguments by position, under gradient checkpointing."""
+    layer._gradient_checkpointing_func = function
