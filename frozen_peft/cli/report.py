@@ -32,10 +32,9 @@ def run(arguments: Sequence[str]) -> None:
     with reported():
         require_writable(options.output)
         # After the arguments are read: matplotlib takes a second.
-        from frozen_peft.report import read_run_folder, render_page, write_page
+        from frozen_peft.report.page import write_report
 
-        found = read_run_folder(options.run_dir, options.probes or [], options.merged or [])
-        page = write_page(found, render_page(found), options.output)
+        page, found = write_report(options.run_dir, options.output, options.probes or [], options.merged or [])
     print(f"Written to {page}.")
     for name in found.missing:
         print(f"  not there: {name}")

@@ -2,13 +2,13 @@
 """Runs samples one at a time and adds up the gradients that `flow` compares.
 
 Of a decision, for each horizon: the context before it is encoded without gradient (what contexts of a batch begin
-with, once), and what is behind it runs forward and backward over that, which gives the frozen gradient of `lora_B`. The
-whole sample without a context gives the full one. What is longer than a stretch runs in stretches of the sequence.
+with, once), and what is behind it runs forward and backward over that, which gives the frozen gradient of `lora_B`.
+The whole sample without a context gives the full one. What is longer than a stretch runs in stretches.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -152,10 +152,9 @@ class FlowMeter:
         self, decision: Decision, frozen: FrozenContext | None
     ) -> tuple[float, tuple[torch.Tensor | None, ...]]:
         """The sum of a decision's losses, and its gradient in each `lora_B`."""
+        mode: AbstractContextManager[object] = decision_forward(self.model)
         if len(decision.input_ids) > self.sequence_chunk_size:
             mode = stretched_forward(self.model, self.sequence_chunk_size)
-        else:
-            mode = decision_forward(self.model)
         plain = without_dropout(self.model, keep_checkpointing=not has_dropout(self.pretrained))
         with plain, self._trains_adapters_only(), torch.enable_grad(), mode:
             loss = self._loss_of(decision, frozen)

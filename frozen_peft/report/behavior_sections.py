@@ -1,78 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sections on behaviour: probes before and after, the merged model's, and decisions side by side."""
+"""The sections on behaviour: gradient flow, probes before and after, the merged model's, decisions side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-from frozen_peft.report.blocks import Plot, Section, Table
-from frozen_peft.report.formats import bytes_text, count_text, interval_text, loss_text, share_text, visible
-from frozen_peft.report.plots import Interval, intervals_plot
-from frozen_peft.report.run_folder import EXPECTED, RunFolder
-from frozen_peft.report.values import Found
+from frozen_peft.report.blocks import Plot, Section, Table, Tile
+from frozen_peft.report.heatmap import draw_heatmap
+from frozen_peft.report.plots import as_svg
+from frozen_peft.report.run_folder import RunFolder
 
-__all__ = ["examples_section", "merged_section", "probes_section"]
+__all__ = ["examples_section", "gradient_section", "merged_section", "probes_section"]
 
 _MODELS = {"base": "before", "adapted": "after"}
+_FIGURES = ("preferred", "margin, nats", "exact", "KL to base, nats")
 _VARIANT_TITLES = {"base": "base", "base_instructed": "base, with its instructions", "trained": "trained"}
 # More would be a page of its own.
 _MAX_EXAMPLES = 20
 
 
+def gradient_section(run: RunFolder, section: Section) -> None:
+    """A heat map of the gradient flow, and figures by role."""
+    found = run.files["gradient_flow.json"]
+    total, tokens = found["total"], found["tokens"]
+    roles: dict[str, list[dict[str, Any]]] = {}
+    for row in found["gradient"]:
+        roles.setdefault(row["role"], []).append(row)
+    rows = [
+        (
+            role,
+            f"{len(parts)}",
+            *(f"{sum(part[name] ** 2 for part in parts) ** 0.5:.3g}" for name in ("frozen_norm", "full_norm")),
+            *(_range(part[name] for part in parts) for name in ("cosine", "context_share")),
+        )
+        for role, parts in roles.items()
+    ]
+    caption = (
+        "By layer and role: the share of the full gradient that passes through context positions, which a frozen "
+        "context leaves out, and the cosine of the two gradients. White cells have no adapter or no gradient."
+    )
+    svg = as_svg(draw_heatmap(found), "plot-gradient", f"{caption} The figures by role are in the table.")
+    section.plots.append(Plot(svg, caption, is_paper=True))
+    columns = ("role", "projections", "frozen norm", "full norm", "cosine", "share through context")
+    title = "Gradient by role: norms over all layers, and the least and the most of a layer"
+    section.tables.append(Table(title, columns, rows))
+    section.notes.append(
+        f"Measured on {found['samples']:,} samples with {tokens['context']:,} tokens of context and "
+        f"{tokens['decision']:,} of decisions."
+    )
+    if total["context_share"] is not None and total["cosine"] is not None:
+        detail = f"cosine of frozen and full: {total['cosine']:.3f}"
+        section.tiles.append(Tile("gradient through context", f"{total['context_share']:.1%}", detail))
+
+
 def probes_section(run: RunFolder, section: Section) -> None:
     """Shares, margins, exact matches and KL of every evaluation, with their intervals."""
-    if not run.evaluations:
-        section.absent.append(f"No evaluation is there. It is written by {EXPECTED['evaluation.json']}.")
-        return
-    for number, (name, report) in enumerate(run.evaluations.items()):
-        confidence = report["confidence"].number()
-        rows = report["results"].rows()
-        cases: dict[tuple[str, str], dict[str, Found]] = {}
-        for row in rows:
-            cases.setdefault((row["kind"].text(), row["condition"].text()), {})[row["model"].text()] = row
-        intervals = [
-            Interval(
-                visible(f"{kind}, {condition}"), *(_proportion(models.get(model), "preference") for model in _MODELS)
-            )
-            for (kind, condition), models in cases.items()
-        ]
-        if intervals:
-            caption = f"Share of probes whose preferred decision is the more likely one ({name})."
-            svg = intervals_plot(f"plot-probes-{number}", intervals, confidence)
-            section.plots.append(Plot(svg, caption))
-        table = [
-            _probe_row(kind, condition, _MODELS.get(model, model), row)
-            for (kind, condition), models in cases.items()
-            for model, row in models.items()
-        ]
-        columns = ("probes", "context", "training", "number", "preferred", "margin, nats", "exact", "KL to base, nats")
-        caption = f"{name}: [ ] are {confidence:.0%} intervals"
-        section.tables.append(Table(caption, columns, table, num_names=3))
-        section.notes += [note.text() for note in report.rows_of("notes")]
+    for number, (name, report) in enumerate(run.files["evaluation.json"].items()):
+        results: list[dict[str, Any]] = report["results"]
+        names = [(row["kind"], row["condition"], _MODELS.get(row["model"], row["model"])) for row in results]
+        table = [(*own, f"{row['num_probes']:,}", *_figures(row)) for own, row in zip(names, results, strict=True)]
+        columns = ("probes", "context", "training", "number", *_FIGURES)
+        caption = f"{name}: bars are the share preferred, [ ] are {report['confidence']:.0%} intervals"
+        bars = [row["preference"]["rate"] if row["preference"] else 0.0 for row in results]
+        section.tables.append(Table(caption, columns, table, num_names=3, bars=bars))
+        section.notes += report.get("notes") or ()
+        if number == 0:
+            section.tiles += _tiles(results)
+
+
+def _tiles(results: list[dict[str, Any]]) -> Iterator[Tile]:
+    rates: dict[str, dict[str, str]] = {}
+    for row in results:
+        if row["condition"] == "given" and row["preference"]:
+            rates.setdefault(row["kind"], {})[row["model"]] = f"{row['preference']['rate']:.0%}"
+    for kind, by_model in rates.items():
+        texts = [by_model[model] for model in _MODELS if model in by_model]
+        yield Tile(f"{kind} probes preferred", " → ".join(texts), "before and after" if len(texts) == 2 else "")
 
 
 def merged_section(run: RunFolder, section: Section) -> None:
     """What the merged model is made of, how it was verified, and its probes."""
-    if not run.merges:
-        section.absent.append(f"No merge report is there. It is written by {EXPECTED['merge_report.json']}.")
-        return
-    for name, report in run.merges.items():
-        facts = [("base", report["base"].text())]
-        if (tensors := report.get("tensors")) is not None:
-            facts.append(
-                ("weights", f"{count_text(tensors.number())} tensors, {bytes_text(report['bytes'].number())}")
-            )
-        if (changed := report.get("merged_parameters")) is not None:
-            facts.append(("changed", f"{count_text(changed.number())} parameters"))
-        facts += _verification(report.get("verification"))
-        section.tables.append(Table(name, ("what", "merged model"), facts, num_names=2))
-        probes = report.get("probes")
-        rows = [
+    for name, report in run.files["merge_report.json"].items():
+        facts = {key: value for key, value in report.items() if not isinstance(value, dict | list) and key != "format"}
+        verification = report.get("verification")
+        rows = [*_facts(facts), *(_facts(verification, "verification") if verification else [("verified", "no")])]
+        section.tables.append(Table(name, ("what", "merged model"), rows, num_names=2))
+        probes = [
             (file, kind, *_figures(figures)[:3])
-            for file, kinds in ([] if probes is None else probes.items())
+            for file, kinds in (report.get("probes") or {}).items()
             for kind, figures in kinds.items()
         ]
-        if rows:
-            columns = ("file", "probes", "preferred", "margin, nats", "exact")
-            section.tables.append(Table(f"{name}: probes of the merged model", columns, rows, num_names=2))
+        if probes:
+            title = f"{name}: probes of the merged model"
+            section.tables.append(Table(title, ("file", "probes", *_FIGURES[:3]), probes, num_names=2))
         else:
             section.notes.append(
                 f"{name} has no probes of the merged model; `frozen-peft merge --probes FILE` adds them."
@@ -81,91 +100,59 @@ def merged_section(run: RunFolder, section: Section) -> None:
 
 def examples_section(run: RunFolder, section: Section) -> None:
     """Decisions on the same contexts, next to each other."""
-    if "examples.json" not in run.files:
-        section.absent.append(f"examples.json is not there. It is written by {EXPECTED['examples.json']}.")
-        return
     found = run.files["examples.json"]
-    examples = found["examples"].rows()
-    for example in examples[:_MAX_EXAMPLES]:
-        decisions = example["decisions"]
+    for example in found["examples"][:_MAX_EXAMPLES]:
+        decisions = []
+        for name, title in _VARIANT_TITLES.items():
+            decision = example["decisions"].get(name)
+            if decision is None:
+                decisions.append({"title": title, "text": "", "state": "not there"})
+            else:
+                state = "" if decision["finished"] else "cut off"
+                decisions.append({"title": title, "text": decision["text"].strip(), "state": state})
+        texts = {key: example[key] for key in ("context_end", "instructions", "expected")}
         section.examples.append(
-            {
-                "title": f"Held-out sample {example['sample'].count()}",
-                "tokens": count_text(example["context_tokens"].number()),
-                "context": example["context_end"].text(),
-                "instructions": _optional_text(example, "instructions"),
-                "expected": _optional_text(example, "expected"),
-                "decisions": [_decision(title, decisions.get(name)) for name, title in _VARIANT_TITLES.items()],
-            }
+            {"title": f"Held-out sample {example['sample']}", "tokens": f"{example['context_tokens']:,}"}
+            | texts
+            | {"decisions": decisions}
         )
-    if len(examples) > _MAX_EXAMPLES:
-        section.notes.append(f"{len(examples) - _MAX_EXAMPLES} more are in examples.json.")
-    limit = count_text(found["max_new_tokens"].number())
-    section.notes.append(f"Decoding: {found['decoding'].text()}, at most {limit} tokens.")
-    section.notes += [note.text() for note in found.rows_of("notes")]
+    if len(found["examples"]) > _MAX_EXAMPLES:
+        section.notes.append(f"{len(found['examples']) - _MAX_EXAMPLES} more are in examples.json.")
+    section.notes.append(f"Decoding: {found['decoding']}, at most {found['max_new_tokens']:,} tokens.")
+    section.notes += found["notes"]
 
 
-def _probe_row(kind: str, condition: str, when: str, row: Found) -> Sequence[str]:
-    return (kind, condition, when, count_text(row["num_probes"].number()), *_figures(row))
-
-
-def _figures(row: Found) -> tuple[str, str, str, str]:
+def _figures(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
     """Preferred, margin, exact matches and KL, each with its interval."""
+
+    def text(name: str, value: str, form: str, interval_form: str) -> str:
+        figure = row.get(name)
+        if figure is None:
+            return "-"
+        low, high = figure["low"], figure["high"]
+        interval = "" if low is None or high is None else f" [{low:{interval_form}}, {high:{interval_form}}]"
+        return f"{figure[value]:{form}}{interval}"
+
     return (
-        _share(row, "preference"),
-        _mean(row, "margin"),
-        _share(row, "exact_match"),
-        _mean(row, "kl_to_base"),
+        text("preference", "rate", ".1%", ".0%"),
+        text("margin", "mean", ".3g", ".3g"),
+        text("exact_match", "rate", ".1%", ".0%"),
+        text("kl_to_base", "mean", ".3g", ".3g"),
     )
 
 
-def _proportion(row: Found | None, name: str) -> tuple[float, float, float] | None:
-    figure = None if row is None else row.get(name)
-    return None if figure is None else (figure["rate"].number(), figure["low"].number(), figure["high"].number())
+def _facts(values: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of an object, those of objects within it under names of both."""
+    for key, value in values.items():
+        name = f"{place} {key}".strip().replace("_", " ")
+        if isinstance(value, dict):
+            yield from _facts(value, name)
+        elif value is not None:
+            yield name, f"{value:,.6g}" if isinstance(value, int | float) else str(value)
 
 
-def _share(row: Found, name: str) -> str:
-    figure = _proportion(row, name)
-    return "-" if figure is None else interval_text(f"{figure[0]:.1%}", figure[1], figure[2], percent=True)
-
-
-def _mean(row: Found, name: str) -> str:
-    figure = row.get(name)
-    if figure is None:
+def _range(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
         return "-"
-    ends = [None if (end := figure.get(name)) is None else end.number() for name in ("low", "high")]
-    return interval_text(f"{figure['mean'].number():.3g}", ends[0], ends[1], percent=False)
-
-
-def _verification(found: Found | None) -> list[tuple[str, str]]:
-    if found is None:
-        return [("verified", "no")]
-    facts = []
-    if (difference := found.get("log_probability_difference")) is not None:
-        mean, effect = difference["mean"].number(), found["adapter_effect"]["mean"].number()
-        facts.append(
-            ("verified", f"log-probabilities differ by {mean:.2g} nats; the adapter changes them by {effect:.2g}")
-        )
-        equal, prompts = found["equal_greedy_decisions"].number(), found["prompts"].number()
-        facts.append(("greedy decisions", f"{count_text(equal)} of {count_text(prompts)} equal"))
-    if (loss := found.get("loss")) is not None:
-        texts = [f"{loss_text(loss[name].number_or_nan())} {name}" for name in ("base", "adapter", "merged")]
-        facts.append(("loss", ", ".join(texts)))
-    if (recovery := found.get("recovery")) is not None:
-        facts.append(("recovery", share_text(recovery.number())))
-    return facts
-
-
-def _decision(title: str, found: Found | None) -> dict[str, str]:
-    if found is None:
-        return {"title": title, "text": "", "state": "not there"}
-    return {
-        "title": title,
-        "text": found["text"].text().strip(),
-        "state": "" if found["finished"].flag() else "cut off",
-    }
-
-
-def _optional_text(found: Found, name: str) -> str | None:
-    value = found.get(name)
-    return None if value is None else value.text()
+    return f"{known[0]:.3f}" if len(known) == 1 else f"{min(known):.3f} to {max(known):.3f}"

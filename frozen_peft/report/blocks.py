@@ -13,15 +13,13 @@ class Plot:
     """A figure.
 
     Attributes:
-        svg: As `report.svg` makes it: the one thing on the page that is put in as it is.
+        svg: As `plots.as_svg` makes it: the one thing on the page that is put in as it is.
         caption: What to see in it.
-        is_wide: As wide as the page; it scrolls on a narrow screen.
-        is_paper: It has colours of its own, and stays white in the dark.
+        is_paper: It has colours of its own, stays white in the dark, and is as wide as the page.
     """
 
     svg: str
     caption: str
-    is_wide: bool = False
     is_paper: bool = False
 
 
@@ -35,6 +33,7 @@ class Table:
         rows: Their cells.
         num_names: So many columns from the left are names, the others figures.
         has_words: But for the last one, which is a sentence.
+        bars: Of each row, the length of the bar behind its names, from 0 to 1; empty: there are none.
     """
 
     caption: str
@@ -42,6 +41,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     num_names: int = 1
     has_words: bool = False
+    bars: Sequence[float] = ()
 
     def is_figure(self, column: int) -> bool:
         """Whether a column holds figures."""
@@ -64,8 +64,8 @@ class Section:
     Attributes:
         name: Its anchor.
         title: Its heading.
-        files: What it is read from.
-        tiles: Numbers to read first.
+        files: What it is read from, the one that it cannot do without first.
+        tiles: Numbers to read first, which the summary shows.
         plots: Figures.
         tables: Tables below them.
         notes: Sentences below those.
@@ -76,7 +76,7 @@ class Section:
 
     name: str
     title: str
-    files: Sequence[str]
+    files: Sequence[str] = ()
     tiles: list[Tile] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)

@@ -22,11 +22,13 @@ They are generated greedily, for a few samples, and kept in `examples.json`:
 A decision has its `text`, and whether it `finished`: came to its end within the tokens.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -79,20 +81,11 @@ class ExampleSettings:
             raise ValueError(f"`max_example_tokens` must be 1 token or more, found {self.max_new_tokens}")
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """A sample to decide on.
-
-    Attributes:
-        row: Its prompt as it is in the row, under the sample's number.
-        instructed: The same with its instructions; None where it has none.
-        num_tokens: Tokens of its prompt.
-        example: What is known of it before anything is generated.
-    """
+class _Prompt(NamedTuple):
+    """A sample to decide on: its prompt, the same with its instructions if it has any, and what is known of it."""
 
     row: PromptRow
     instructed: PromptRow | None
-    num_tokens: int
     example: dict[str, Any]
 
 
@@ -115,105 +108,101 @@ def make_examples(
         The content of `examples.json`. What could not be generated is in its `notes`, and no error.
     """
     notes: list[str] = []
-    chosen = _choose(tokenizer, samples, settings, get_pretrained_model(model), notes)
-    variants: dict[str, list[PromptRow]] = {"base": [item.row for item in chosen]}
-    variants["base_instructed"] = [item.instructed for item in chosen if item.instructed is not None]
-    variants["trained"] = variants["base"]
-    if chosen and not isinstance(model, PeftModel):
+    prompts = _choose(tokenizer, samples, settings, get_pretrained_model(model), notes)
+    own = [prompt.row for prompt in prompts]
+    instructed = [prompt.instructed for prompt in prompts if prompt.instructed is not None]
+    rows = {"base": own, "base_instructed": instructed, "trained": own}
+    if prompts and not isinstance(model, PeftModel):
         notes.append("base: the weights themselves were trained, so the base is no longer there")
-        variants |= {"base": [], "base_instructed": []}
-    elif chosen and (change := change_of_base(model)):
+        rows |= {"base": [], "base_instructed": []}
+    elif prompts and (change := change_of_base(model)):
         notes.append(f"base: it is no longer there: {change}")
-        variants |= {"base": [], "base_instructed": []}
-    elif chosen and not variants["base_instructed"]:
+        rows |= {"base": [], "base_instructed": []}
+    elif prompts and not instructed:
         notes.append("base with instructions: no sample has the column `stripped`, which says what they were")
     found: dict[str, dict[int, Any]] = {}
-    for variant in tqdm(VARIANTS, desc="Generating examples", unit=" variants", delay=2, disable=not chosen):
-        rows = variants[variant]
-        base = variant != "trained" and isinstance(model, PeftModel)
-        with _without_adapters(model) if base and rows else nullcontext():
-            found[variant] = _decide(model, tokenizer, rows, settings, variant, notes)
-    examples = [
-        item.example | {"decisions": {variant: found[variant].get(item.row.index) for variant in VARIANTS}}
-        for item in chosen
-    ]
+    for variant in tqdm(VARIANTS, desc="Generating examples", unit=" variants", delay=2, disable=not prompts):
+        try:
+            found[variant] = _decide(model, tokenizer, rows[variant], settings, variant)
+        # The run is over and saved: an architecture that cannot be decoded from a cache is no reason to fail it.
+        except (ValueError, NotImplementedError, ContextMismatchError, torch.OutOfMemoryError) as error:
+            notes.append(f"{variant.replace('_', ' ')}: not generated: {str(error).splitlines()[0]}")
+            found[variant] = {}
     return {
         "format": FORMAT,
         "decoding": "greedy",
         "max_new_tokens": settings.max_new_tokens,
         "notes": notes,
-        "examples": examples,
+        "examples": [
+            prompt.example | {"decisions": {variant: found[variant].get(prompt.row.index) for variant in VARIANTS}}
+            for prompt in prompts
+        ],
     }
 
 
 def _choose(
     tokenizer: PreTrainedTokenizerBase, samples: Any, settings: ExampleSettings, pretrained: Any, notes: list[str]
-) -> list[_Chosen]:
+) -> list[_Prompt]:
     """Samples spread over all there are, that can be decided on."""
-    limits = [settings.max_context_tokens]
+    limit = math.inf if settings.max_context_tokens is None else settings.max_context_tokens
     positions = getattr(pretrained.config.get_text_config(), "max_position_embeddings", None)
-    limits.append(positions - settings.max_new_tokens if positions is not None else None)
-    limit = min((number for number in limits if number is not None), default=None)
-    chosen: list[_Chosen] = []
-    problems: dict[str, int] = {}
+    if positions is not None:
+        limit = min(limit, positions - settings.max_new_tokens)
+    chosen: list[_Prompt] = []
+    problems: Counter[str] = Counter()
     for index, values in _spread(samples, settings.num_examples):
         if len(chosen) == settings.num_examples:
             break
         try:
-            item = _prepared(tokenizer, index, values)
+            prompt = _prompt(tokenizer, index, values)
         except ValueError as error:
-            problem = str(error).removeprefix(f"sample {index}: ")
+            problems[str(error).removeprefix(f"sample {index}: ")] += 1
+            continue
+        if prompt.example["context_tokens"] <= limit:
+            chosen.append(prompt)
         else:
-            if limit is None or item.num_tokens <= limit:
-                chosen.append(item)
-                continue
-            problem = f"their prompts have more than {limit:,} tokens"
-        problems[problem] = problems.get(problem, 0) + 1
+            problems[f"their prompts have more than {limit:,} tokens"] += 1
     notes += [f"{count} samples passed over: {problem}" for problem, count in problems.items()]
     if settings.num_examples and not chosen and not problems:
         notes.append("there are no held-out samples")
-    return sorted(chosen, key=lambda item: item.row.index)
+    return sorted(chosen, key=lambda prompt: prompt.row.index)
 
 
 def _spread(samples: Any, count: int) -> Iterable[tuple[int, dict[str, Any]]]:
     """Rows to try, in turn: evenly over a dataset, then between those; of a stream, the first."""
-    if not count or samples is None:
+    if samples is None:
         return
     if not hasattr(samples, "__len__"):
-        rows = islice(samples, count * _TRIES)
-        yield from enumerate(_given(samples, row) for row in rows)
+        for index, row in enumerate(islice(samples, count * _TRIES)):
+            yield index, _given(samples, row)
         return
-    tried: set[int] = set()
-    for offset in range(_TRIES):
-        for number in range(count):
-            index = (number * len(samples) // count + offset) % len(samples) if len(samples) else None
-            if index is not None and index not in tried:
-                tried.add(index)
-                exact = has_json_columns(samples)
-                yield index, python_row(samples, index) if exact else _given(samples, samples[index])
+    size, numbers = len(samples), range(count if len(samples) else 0)
+    for index in dict.fromkeys((n * size // count + offset) % size for offset in range(_TRIES) for n in numbers):
+        exact = has_json_columns(samples)
+        yield index, python_row(samples, index) if exact else _given(samples, samples[index])
 
 
-def _prepared(tokenizer: PreTrainedTokenizerBase, index: int, values: dict[str, Any]) -> _Chosen:
+def _prompt(tokenizer: PreTrainedTokenizerBase, index: int, values: dict[str, Any]) -> _Prompt:
     """What is needed to decide on a sample; `ValueError` where it cannot be decided on."""
     # A dataset gives every row the columns that any row has.
     values = {name: value for name, value in values.items() if value is not None}
     split = split_sample(values)
     place = f"sample {index}"
     row = PromptRow(index, place, values, split.context, None, (0,))
-    num_tokens = len(prompt_tokens(tokenizer, row, split.context))
     instructed, instructions = None, None
     if values.get(STRIPPED):
         restored = split_sample(restore_instructions(values)).context
         instructed = PromptRow(index, place, values, restored, None, (0,))
         instructions = "\n".join(text for piece in values[STRIPPED] for text in piece_texts(piece))
+    context = _text(split.context)
     example = {
         "sample": index,
-        "context_tokens": num_tokens,
-        "context_end": _end(split.context),
+        "context_tokens": len(prompt_tokens(tokenizer, row, split.context)),
+        "context_end": context if len(context) <= CONTEXT_CHARACTERS else f"… {context[-CONTEXT_CHARACTERS:]}",
         "instructions": instructions,
         "expected": None if split.decision is None else _text(split.decision),
     }
-    return _Chosen(row, instructed, num_tokens, example)
+    return _Prompt(row, instructed, example)
 
 
 def _decide(
@@ -222,53 +211,37 @@ def _decide(
     rows: Sequence[PromptRow],
     settings: ExampleSettings,
     variant: str,
-    notes: list[str],
 ) -> dict[int, dict[str, Any]]:
     """The decision on each row, by its number."""
     if not rows:
         return {}
-    try:
-        if _is_activated(model) and variant == "trained":
-            return _decide_activated(model, tokenizer, rows, settings)
-        sampling = SamplingSettings(num_candidates=1, temperature=0.0, max_new_tokens=settings.max_new_tokens)
-        sampler = LocalSampler(_unactivated(model), tokenizer, sampling, batch_size=_BATCH_SIZE)
+    if isinstance(model, PeftModel) and variant == "trained" and _is_activated(model):
+        return _decide_activated(model, tokenizer, rows, settings)
+    sampling = SamplingSettings(num_candidates=1, temperature=0.0, max_new_tokens=settings.max_new_tokens)
+    base = variant != "trained"
+    with model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext():
+        decider = get_pretrained_model(model) if base else model
+        sampler = LocalSampler(decider, tokenizer, sampling, batch_size=_BATCH_SIZE)
         candidates = [candidate for batch in sampler.sample(rows) for candidate in batch]
-    # The run is over and saved: an architecture that cannot be decoded from a cache is no reason to fail it.
-    except (ValueError, NotImplementedError, ContextMismatchError, torch.OutOfMemoryError) as error:
-        notes.append(f"{variant.replace('_', ' ')}: not generated: {str(error).splitlines()[0]}")
-        return {}
     return {item.prompt: {"text": item.text, "finished": item.finish == "stop"} for item in candidates}
 
 
-def _is_activated(model: torch.nn.Module) -> bool:
-    if not isinstance(model, PeftModel):
-        return False
+def _is_activated(model: PeftModel) -> bool:
     return any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values())
 
 
-def _without_adapters(model: torch.nn.Module) -> AbstractContextManager[None]:
-    assert isinstance(model, PeftModel)
-    return model.disable_adapter()
-
-
-def _unactivated(model: torch.nn.Module) -> torch.nn.Module:
-    """The base inside a model whose adapter is switched on by tokens, and is off here."""
-    return get_pretrained_model(model) if _is_activated(model) else model
-
-
 def _decide_activated(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow], settings: ExampleSettings
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow], settings: ExampleSettings
 ) -> dict[int, dict[str, Any]]:
     """The same by PEFT's own generation, which switches the adapter on at its invocation; one row at a time."""
-    assert isinstance(model, PeftModel)
     pretrained = get_pretrained_model(model)
     stops = stop_tokens(tokenizer, pretrained.generation_config)
     forms = CandidateForms(tokenizer, stops)
     device = pretrained.get_input_embeddings().weight.device
     found = {}
-    with torch.no_grad(), without_dropout(model):
-        for row in rows:
-            prompt = torch.tensor([prompt_tokens(tokenizer, row, row.prompt)], device=device)
+    for row in rows:
+        prompt = torch.tensor([prompt_tokens(tokenizer, row, row.prompt)], device=device)
+        with torch.no_grad(), without_dropout(model):
             output = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -277,16 +250,9 @@ def _decide_activated(
                 eos_token_id=stops,
                 pad_token_id=stops[0],
             )
-            new = output[0, prompt.shape[1] :].tolist()
-            finished = new[-1] in stops
-            text = forms.text(new)
-            found[row.index] = {"text": text, "finished": finished}
+        new = output[0, prompt.shape[1] :].tolist()
+        found[row.index] = {"text": forms.text(new), "finished": new[-1] in stops}
     return found
-
-
-def _end(context: Context) -> str:
-    text = _text(context)
-    return text if len(text) <= CONTEXT_CHARACTERS else f"… {text[-CONTEXT_CHARACTERS:]}"
 
 
 def _text(context: Context) -> str:

@@ -4,7 +4,7 @@
 import math
 import re
 
-__all__ = ["bytes_text", "count_text", "interval_text", "loss_text", "seconds_text", "share_text", "visible"]
+__all__ = ["loss_text", "seconds_text", "visible"]
 
 # Characters that are not seen, or that move others about: controls but tab and line break, marks of direction,
 # invisible spaces, half surrogate pairs and what no text may hold.
@@ -25,35 +25,9 @@ def _written_out(match: re.Match[str]) -> str:
     return chr(0x2400 + code) if code < 0x20 else f"[U+{code:04X}]"
 
 
-def count_text(number: float) -> str:
-    """A whole number with separators."""
-    return f"{number:,.0f}"
-
-
 def loss_text(loss: float) -> str:
     """A loss, in nats."""
     return f"{loss:.4f}" if math.isfinite(loss) else "not a number"
-
-
-def share_text(share: float) -> str:
-    """A share as percent."""
-    return f"{share:.1%}"
-
-
-def interval_text(value: str, low: float | None, high: float | None, *, percent: bool) -> str:
-    """A figure with its interval behind it, if it has one."""
-    if low is None or high is None:
-        return value
-    return f"{value} [{low:.0%}, {high:.0%}]" if percent else f"{value} [{low:.3g}, {high:.3g}]"
-
-
-def bytes_text(number: float) -> str:
-    """Bytes in binary units."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(number) < 1024 or unit == "GiB":
-            return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
-        number /= 1024
-    raise AssertionError("the last unit takes every number")
 
 
 def seconds_text(seconds: float) -> str:

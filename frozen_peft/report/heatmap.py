@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from frozen_peft.adapters import ROLES
 
@@ -38,14 +39,23 @@ def draw_heatmap(flow: Mapping[str, Any]) -> Figure:
     roles = [role for role in (*ROLES, "other") if role in present]
     layers = sorted({row["layer"] for row in rows})
     cosine, share = _grids(rows, layers, roles)
-    height = 1.8 + max(0.22 * len(layers), 1.4)
-    figure = Figure(figsize=(2.4 + 1.0 * len(roles), height), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    _panel(
-        figure, left, share, layers, roles, "share through the context", "viridis", (0.0, max(1.0, _largest(share)))
-    )
-    _panel(figure, right, cosine, layers, roles, "cosine, frozen and full gradient", "RdBu", (-1.0, 1.0))
-    left.set_ylabel("layer")
+    step = -(-len(layers) // MAX_LAYERS_WITH_NUMBERS)
+    figure = Figure(figsize=(2.4 + 1.0 * len(roles), 1.8 + max(0.22 * len(layers), 1.4)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axis, title, grid, colours, least in (
+        (panels[0], "share through the context", share, "viridis", 0.0),
+        (panels[1], "cosine, frozen and full gradient", cosine, "RdBu", -1.0),
+    ):
+        # A share may be above 1; where there is none, it is NaN.
+        largest = np.fmax.reduce(grid, axis=None, initial=1.0)
+        image = axis.imshow(grid, vmin=least, vmax=largest, cmap=colours, aspect="auto")
+        axis.set_title(title, fontsize=9)
+        axis.set_xticks(range(len(roles)), roles, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+        axis.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=8)
+        figure.colorbar(image, ax=axis, shrink=0.8).ax.tick_params(labelsize=7)
+        if step == 1:
+            _write_numbers(axis, image, grid)
+    panels[0].set_ylabel("layer")
     tokens = flow["tokens"]
     figure.suptitle(
         f"Gradient flow of {flow['samples']:,} samples, {tokens['context']:,} tokens of context and "
@@ -68,31 +78,10 @@ def _grids(rows: list[dict[str, Any]], layers: list[int], roles: list[str]) -> t
         return product / np.sqrt(frozen * full), np.sqrt(difference / full)
 
 
-def _largest(grid: np.ndarray) -> float:
-    return float(np.nanmax(grid)) if not np.isnan(grid).all() else 1.0
-
-
-def _panel(
-    figure: Figure,
-    axis: Axes,
-    grid: np.ndarray,
-    layers: list[int],
-    roles: list[str],
-    title: str,
-    colours: str,
-    limits: tuple[float, float],
-) -> None:
-    image = axis.imshow(grid, vmin=limits[0], vmax=limits[1], cmap=colours, aspect="auto")
-    axis.set_title(title, fontsize=9)
-    axis.set_xticks(range(len(roles)), roles, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
-    step = -(-len(layers) // MAX_LAYERS_WITH_NUMBERS)
-    axis.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=8)
-    figure.colorbar(image, ax=axis, shrink=0.8).ax.tick_params(labelsize=7)
-    if len(layers) > MAX_LAYERS_WITH_NUMBERS:
-        return
+def _write_numbers(axis: Axes, image: AxesImage, grid: np.ndarray) -> None:
+    """Writes every cell's value into it, in the colour that can be read on the cell's own."""
     for (layer, role), value in np.ndenumerate(grid):
         if not np.isnan(value):
             red, green, blue, _ = image.cmap(image.norm(value))
-            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            colour = "white" if dark else "black"
+            colour = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
             axis.text(role, layer, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)

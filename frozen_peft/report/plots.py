@@ -1,234 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report's plots. Each is given numbers and returns SVG; what tells series apart is never colour alone."""
+"""The report's plots as inline SVG, which takes its colours from the page and so follows it into the dark.
 
-import itertools
-import math
+Figures are drawn in stand-in colours, one for each of the page's custom properties, and those are put in their place.
+Nothing in the result refers to anything outside it: text stays text, in the page's own font. What tells series apart
+is never colour alone.
+"""
+
+import io
+import re
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from html import escape
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from frozen_peft.report.svg import COLOURS, new_figure, themed_svg
+from frozen_peft.report.formats import visible
 
-__all__ = [
-    "MAX_POINTS",
-    "Bar",
-    "Interval",
-    "Point",
-    "bars_plot",
-    "intervals_plot",
-    "loss_plot",
-    "thinned",
-    "tokens_plot",
-]
+__all__ = ["MAX_POINTS", "Point", "as_svg", "lines_plot", "thinned"]
 
 Point = tuple[float, float]
 
 MAX_POINTS = 400
-_SERIES = tuple(name for name in COLOURS if name.startswith("series-"))
-_MARKERS = "osD^v"
-# Characters of a label that there is room for beside bars.
+_SERIES = ("series-1", "series-2", "series-3", "series-4")
+# Stand-in colour of each custom property of the page. No figure has these for any other reason.
+_COLOURS = {name: f"#0102{number:02x}" for number, name in enumerate(("ink", "muted", "grid", *_SERIES), start=3)}
+_MARKERS = "osD^"
+# Characters of a label that there is room for.
 _LABEL_CHARACTERS = 24
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One bar.
-
-    Attributes:
-        title: What it is.
-        value: Its length, 0 or more.
-        text: Its length in words.
-        outlined: Drawn as an outline: a figure that was planned, not measured.
-    """
-
-    title: str
-    value: float
-    text: str
-    outlined: bool = False
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A share before and after, each `(rate, low, high)` or None."""
-
-    title: str
-    before: tuple[float, float, float] | None
-    after: tuple[float, float, float] | None
+# In inches. As many points as a telephone's screen is wide, so that text has its own size there.
+_SIZE = (4.7, 2.9)
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.labelsize": 9.5,
+    "text.color": _COLOURS["ink"],
+    "axes.labelcolor": _COLOURS["muted"],
+    "axes.edgecolor": _COLOURS["muted"],
+    "xtick.color": _COLOURS["muted"],
+    "ytick.color": _COLOURS["muted"],
+    "xtick.labelcolor": _COLOURS["ink"],
+    "ytick.labelcolor": _COLOURS["ink"],
+    "grid.color": _COLOURS["grid"],
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most `MAX_POINTS` points: means over so many neighbours as that takes; gaps stay where all are not finite."""
-    size = -(-len(points) // MAX_POINTS)
-    if size <= 1:
-        return list(points)
-    means = []
-    for start in range(0, len(points), size):
-        group = points[start : start + size]
-        known = [y for _, y in group if math.isfinite(y)]
-        means.append((group[-1][0], sum(known) / len(known) if known else math.nan))
-    return means
+    """At most `MAX_POINTS` points: means over so many neighbours as that takes."""
+    size = max(-(-len(points) // MAX_POINTS), 1)
+    groups = (points[start : start + size] for start in range(0, len(points), size))
+    return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def loss_plot(train: Sequence[Point], held_out: Mapping[str, Sequence[Point]]) -> str:
-    """Training loss and held-out losses by step."""
-    figure, axes = new_figure()
-    if train:
-        steps, losses = zip(*thinned(train), strict=True)
-        marker = "." if len(train) <= 30 else ""
-        axes.plot(steps, losses, color=COLOURS["series-1"], marker=marker, linewidth=1.6, label="training")
-    for number, (name, points) in enumerate(held_out.items()):
-        steps, losses = zip(*thinned(points), strict=True)
-        axes.plot(
-            steps,
-            losses,
-            color=COLOURS[_SERIES[1 + number % (len(_SERIES) - 1)]],
-            marker=_MARKERS[number % len(_MARKERS)],
-            linestyle="--",
-            markersize=5,
-            linewidth=1.4,
-            label=_short(name),
-        )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per token")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    _legend(figure, axes)
-    return themed_svg(figure, "plot-loss", _loss_words(train, held_out))
-
-
-def bars_plot(name: str, bars: Sequence[Bar], what: str) -> str:
-    """Bars below each other with their lengths written behind them.
+def lines_plot(name: str, series: Mapping[str, Sequence[Point]], what: str) -> str:
+    """Series by step, the first one as a line and the others dashed, with marks.
 
     Args:
-        name: The figure's name in the page.
-        bars: The longest of which is as wide as the plot.
-        what: What they show, for those who do not see it.
+        name: The figure's name within the page, of letters and hyphens.
+        series: Points of each, at least one, in the order of their steps.
+        what: What their height is.
     """
-    figure, axes = new_figure(height=0.45 + 0.32 * len(bars))
-    for number, bar in enumerate(bars):
-        colour = COLOURS[_SERIES[number % len(_SERIES)]]
-        fill: dict[str, Any] = {"facecolor": "none", "hatch": "///"} if bar.outlined else {"facecolor": colour}
-        axes.barh(number, bar.value, height=0.62, edgecolor=colour, linewidth=1.2, **fill)
-        axes.annotate(
-            bar.text,
-            (bar.value, number),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            color=COLOURS["ink"],
-            parse_math=False,
-        )
-    _name_rows(axes, [bar.title for bar in bars])
-    # Room for what is written behind the longest bar.
-    axes.set_xlim(0, 1.45 * max([bar.value for bar in bars if bar.value > 0], default=1.0))
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
-    words = "; ".join(f"{bar.title} {bar.text}" for bar in bars)
-    return themed_svg(figure, name, f"{what}: {words}.")
-
-
-def tokens_plot(windows: Sequence[tuple[float, float, float]]) -> str:
-    """Context tokens that were encoded and reused between logs: each `(step, encoded, reused)`."""
-    figure, axes = new_figure()
-    encoded = thinned([(step, number) for step, number, _ in windows])
-    reused = thinned([(step, number) for step, _, number in windows])
-    steps = [step for step, _ in encoded]
-    width = 0.8 * min((b - a for a, b in itertools.pairwise(steps) if b > a), default=1.0)
-    below = [number for _, number in encoded]
-    axes.bar(steps, below, width, color=COLOURS["series-1"], label="encoded")
-    axes.bar(
-        steps,
-        [number for _, number in reused],
-        width,
-        bottom=below,
-        facecolor="none",
-        edgecolor=COLOURS["series-2"],
-        hatch="////",
-        label="reused",
-    )
-    axes.set_xlabel("step")
-    axes.set_ylabel("context tokens")
-    axes.yaxis.set_major_formatter(lambda value, _: _thousands(value))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    _legend(figure, axes)
-    total_encoded, total_reused = (sum(window[column] for window in windows) for column in (1, 2))
-    words = f"Context tokens per log: {total_encoded:,.0f} encoded and {total_reused:,.0f} reused in all."
-    return themed_svg(figure, "plot-tokens", words)
-
-
-def intervals_plot(name: str, rows: Sequence[Interval], confidence: float) -> str:
-    """Shares with their intervals, before and after below each other."""
-    figure, axes = new_figure(height=0.85 + 0.42 * len(rows))
-    drawn = (
-        ("before", "before", "series-2", "o", -0.14),
-        ("after", "after", "series-1", "D", 0.14),
-    )
-    for label, attribute, colour, marker, offset in drawn:
-        found = [(number, value) for number, row in enumerate(rows) if (value := getattr(row, attribute)) is not None]
-        if not found:
-            continue
-        rates = [value[0] for _, value in found]
-        axes.errorbar(
-            rates,
-            [number + offset for number, _ in found],
-            xerr=[
-                [max(value[0] - value[1], 0) for _, value in found],
-                [max(value[2] - value[0], 0) for _, value in found],
-            ],
-            fmt=marker,
-            color=COLOURS[colour],
-            capsize=3,
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axes = figure.add_subplot()
+    for number, (title, points) in enumerate(series.items()):
+        steps, heights = zip(*thinned(points), strict=True)
+        marker = _MARKERS[number % len(_MARKERS)] if number else "." if len(points) <= 30 else ""
+        axes.plot(
+            steps,
+            heights,
+            color=_COLOURS[_SERIES[number % len(_SERIES)]],
+            linestyle="--" if number else "-",
+            marker=marker,
             markersize=5,
-            linewidth=1.5,
-            label=label,
+            label=title if len(title) <= _LABEL_CHARACTERS else f"{title[: _LABEL_CHARACTERS - 1]}…",
         )
-    _name_rows(axes, [row.title for row in rows])
-    axes.set_xlim(-0.03, 1.03)
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], labels=["0%", "25%", "50%", "75%", "100%"])
-    axes.set_xlabel(f"preferred, {confidence:.0%} intervals")
-    _legend(figure, axes)
-    words = "; ".join(f"{row.title}: {_rate(row.before)} before, {_rate(row.after)} after training" for row in rows)
-    return themed_svg(figure, name, f"Share of probes whose preferred decision is the more likely one. {words}.")
+    axes.set_xlabel("step")
+    axes.set_ylabel(what)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    # Above the plot, where it covers nothing.
+    for text in figure.legend(loc="outside upper left", ncols=2, frameon=False).get_texts():
+        text.set_parse_math(False)
+    words = "; ".join(
+        f"{title} from {points[0][1]:,.6g} at step {points[0][0]:.0f} to {points[-1][1]:,.6g} at {points[-1][0]:.0f}"
+        for title, points in series.items()
+    )
+    return as_svg(figure, name, f"{what} by step: {words}.")
 
 
-def _name_rows(axes: Any, titles: Sequence[str]) -> None:
-    axes.set_yticks(range(len(titles)))
-    for label in axes.set_yticklabels([_short(title) for title in titles]):
-        label.set_parse_math(False)
-    axes.set_ylim(len(titles) - 0.45, -0.55)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.grid(visible=False, axis="y")
+def as_svg(figure: Figure, name: str, alternative: str) -> str:
+    """A figure as SVG to be put into the page, where colours of this module become the page's.
 
-
-def _legend(figure: Any, axes: Any) -> None:
-    """Above the plot, where it covers nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        legend = figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _LABEL_CHARACTERS else text[: _LABEL_CHARACTERS - 1] + "…"
-
-
-def _thousands(value: float) -> str:
-    if value >= 1e6:
-        return f"{value / 1e6:g}M"
-    return f"{value / 1e3:g}k" if value >= 1e3 else f"{value:g}"
-
-
-def _rate(value: tuple[float, float, float] | None) -> str:
-    return "not measured" if value is None else f"{value[0]:.0%}"
-
-
-def _loss_words(train: Sequence[Point], held_out: Mapping[str, Sequence[Point]]) -> str:
-    parts = [
-        f"{name} loss from {points[0][1]:.4f} at step {points[0][0]:.0f} to {points[-1][1]:.4f} at {points[-1][0]:.0f}"
-        for name, points in {"training": train, **held_out}.items()
-        if points
-    ]
-    return f"Loss by step: {'; '.join(parts)}."
+    Args:
+        figure: The figure.
+        name: Its name within the page, of letters and hyphens.
+        alternative: What it shows, in words, for those who do not see it.
+    """
+    file = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # Names in scripts that the measuring font lacks are drawn by the page's.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    # Several figures are parts of one document: neither their names nor their styles may meet.
+    text = re.sub(r'(\bid="|url\(#|(?:xlink:)?href="#)', rf"\1{name}-", text)
+    text = text.replace('<style type="text/css">*{', f'<style type="text/css">#{name} *{{')
+    # The page's own font, whose widths are near enough to those that texts were measured in.
+    text = re.sub(r'font-family: [^;"]*;? ?', "", text)
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    label = escape(alternative, quote=True)
+    text = text.replace("<svg ", f'<svg id="{name}" role="img" aria-label="{label}" class="plot" ', 1).strip()
+    for property_name, colour in _COLOURS.items():
+        text = text.replace(colour, f"var(--{property_name})")
+    # Names in it may come from files.
+    return visible(text)

@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from frozen_peft.report import ExampleSettings, PeakMemory, make_examples, versions, write_json, write_recipe
+from frozen_peft.report.examples import ExampleSettings, make_examples
+from frozen_peft.report.memory import PeakMemory
+from frozen_peft.report.record import versions, write_json, write_recipe
 
 __all__ = ["ReportArguments", "RunRecord"]
 
@@ -79,9 +81,9 @@ class RunRecord:
         if not self._arguments.write_report:
             return None
         # At the end, since matplotlib takes a second to import.
-        from frozen_peft.report import write_report
+        from frozen_peft.report.page import write_report
 
-        return write_report(self._folder)
+        return write_report(self._folder)[0]
 
     def _made_examples(self, load_held_out: Callable[[], Any]) -> dict[str, Any]:
         trainer, settings = self._trainer, self._examples

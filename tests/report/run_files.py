@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from frozen_peft.evaluation.intervals import bootstrap_mean, wilson_proportion
-from frozen_peft.report import read_run_folder, render_page
+from frozen_peft.report.page import render_page
+from frozen_peft.report.run_folder import read_run_folder
 
 NUM_LOGS = 6
 SECTIONS = (

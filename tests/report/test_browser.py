@@ -81,7 +81,7 @@ def test_it_opens_alone_and_whole(page: Page, report: Path, screen: dict) -> Non
     sections = page.evaluate("[...document.querySelectorAll('main section')].map(s => [s.id, s.offsetHeight])")
     assert tuple(name for name, _ in sections) == SECTIONS
     assert min(height for _, height in sections) > 40
-    assert page.evaluate("document.querySelectorAll('svg.plot').length") == 6
+    assert page.evaluate("document.querySelectorAll('svg.plot').length") == 3
     assert page.evaluate(BEYOND) == []
     assert page.evaluate(MEETING) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= screen["width"]

@@ -12,7 +12,7 @@ from peft import PeftModel
 from frozen_peft.adapters import activated
 from frozen_peft.data import strip_instructions
 from frozen_peft.data.rows import dump_row
-from frozen_peft.report import ExampleSettings, make_examples
+from frozen_peft.report.examples import ExampleSettings, make_examples
 from tests.tiny_models import add_lora, tiny_model
 from tests.training.runs import word_tokenizer, words
 

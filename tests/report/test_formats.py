@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frozen_peft.report.formats import bytes_text, seconds_text, visible
+from frozen_peft.report.formats import seconds_text, visible
 
 
 @pytest.mark.parametrize(
@@ -27,14 +27,6 @@ from frozen_peft.report.formats import bytes_text, seconds_text, visible
 )
 def test_seconds(seconds: float, text: str) -> None:
     assert seconds_text(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(0, "0 bytes"), (1023, "1,023 bytes"), (1024, "1.0 KiB"), (3 << 20, "3.0 MiB"), (5000 << 30, "5,000.0 GiB")],
-)
-def test_bytes(number: int, text: str) -> None:
-    assert bytes_text(number) == text
 
 
 @given(st.text(st.characters(codec=None), max_size=30))

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from frozen_peft.report.history import read_history
 from frozen_peft.report.plots import MAX_POINTS, thinned
 from frozen_peft.report.run_folder import RunFolder
-from frozen_peft.report.values import Found
 
 SECONDS = st.floats(0, 100)
 LOGS = st.lists(
@@ -31,7 +30,7 @@ LOGS = st.lists(
 def history(*entries: dict[str, Any], **files: Any) -> Any:
     state = {"global_step": 9, "log_history": list(entries)}
     found = {"trainer_state.json": state} | {name.replace("__", "."): content for name, content in files.items()}
-    return read_history(RunFolder(Path(), {name: Found(content, name) for name, content in found.items()}))
+    return read_history(RunFolder(Path(), found))
 
 
 def as_logged(entry: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +60,9 @@ def test_parts_of_the_time_come_to_all_of_it(entries: list[dict[str, Any]]) -> N
     assert {name: found.seconds[name] for name in expected} == pytest.approx(expected)
     assert found.seconds.keys() == expected.keys() | {"the rest"}
     assert sum(found.seconds.values()) == pytest.approx(wall)
-    assert found.tokens == [(entry["step"], *entry["contexts"][2:]) for entry in entries if "contexts" in entry]
+    with_contexts = [entry for entry in entries if "contexts" in entry]
+    assert found.encoded == [(entry["step"], entry["contexts"][2]) for entry in with_contexts]
+    assert found.reused == [(entry["step"], entry["contexts"][3]) for entry in with_contexts]
 
 
 def test_without_a_whole_there_is_no_rest() -> None:

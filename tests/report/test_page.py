@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import frozen_peft.report.page
-from frozen_peft.report import read_run_folder, render_page
 from frozen_peft.report.formats import visible
+from frozen_peft.report.page import render_page
+from frozen_peft.report.run_folder import read_run_folder
 from tests.report.reading import Parsed
 from tests.report.run_files import SECTIONS, example, files, gradient_flow, page_of, trainer_state, write_run
 
@@ -34,9 +35,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Parsed:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures as empty elements, where it is not them that a test is about: drawing takes most of the time."""
-    monkeypatch.setattr(
-        "frozen_peft.report.svg._svg", lambda _, name, words: f'<svg id="{name}" aria-label="{escape(words)}"></svg>'
-    )
+    for module in ("plots", "behavior_sections"):
+        monkeypatch.setattr(
+            f"frozen_peft.report.{module}.as_svg",
+            lambda _, name, words: f'<svg id="{name}" aria-label="{escape(words)}"></svg>',
+        )
 
 
 def test_every_section_is_there_with_its_content(whole: Parsed) -> None:
@@ -48,7 +51,7 @@ def test_every_section_is_there_with_its_content(whole: Parsed) -> None:
     text = {name: " ".join(own.split()) for name, own in whole.texts.items()}
     assert "held-out loss 2.0000 → 0.2500" in text["summary"]
     assert "training loss 1.0000 → 0.1667" in text["summary"]
-    assert "gradient through context 25.0%" in text["summary"]
+    assert "gradient through context 25.0% cosine of frozen and full: 0.875" in text["summary"]
     assert "target probes preferred 10% → 90%" in text["summary"]
     assert "held-out 3 2.0000 0.2500 0.2500 at step 12" in text["loss"]
     # Six logs of a second, and one more: 3.0 of 7 s.
@@ -56,11 +59,13 @@ def test_every_section_is_there_with_its_content(whole: Parsed) -> None:
     assert "data 0.75 s 10.7%" in text["time"]
     assert "encoded 1,815 30.2%" in text["tokens"]
     # Of the plan's 8 MiB without the weights and adapters that are there before.
-    assert "measured 3.0 MiB 600.0 MiB planned 3.0 MiB 8.0 MiB" in text["memory"]
+    assert "measured, above the model 3 MiB measured, in all 600 MiB" in text["memory"]
+    assert "planned, above the model 3 MiB planned, in all 8 MiB" in text["memory"]
     assert "The plan could not know: workspace." in text["memory"]
     assert "gate 3 0.866 1.73" in text["gradient-flow"]
     assert "target given after 20 90.0% [70%, 97%]" in text["probes"]
-    assert "greedy decisions 4 of 4 equal" in text["merged"]
+    assert "verification equal greedy decisions 4" in text["merged"]
+    assert "verification log probability difference mean 1e-06" in text["merged"]
     assert "probes.jsonl target 90.0% [70%, 97%]" in text["merged"]
     assert "base how about pine instead? base, with its instructions not there trained ok, cut off" in text["examples"]
     assert "lora_r: 8" in text["recipe"]
@@ -86,7 +91,7 @@ def test_figures_have_words_and_names_of_their_own(whole: Parsed) -> None:
     ids = [attributes["id"] for _, attributes in whole.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     figures = whole.all("svg")
-    assert len(figures) == 6
+    assert len(figures) == 3
     for attributes in figures:
         assert attributes["role"] == "img"
         assert len(attributes["aria-label"] or "") > 40
@@ -118,12 +123,12 @@ def test_colours_can_be_told_from_their_grounds() -> None:
     ]
     assert len(themes) == 3
     for colours in themes:
-        assert len(colours) == 17
+        assert len(colours) == 13
         for ground in ("card", "page"):
             for text in ("ink", "muted", "accent"):
                 assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
         assert contrast(colours["warn"], colours["warn-card"]) >= 4.5
-        for number in range(1, 9):
+        for number in range(1, 5):
             assert contrast(colours[f"series-{number}"], colours["card"]) >= 3, number
 
 
@@ -179,33 +184,31 @@ def test_a_file_that_cannot_be_read_is_named(name: str, content: str | bytes, pr
 @pytest.mark.parametrize(
     ("name", "content", "section", "problem"),
     [
-        ("trainer_state.json", {"log_history": []}, "loss", "trainer_state.json: there is no `global_step`"),
+        ("trainer_state.json", {"log_history": []}, "loss", "not as expected (KeyError: 'global_step')"),
         (
             "trainer_state.json",
             {"global_step": 1, "log_history": [{"step": 1, "loss": "low"}]},
             "loss",
-            "trainer_state.json: `log_history[0].loss` is text, expected a number",
+            "not as expected (TypeError: must be real number, not str)",
         ),
-        ("memory.json", {"peak_bytes": None}, "memory", "memory.json: `peak_bytes` is null, expected a number"),
-        ("plan.json", {"terms": [], "total_bytes": 1}, "memory", "plan.json: `terms` is a list, expected an object"),
-        ("examples.json", {"examples": [1]}, "examples", "there is no `examples[0].decisions`"),
+        ("memory.json", {"peak_bytes": None}, "memory", "not as expected (KeyError: 'peak_bytes_above_model')"),
+        ("plan.json", {"terms": [], "total_bytes": 1}, "memory", "not as expected (AttributeError: 'list' object"),
+        ("examples.json", {"examples": [{}]}, "examples", "not as expected (KeyError: 'decisions')"),
         (
             "gradient_flow.json",
             gradient_flow() | {"gradient": [{"layer": 0, "role": "none"}]},
             "gradient-flow",
-            "gradient_flow.json: `gradient[0].role` is 'none', expected one of query",
+            "not as expected (KeyError: 'frozen_norm')",
         ),
-        ("versions.json", {"torch": 2}, "versions", "versions.json: `torch` is the number 2, expected text"),
     ],
 )
 def test_what_is_amiss_is_named_where_it_is_missed(
     name: str, content: Any, section: str, problem: str, tmp_path: Path
 ) -> None:
-    if "there is no `examples" in problem:
-        content = {"examples": [{}], "max_new_tokens": 1, "decoding": "greedy"}
     parsed = Parsed(page_of(write_run(tmp_path, **changed(name, content))))
-    assert problem in parsed.texts[section]
-    assert problem in parsed.texts["files"]
+    for place in (section, "files"):
+        assert problem in parsed.texts[place]
+        assert name in parsed.texts[place]
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -348,10 +351,10 @@ def test_evaluations_are_found_by_what_they_hold(tmp_path: Path) -> None:
     (run / "after tuning.json").write_text(content)
     (run / "other.json").write_text('{"results": []}')
     found = read_run_folder(run)
-    assert list(found.evaluations) == ["after tuning.json"]
+    assert list(found.files["evaluation.json"]) == ["after tuning.json"]
     assert found.problems == []
     elsewhere = tmp_path.parent / "elsewhere.json"
     elsewhere.write_text(content)
     found = read_run_folder(run, [elsewhere])
-    assert list(found.evaluations) == ["after tuning.json", str(elsewhere)]
-    assert len(Parsed(render_page(found)).all("svg")) == 7
+    assert list(found.files["evaluation.json"]) == ["after tuning.json", str(elsewhere)]
+    assert len(Parsed(render_page(found)).all("svg")) == 3

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from frozen_peft.cli.recipe_parser import RecipeParser
-from frozen_peft.report import PeakMemory, versions, write_recipe
+from frozen_peft.report.memory import PeakMemory
+from frozen_peft.report.record import versions, write_recipe
 
 SECRET = "hf_abcdefghij"
 

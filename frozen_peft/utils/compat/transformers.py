@@ -108,4 +108,4 @@ def checkpoint_function(module: nn.Module) -> Callable[..., Any] | None:
 
 def set_checkpoint_function(layer: nn.Module, function: Callable[..., Any]) -> None:
     """Has a layer call this, with its forward and the arguments by position, under gradient checkpointing."""
-    layer._gradient_checkpointing_func = function
+    layer._gradient_checkpointing_func = function  # type: ignore[assignment]
