@@ -77,7 +77,7 @@ def evaluation() -> dict[str, Any]:
 
 
 def gradient_flow(num_layers: int = 4) -> dict[str, Any]:
-    """As `frozen-peft inspect` writes it."""
+    """As `frozen-peft inspect` writes it, with the figures of attention and states that it wrote once."""
     gradient = [
         {
             "layer": layer,
