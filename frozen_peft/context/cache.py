@@ -24,30 +24,22 @@ Shapes: B samples, H key/value heads, D decision tokens, E head dimension.
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DummyLayer
 
 from frozen_peft.context.encoded import AttentionState, EncodedContext, LayerState, LinearState, StateKind
 from frozen_peft.context.handover import Segment, give_segment, mark_frozen_length, note_update, uncompiled
+from frozen_peft.context.read_only import ReadOnlyAttention, ReadOnlyCache, ReadOnlyLinear
 
 __all__ = ["FrozenContext", "padded_pieces"]
 
 
-class _FrozenAttention(CacheLayerMixin):
+class _FrozenAttention(ReadOnlyAttention):
     """Read-only attention layer over the rows of a batch."""
 
     def __init__(self, states: list[AttentionState], num_tokens: int, segmented: bool):
-        CacheLayerMixin.__init__(self)
-        self.attention_states = states
-        self.num_tokens = num_tokens
-        self.segmented = segmented
-        self.sliding_window = states[0].sliding_window
-        self.is_sliding = self.sliding_window is not None
-        self.is_initialized = True
-        self.padded_length = max(state.num_kept for state in states)
-
-    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
-        raise RuntimeError("A frozen context is read-only and cannot be initialized again.")
+        num_kept = max(state.num_kept for state in states)
+        ReadOnlyAttention.__init__(self, num_tokens, num_kept, states[0].sliding_window)
+        self.attention_states, self.segmented = states, segmented
 
     @uncompiled
     def update(
@@ -58,51 +50,29 @@ class _FrozenAttention(CacheLayerMixin):
         keys = tuple(state.keys for state in self.attention_states)
         values = tuple(state.values for state in self.attention_states)
         if self.segmented:
-            give_segment(key_states, value_states, Segment(keys, values, self.padded_length))
+            give_segment(key_states, value_states, Segment(keys, values, self.num_kept))
             return key_states, value_states
         key_states = torch.cat([padded_pieces(keys), key_states], dim=-2)
         value_states = torch.cat([padded_pieces(values), value_states], dim=-2)
         for tensor in (key_states, value_states):
-            mark_frozen_length(tensor, self.padded_length)
+            mark_frozen_length(tensor, self.num_kept)
         return key_states, value_states
 
-    def get_seq_length(self) -> int:
-        return self.num_tokens
 
-    def get_max_length(self) -> int:
-        return -1 if self.sliding_window is None else self.sliding_window
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of the mask (kept context and decision), and the index of its first column."""
-        return self.padded_length + query_length, self.num_tokens - self.padded_length
-
-
-class _FrozenLinear(LinearAttentionCacheLayerMixin):
+class _FrozenLinear(ReadOnlyLinear):
     """Read-only linear-attention layer over the rows of a batch."""
 
     def __init__(self, states: list[LinearState]):
-        state = states[0]
-        num_states = 1 + max(*state.conv, *state.recurrent, 0, 0)
-        LinearAttentionCacheLayerMixin.__init__(self, number_of_states=num_states)
+        conv, recurrent = states[0].conv, states[0].recurrent
+        ReadOnlyLinear.__init__(self, 1 + max(*conv, *recurrent, 0, 0), conv, recurrent)
         self.linear_states = states
-        for index in range(num_states):
-            self.has_previous_state[index] = True
-            self.is_conv_states_initialized[index] = index in state.conv
-            self.is_recurrent_states_initialized[index] = index in state.recurrent
-        # With this flag a layer takes its chunked path even for few tokens, which leaves the conv state alone.
-        self.record_past = True
-
-    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
-        raise RuntimeError("A frozen context is read-only and cannot be initialized again.")
 
     @uncompiled
     def conv_state(self, state_idx: int) -> torch.Tensor | None:
-        """Conv states of the batch, shape `(B, channels, kernel size)`."""
         return _stacked([state.conv.get(state_idx) for state in self.linear_states])
 
     @uncompiled
     def recurrent_state(self, state_idx: int) -> torch.Tensor | None:
-        """Recurrent states of the batch, shape `(B, ...)`; None where the layer has only a convolution."""
         return _stacked([state.recurrent.get(state_idx) for state in self.linear_states])
 
     @uncompiled
@@ -156,7 +126,7 @@ def _stacked(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
     return rows[0] if len(rows) == 1 else torch.cat(rows)  # type: ignore[arg-type]
 
 
-class FrozenContext(Cache):
+class FrozenContext(ReadOnlyCache):
     """A read-only cache of one or more encoded contexts, one row each.
 
     Pass it as the cache (see `as_cache_argument`) to a forward of the decisions inside `decision_forward(model)`. Any
@@ -181,7 +151,7 @@ class FrozenContext(Cache):
         layers = [self._layer(index, longest) for index in range(len(template.layers))]
         super().__init__(layers=layers)
 
-    def _layer(self, index: int, num_tokens: int) -> CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer:
+    def _layer(self, index: int, num_tokens: int) -> ReadOnlyAttention | ReadOnlyLinear | DummyLayer:
         states = self.states(index)
         attention = [state.attention for state in states if state.attention is not None]
         linear = [state.linear for state in states if state.linear is not None]
@@ -237,25 +207,6 @@ class FrozenContext(Cache):
         columns = torch.arange(int(lengths.max()), device=decision_mask.device)
         context_mask = columns[None, :] >= lengths.max() - lengths[:, None]
         return torch.cat([context_mask.to(decision_mask.dtype), decision_mask], dim=-1)
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._linear_layer(layer_idx).conv_state(state_idx)
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._linear_layer(layer_idx).recurrent_state(state_idx)
-
-    def _linear_layer(self, layer_idx: int) -> _FrozenLinear:
-        layer = self.layers[layer_idx]
-        assert isinstance(layer, _FrozenLinear), f"layer {layer_idx} is a {type(layer).__name__}"
-        return layer
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [isinstance(layer, _FrozenLinear) and not isinstance(layer, _FrozenAttention) for layer in self.layers]
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
 
     def mutated(self, kind: StateKind, change: Callable[[torch.Tensor], torch.Tensor]) -> "FrozenContext":
         """A copy in which every state of one kind is replaced by `change(state)`.

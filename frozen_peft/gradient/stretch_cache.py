@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DummyLayer
 
 from frozen_peft.context.cache import padded_pieces
 from frozen_peft.context.handover import KeyValueGradient, Segment, give_segment, mark_frozen_length, uncompiled
+from frozen_peft.context.read_only import ReadOnlyAttention, ReadOnlyCache, ReadOnlyLinear
 from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
-from frozen_peft.gradient.layers import LayerEnd, LayerKind, LayerPast, LinearStates
+from frozen_peft.gradient.layers import LayerEnd, LayerKind, LayerPast
 
 __all__ = ["StretchCache"]
 
@@ -51,19 +51,13 @@ class _JoinedPast(torch.autograd.Function):
         return own, None, None
 
 
-class _StretchAttention(CacheLayerMixin):
+class _StretchAttention(ReadOnlyAttention):
     """Attention layer of one stretch: gives what lies before it together with its own, and stores nothing."""
 
     def __init__(self, kind: LayerKind, past: LayerPast, num_before: int, segmented: bool):
-        CacheLayerMixin.__init__(self)
-        self.past, self.num_before, self.segmented = past, num_before, segmented
-        self.sliding_window = kind.sliding_window
-        self.is_sliding = kind.sliding_window is not None
-        self.is_initialized = True
+        ReadOnlyAttention.__init__(self, num_before, past.num_kept, kind.sliding_window)
+        self.past, self.segmented = past, segmented
         self.end: LayerEnd | None = LayerEnd()
-
-    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
-        raise AssertionError("a stretch's cache is only read")
 
     @uncompiled
     def update(
@@ -72,7 +66,7 @@ class _StretchAttention(CacheLayerMixin):
         """Own keys and values `(B, H, tokens, E)` with those before them."""
         if self.end is not None:
             self.end.keys, self.end.values = key_states, value_states
-        if not self.past.num_kept:
+        if not self.num_kept:
             return key_states, value_states
         needs_gradient = torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad)
         gradients = [piece.add_gradient_to() if needs_gradient else None for piece in self.past.pieces]
@@ -93,7 +87,7 @@ class _StretchAttention(CacheLayerMixin):
             values.append((*frozen_values, *(piece.values[row : row + 1] for piece in pieces)))
             own = [g and (g[0][row : row + 1], g[1][row : row + 1]) for g in gradients]
             of_rows.append((*(None for _ in frozen_keys), *own))
-        return Segment(tuple(keys), tuple(values), self.past.num_kept, tuple(of_rows))
+        return Segment(tuple(keys), tuple(values), self.num_kept, tuple(of_rows))
 
     def _joined(self, own: torch.Tensor, index: int, gradients: list[KeyValueGradient | None]) -> torch.Tensor:
         """Keys (index 0) or values (1) of the past and a stretch's own, shape `(B, H, kept tokens + own, E)`."""
@@ -104,40 +98,27 @@ class _StretchAttention(CacheLayerMixin):
             past, totals = [padded_pieces(frozen), *past], [None, *totals]
         return _JoinedPast.apply(own, tuple(past), tuple(totals))
 
-    def get_seq_length(self) -> int:
-        return self.num_before
 
-    def get_max_length(self) -> int:
-        return -1 if self.sliding_window is None else self.sliding_window
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns of the mask, and the index of its first column."""
-        return self.past.num_kept + query_length, self.num_before - self.past.num_kept
-
-
-class _StretchLinear(LinearAttentionCacheLayerMixin):
+class _StretchLinear(ReadOnlyLinear):
     """Linear-attention layer of one stretch: gives its starting states, and notes its final ones."""
 
     def __init__(self, kind: LayerKind, past: LayerPast):
-        LinearAttentionCacheLayerMixin.__init__(self, number_of_states=kind.num_linear_states)
+        ReadOnlyLinear.__init__(self, kind.num_linear_states, past.linear.conv, past.linear.recurrent)
         self.past = past
         self.end: LayerEnd | None = LayerEnd()
-        for index in range(kind.num_linear_states):
-            self.has_previous_state[index] = bool(past.linear.conv or past.linear.recurrent)
-            self.is_conv_states_initialized[index] = index in past.linear.conv
-            self.is_recurrent_states_initialized[index] = index in past.linear.recurrent
-        # With this flag a layer takes its chunked path even for few tokens, which leaves the conv state alone.
-        self.record_past = True
 
-    def lazy_initialization(self, *args: object, **kwargs: object) -> None:
-        raise AssertionError("a stretch's cache is only read")
+    def conv_state(self, state_idx: int) -> torch.Tensor | None:
+        return self.past.linear.conv.get(state_idx)
+
+    def recurrent_state(self, state_idx: int) -> torch.Tensor | None:
+        return self.past.linear.recurrent.get(state_idx)
 
     @uncompiled
     def update_conv_state(
         self, conv_states: torch.Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: object
     ) -> torch.Tensor:
         """The convolution's input after the inputs before it, `(B, channels, kernel size + tokens)`."""
-        past = self.past.linear.conv.get(state_idx)
+        past = self.conv_state(state_idx)
         if past is not None:
             conv_states = torch.cat([past.to(conv_states.dtype), conv_states], dim=-1)
             conv_kernel_size = past.shape[-1]
@@ -172,7 +153,7 @@ class _StretchHybrid(_StretchLinear, _StretchAttention):
     get_max_length = _StretchAttention.get_max_length
 
 
-class StretchCache(Cache):
+class StretchCache(ReadOnlyCache):
     """The cache of the forward of one stretch.
 
     Args:
@@ -215,22 +196,3 @@ class StretchCache(Cache):
                 )
             ends.append(end)
         return ends
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._linear(layer_idx).conv.get(state_idx)
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._linear(layer_idx).recurrent.get(state_idx)
-
-    def _linear(self, layer_idx: int) -> LinearStates:
-        layer = self.layers[layer_idx]
-        assert isinstance(layer, _StretchLinear), f"layer {layer_idx} is a {type(layer).__name__}"
-        return layer.past.linear
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [kind.num_linear_states > 0 and not kind.attends for kind in self.kinds]
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
