@@ -8,9 +8,7 @@ from frozen_peft.context.boundary import (
     Decision,
     SplitBatch,
     cut_batch,
-    find_boundary,
     pad_decisions,
-    split_batch,
 )
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.capability import use_segmented_attention
@@ -22,7 +20,7 @@ from frozen_peft.context.store.context_files import ContextFiles
 from frozen_peft.context.store.disk_level import DiskLevel
 from frozen_peft.context.store.fingerprint import require_untouched_base, trained_base_weights
 from frozen_peft.context.store.store import ContextStore
-from frozen_peft.context.verify import ContextCheck, RoundingCheck, verify_context, verify_rounding
+from frozen_peft.context.verify import ContextCheck, verify_context, verify_rounding
 
 __all__ = [
     "TAIL",
@@ -36,17 +34,14 @@ __all__ = [
     "DiskLevel",
     "EncoderCounts",
     "FrozenContext",
-    "RoundingCheck",
     "SplitBatch",
     "carried_context",
     "cut_batch",
     "decision_forward",
     "encode_context",
-    "find_boundary",
     "generate_over",
     "pad_decisions",
     "require_untouched_base",
-    "split_batch",
     "tokens_within_rope",
     "trained_base_weights",
     "use_segmented_attention",

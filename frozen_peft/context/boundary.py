@@ -22,9 +22,7 @@ __all__ = [
     "DecisionMode",
     "SplitBatch",
     "cut_batch",
-    "find_boundary",
     "pad_decisions",
-    "split_batch",
 ]
 
 DecisionMode = Literal["tail", "turns"]
@@ -32,30 +30,6 @@ IGNORED_LABEL = -100
 # A decision of one token would run the fused recurrent kernels, which write their state in place and have no
 # backward; two tokens run the chunked ones.
 MIN_DECISION_TOKENS = 2
-
-
-def find_boundary(labels: torch.Tensor) -> int:
-    """Index of a sample's first decision token.
-
-    That is the token before the first supervised label, because its output predicts that label; tokens before it
-    only set the scene.
-
-    Args:
-        labels: Labels of one sample without padding, shape `(tokens,)`, -100 where nothing is supervised.
-
-    Returns:
-        The number of context tokens, 0 when the first or second label is supervised already.
-
-    Raises:
-        ValueError: No label is supervised.
-    """
-    supervised = (labels != IGNORED_LABEL).nonzero()
-    if len(supervised) == 0:
-        raise ValueError(
-            f"`labels` has no supervised label: all {len(labels)} are {IGNORED_LABEL}, so there is no decision to "
-            "train. Drop the sample, or check `completion_only_loss`, `assistant_only_loss` and the chat template."
-        )
-    return max(int(supervised[0]) - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -202,26 +176,6 @@ def pad_decisions(decisions: Sequence[Decision], pad_token_id: int = 0) -> Split
     return SplitBatch([decision.context for decision in decisions], input_ids, labels, mask, position_ids)
 
 
-def split_batch(
-    input_ids: torch.Tensor,
-    labels: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    mode: DecisionMode = "tail",
-    gradient_horizon: int = 0,
-    max_context_length: int | None = None,
-    pad_token_id: int = 0,
-) -> SplitBatch:
-    """Cuts a padded batch at each sample's boundaries and pads the decisions: `cut_batch`, then `pad_decisions`.
-
-    Returns:
-        The contexts and the padded decisions, on the device of `input_ids`.
-    """
-    cut = Cut(mode, gradient_horizon, max_context_length)
-    samples = cut_batch(input_ids, labels, attention_mask, cut)
-    return pad_decisions([decision for sample in samples for decision in sample], pad_token_id)
-
-
 def _cut_sample(input_ids: torch.Tensor, labels: torch.Tensor, cut: Cut) -> list[Decision]:
     """Decisions of one sample without padding, both shape `(tokens,)`."""
     decisions = []
@@ -238,7 +192,7 @@ def _cut_sample(input_ids: torch.Tensor, labels: torch.Tensor, cut: Cut) -> list
     return decisions or [Decision(input_ids[:0], input_ids, labels)]
 
 
-def _spans(labels: torch.Tensor, mode: str) -> list[tuple[int, int]]:
+def _spans(labels: torch.Tensor, mode: DecisionMode) -> list[tuple[int, int]]:
     """First label and end of each decision; a first token's label is predicted by nothing and begins none."""
     supervised = labels != IGNORED_LABEL
     if mode == "tail":

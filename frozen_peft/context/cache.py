@@ -106,16 +106,14 @@ def padded_pieces(rows: Sequence[tuple[torch.Tensor, ...]]) -> torch.Tensor:
     Args:
         rows: Pieces of each context, oldest first, shapes `(1, H, tokens of the piece, E)`.
     """
-    if len(rows) == 1 and len(rows[0]) == 1:
-        return rows[0][0]
-    lengths = [sum(piece.shape[-2] for piece in pieces) for pieces in rows]
+    if len(rows) == 1:
+        return rows[0][0] if len(rows[0]) == 1 else torch.cat(rows[0], dim=-2)
+    longest = max(sum(piece.shape[-2] for piece in pieces) for pieces in rows)
     template = rows[0][0]
-    batch = template.new_zeros(len(rows), template.shape[1], max(lengths), template.shape[-1])
-    for index, (pieces, length) in enumerate(zip(rows, lengths, strict=True)):
-        start = batch.shape[-2] - length
-        for piece in pieces:
-            batch[index, :, start : start + piece.shape[-2]] = piece[0]
-            start += piece.shape[-2]
+    batch = template.new_zeros(len(rows), template.shape[1], longest, template.shape[-1])
+    for own, pieces in zip(batch, rows, strict=True):
+        joined = torch.cat(pieces, dim=-2)[0]
+        own[:, longest - joined.shape[-2] :] = joined
     return batch
 
 

@@ -14,6 +14,7 @@ from frozen_peft.context.modes import attention_in_training
 from frozen_peft.context.segments import IMPLEMENTATION, is_segmented
 from frozen_peft.errors import ContextMismatchError
 from frozen_peft.utils.cache_argument import as_cache_argument
+from frozen_peft.utils.compat.transformers import attention_implementation
 
 __all__ = ["reason_against_segments", "use_segmented_attention"]
 
@@ -63,8 +64,9 @@ def use_segmented_attention(model: torch.nn.Module) -> bool:
 def reason_against_segments(model: torch.nn.Module) -> str | None:
     """Why a model keeps its own attention, as far as its configuration tells; None: nothing speaks against it."""
     config = get_decoder(model).config
-    if config._attn_implementation != "sdpa":
-        return f"it was loaded with attn_implementation={config._attn_implementation!r} and not 'sdpa'"
+    implementation = attention_implementation(config)
+    if implementation != "sdpa":
+        return f"it was loaded with attn_implementation={implementation!r} and not 'sdpa'"
     if (dropout := attention_dropout(config)) is not None:
         return dropout
     unknown = set(getattr(config, "layer_types", None) or ()) - SEGMENTED_LAYER_TYPES

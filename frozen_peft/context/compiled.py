@@ -10,8 +10,7 @@
    frozen context does not come to depend on a compiler.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -56,19 +55,9 @@ def compile_layers(model: PreTrainedModel, **options: Any) -> int:
     return len(modules)
 
 
-@contextmanager
-def not_compiled(model: torch.nn.Module) -> Iterator[None]:
+def not_compiled() -> AbstractContextManager[object]:
     """Runs the parts of decoder layers as they are."""
-    compiled = {
-        module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl is not None
-    }
-    for module in compiled:
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
+    return torch.compiler.set_stance("force_eager")
 
 
 def _parts(decoder: PreTrainedModel) -> list[torch.nn.Module]:

@@ -18,6 +18,7 @@ from frozen_peft.context.rope import rope_limits, rows_of_lengths
 from frozen_peft.context.segments import is_segmented
 from frozen_peft.errors import ContextMismatchError
 from frozen_peft.utils.cache_argument import given_cache, under_own_name
+from frozen_peft.utils.compat.transformers import keeping_cache_under_checkpointing
 
 __all__ = ["cache_under_checkpointing", "decision_forward", "rows_of_samples"]
 
@@ -86,17 +87,14 @@ def decision_forward(model: torch.nn.Module) -> Iterator[None]:
 def cache_under_checkpointing(decoder: PreTrainedModel) -> Iterator[None]:
     """Lets decoder layers keep a cache that is only read under gradient checkpointing."""
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
-        layer._can_checkpoint_with_cache = True
     # Some decoders (gpt2) drop the cache themselves when their own flag is set; their layers have one each.
     has_flag = getattr(decoder, "gradient_checkpointing", False)
     if has_flag:
         decoder.gradient_checkpointing = False
     try:
-        yield
+        with keeping_cache_under_checkpointing(layers):
+            yield
     finally:
-        for layer in layers:
-            del layer._can_checkpoint_with_cache
         if has_flag:
             decoder.gradient_checkpointing = True
 

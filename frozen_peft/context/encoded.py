@@ -10,7 +10,7 @@ Shapes: H key/value heads, E head dimension.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 
@@ -61,13 +61,21 @@ class LayerState:
     attention: AttentionState | None = None
     linear: LinearState | None = None
 
-
-class _Parts(NamedTuple):
-    """Tensors of one layer: keys and values by kind, the others by state index."""
-
-    attention: dict[str, torch.Tensor]
-    conv: dict[int, torch.Tensor]
-    recurrent: dict[int, torch.Tensor]
+    def changed(self, change: Callable[[StateKind, torch.Tensor], torch.Tensor]) -> "LayerState":
+        """A copy with every tensor replaced by what `change` makes of its kind and itself."""
+        attention, linear = self.attention, self.linear
+        if attention is not None:
+            keys, values = (
+                tuple(change("keys_values", piece) for piece in pieces)
+                for pieces in (attention.keys, attention.values)
+            )
+            attention = replace(attention, keys=keys, values=values)
+        if linear is not None:
+            linear = LinearState(
+                {index: change("conv", state) for index, state in linear.conv.items()},
+                {index: change("recurrent", state) for index, state in linear.recurrent.items()},
+            )
+        return LayerState(attention, linear)
 
 
 @dataclass(frozen=True)
@@ -124,52 +132,37 @@ class EncodedContext:
             windows: What `windows` gave.
             prefix: The context that it extends.
         """
-        parts: list[_Parts] = [_Parts({}, {}, {}) for _ in windows]
+        of_layers: list[dict[str, torch.Tensor]] = [{} for _ in windows]
         for name, tensor in named.items():
-            layer, kind, *state = name.split(".")
-            if state:
-                getattr(parts[int(layer)], kind)[int(state[0])] = tensor
-            else:
-                parts[int(layer)].attention[kind] = tensor
+            layer, _, kind = name.partition(".")
+            of_layers[int(layer)][kind] = tensor
         layers = []
-        for index, (window, part) in enumerate(zip(windows, parts, strict=True)):
+        for index, (window, own) in enumerate(zip(windows, of_layers, strict=True)):
             attention = None
-            if part.attention:
+            if "keys" in own:
+                # The keys of a window are all that a context has of its prefix.
                 before = prefix.layers[index].attention if prefix is not None and window is None else None
                 before = before or AttentionState((), ())
-                keys, values = (*before.keys, part.attention["keys"]), (*before.values, part.attention["values"])
-                attention = AttentionState(keys, values, window)
-            linear = LinearState(part.conv, part.recurrent) if part.conv or part.recurrent else None
-            layers.append(LayerState(attention, linear))
+                attention = AttentionState((*before.keys, own["keys"]), (*before.values, own["values"]), window)
+            conv, recurrent = (
+                {int(name.removeprefix(kind)): tensor for name, tensor in own.items() if name.startswith(kind)}
+                for kind in ("conv.", "recurrent.")
+            )
+            layers.append(LayerState(attention, LinearState(conv, recurrent) if conv or recurrent else None))
         return cls(num_tokens, tuple(layers))
 
     def emptied(self) -> "EncodedContext":
         """The states of a model that has seen nothing: no keys, and linear-attention states of zeros."""
-        layers = []
-        for state in self.layers:
-            attention, linear = state.attention, state.linear
-            if attention is not None:
-                keys, values = (pieces[-1][..., :0, :] for pieces in (attention.keys, attention.values))
-                attention = replace(attention, keys=(keys,), values=(values,))
-            if linear is not None:
-                linear = LinearState(
-                    {index: torch.zeros_like(s) for index, s in linear.conv.items()},
-                    {index: torch.zeros_like(s) for index, s in linear.recurrent.items()},
-                )
-            layers.append(LayerState(attention, linear))
-        return EncodedContext(0, tuple(layers))
+
+        def empty(kind: StateKind, state: torch.Tensor) -> torch.Tensor:
+            return state[..., :0, :] if kind == "keys_values" else torch.zeros_like(state)
+
+        return EncodedContext(0, tuple(layer.changed(empty) for layer in self.layers))
 
     def mutated(self, kind: StateKind, change: Callable[[torch.Tensor], torch.Tensor]) -> "EncodedContext":
         """A copy in which every tensor of one kind is replaced by `change(tensor)`; see `FrozenContext.mutated`."""
-        layers = []
-        for state in self.layers:
-            attention, linear = state.attention, state.linear
-            if attention is not None and kind == "keys_values":
-                keys, values = (tuple(map(change, pieces)) for pieces in (attention.keys, attention.values))
-                attention = replace(attention, keys=keys, values=values)
-            if linear is not None and kind == "conv":
-                linear = replace(linear, conv={i: change(s) for i, s in linear.conv.items()})
-            if linear is not None and kind == "recurrent":
-                linear = replace(linear, recurrent={i: change(s) for i, s in linear.recurrent.items()})
-            layers.append(LayerState(attention, linear))
-        return EncodedContext(self.num_tokens, tuple(layers))
+
+        def change_kind(found: StateKind, state: torch.Tensor) -> torch.Tensor:
+            return change(state) if found == kind else state
+
+        return replace(self, layers=tuple(layer.changed(change_kind) for layer in self.layers))

@@ -19,8 +19,7 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,6 @@ import torch
 
 from frozen_peft.context.adapter_kinds import require_adapters_by_position
 from frozen_peft.context.boundary import MIN_DECISION_TOKENS, ContextTokens
-from frozen_peft.context.buffers import can_extend, keeps_all_keys
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.encoded import EncodedContext
 from frozen_peft.context.halving import free_unused_memory, halved_chunk, out_of_memory_in_prefill
@@ -43,6 +41,7 @@ from frozen_peft.context.segments import is_segmented
 from frozen_peft.context.sharding import are_sharded, num_missing_forwards, reshard, run_idle_forwards
 from frozen_peft.context.store.fingerprint import AdapterWatch
 from frozen_peft.context.store.store import ContextStore
+from frozen_peft.context.writable import can_extend, keeps_all_keys
 
 __all__ = ["ContextEncoder", "EncoderCounts", "encode_context"]
 
@@ -77,6 +76,23 @@ class _Extension:
     prefix: PrefixKey | None
     tokens: np.ndarray
     rope_length: int
+
+
+@dataclass
+class _Missing:
+    """What has to be encoded, by the prefix that results.
+
+    Attributes:
+        owed: What the store owes, which comes before all else.
+        new: What follows on that, or on what is at hand.
+    """
+
+    owed: dict[PrefixKey, _Extension] = field(default_factory=dict)
+    new: dict[PrefixKey, _Extension] = field(default_factory=dict)
+
+    @property
+    def all(self) -> dict[PrefixKey, _Extension]:
+        return self.owed | self.new
 
 
 @dataclass(frozen=True)
@@ -214,20 +230,17 @@ class ContextEncoder:
         if any(key is not None and key not in plan for key in keys):
             plan = self._planned(asked)
         found = dict(self._kept)
-        owed: dict[PrefixKey, _Extension] = {}
-        extensions: dict[PrefixKey, _Extension] = {}
+        missing = _Missing()
         for key, one in zip(keys, asked, strict=True):
             if key is not None:
-                owed_of_it, of_it = self._missing(plan.cuts(key), one, found)
-                owed |= owed_of_it
-                extensions |= of_it
-        self._extend(owed, extensions, found)
+                self._add_missing(plan.cuts(key), one, found, missing)
+        self._extend(missing, found)
         for key in keys:
             if key is not None:
                 plan.finish(key)
         self._kept = {key: context for key, context in found.items() if self._plan.is_to_come(key)}
         self.counts.num_tokens_asked += sum(len(one.tokens) for one in asked)
-        self.counts.num_tokens_encoded += sum(len(each.tokens) for each in (owed | extensions).values())
+        self.counts.num_tokens_encoded += sum(len(each.tokens) for each in missing.all.values())
         rows = [found[key] if key is not None else EMPTY for key in keys]
         rope_lengths = [one.rope_length for one in asked]
         return FrozenContext(rows, segmented=is_segmented(self._pretrained), rope_lengths=rope_lengths)
@@ -241,7 +254,7 @@ class ContextEncoder:
         """
         if are_sharded(self.model):
             self._open(step, stale)
-            self._extend({}, {}, {})
+            self._extend(_Missing(), {})
 
     def _open(self, step: int, stale: bool) -> None:
         if step != self._step:
@@ -266,52 +279,30 @@ class ContextEncoder:
         contexts, rope_lengths = [one.tokens for one in asked], [one.rope_length for one in asked]
         return PrefixPlan(contexts, rope_lengths, can_extend=self._can_extend)
 
-    def _prefill_mode(self) -> AbstractContextManager[None]:
-        return prefill_mode(self.model, adapters=self.adapters)
-
-    def _missing(
-        self, cuts: tuple[PrefixKey, ...], asked: _Asked, found: dict[PrefixKey, EncodedContext]
-    ) -> tuple[dict[PrefixKey, _Extension], dict[PrefixKey, _Extension]]:
-        """What has to be encoded for one context, by the prefix that results; `found` gets what the store has.
-
-        Returns:
-            What the store owes of it, and what follows on that.
-        """
+    def _add_missing(
+        self, cuts: tuple[PrefixKey, ...], asked: _Asked, found: dict[PrefixKey, EncodedContext], missing: _Missing
+    ) -> None:
+        """Adds what has to be encoded for one context to `missing`, and what the store has of it to `found`."""
         tokens, rope_length = asked.tokens, asked.rope_length
         base = next((cut for cut in reversed(cuts) if cut in found), None)
-        owed: tuple[PrefixKey, ...] = ()
         if self.store is not None and base != cuts[-1]:
             num_known = base.num_tokens if base is not None else 0
             whole = not self._can_extend
             kept = self.store.find(tokens, found, rope_length=rope_length, longer_than=num_known, whole=whole)
             if kept is not None:
-                base, owed = kept.prefix, kept.owed
+                base = _add_extensions(missing.owed, kept.prefix, kept.owed, asked)
             cuts = self.store.branch(tokens, cuts, rope_length=rope_length) if self._can_extend else cuts
-        parts: list[dict[PrefixKey, _Extension]] = []
-        for ends in (owed, cuts):
-            extensions = {}
-            for end in ends:
-                start = base.num_tokens if base is not None else 0
-                if end.num_tokens > start:
-                    extensions[end] = _Extension(base, tokens[start : end.num_tokens], rope_length)
-                    base = end
-            parts.append(extensions)
-        return parts[0], parts[1]
+        _add_extensions(missing.new, base, cuts, asked)
 
-    def _extend(
-        self,
-        owed: dict[PrefixKey, _Extension],
-        extensions: dict[PrefixKey, _Extension],
-        found: dict[PrefixKey, EncodedContext],
-    ) -> None:
-        """Encodes what is missing, what the store owes before all else, and adds it to `found`."""
-        groups = [*self._groups(owed), *self._groups(extensions)]
-        extensions = owed | extensions
+    def _extend(self, missing: _Missing, found: dict[PrefixKey, EncodedContext]) -> None:
+        """Encodes what is missing and adds it to `found`."""
+        groups = [*self._groups(missing.owed), *self._groups(missing.new)]
+        extensions = missing.all
         sizes = [len(extensions[group[0]].tokens) for group in groups]
         num_idle = num_missing_forwards(self.model, sum(num_forwards(size, self.chunk_size) for size in sizes))
         if not groups and not num_idle:
             return
-        with self._prefill_mode():
+        with prefill_mode(self.model, adapters=self.adapters):
             for group in groups:
                 members = [extensions[key] for key in group]
                 encoded = self._encode_together(members, found)
@@ -375,6 +366,18 @@ class ContextEncoder:
                 groups += [members[start : start + size] for start in range(0, len(members), size)]
             waiting = [key for key in waiting if extensions[key].prefix in to_come]
         return groups
+
+
+def _add_extensions(
+    extensions: dict[PrefixKey, _Extension], base: PrefixKey | None, ends: Sequence[PrefixKey], asked: _Asked
+) -> PrefixKey | None:
+    """Adds what leads from a prefix of a context to each of these ends of it, and gives the last that is reached."""
+    for end in ends:
+        start = base.num_tokens if base is not None else 0
+        if end.num_tokens > start:
+            extensions[end] = _Extension(base, asked.tokens[start : end.num_tokens], asked.rope_length)
+            base = end
+    return base
 
 
 def encode_context(

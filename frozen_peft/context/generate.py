@@ -2,7 +2,7 @@
 """Decoding over frozen contexts: transformers' own `generate`, going on from what is encoded already.
 
 1. The last token of each prompt is left out of its context, as in training: its output is the first token's.
-2. `generate` takes a cache that grows over the frozen contexts (see `growing`), and so begins with that token.
+2. `generate` takes a cache that grows over the frozen contexts (see `writable`), and so begins with that token.
 3. Where the rope follows the length of a forward (see `rope`), each token comes from a forward of the length that it
    stands behind, so a candidate that would cross a limit is refused: decode up to there, and go on from a context that
    is encoded anew.
@@ -27,11 +27,11 @@ from transformers import (
 )
 
 from frozen_peft.context.cache import FrozenContext
-from frozen_peft.context.growing import growing_cache
 from frozen_peft.context.handover import counted_forward, require_all_read
 from frozen_peft.context.models import get_pretrained_model, require_known_positions
 from frozen_peft.context.modes import without_dropout
 from frozen_peft.context.rope import rope_limits, rows_of_lengths
+from frozen_peft.context.writable import growing_cache
 from frozen_peft.errors import ContextMismatchError
 from frozen_peft.utils.cache_argument import generation_cache
 

@@ -9,7 +9,7 @@ therefore count what was given and what was read.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -154,24 +154,15 @@ def uncompiled(function: Function) -> Function:
 
 def give_segment(key_states: torch.Tensor, value_states: torch.Tensor, segment: Segment) -> None:
     """Attaches the context's part to the decision's keys and values."""
-    for states in (key_states, value_states):
-        setattr(states, SEGMENT_ATTRIBUTE, segment)
+    move_segment(key_states, value_states, segment)
     if (use := _use.get()) is not None:
         use.num_given += 1
 
 
-def move_segment(
-    source: torch.Tensor,
-    key_states: torch.Tensor,
-    value_states: torch.Tensor,
-    expand: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-) -> None:
-    """Attaches the segment on `source` to the keys and values that were made of it, and how to make the segment's."""
-    segment = get_segment(source)
-    if isinstance(segment, Segment):
-        segment = replace(segment, expand=expand)
-        for states in (key_states, value_states):
-            setattr(states, SEGMENT_ATTRIBUTE, segment)
+def move_segment(key_states: torch.Tensor, value_states: torch.Tensor, segment: Segment) -> None:
+    """Attaches a segment that was given with other tensors to the keys and values that were made of those."""
+    for states in (key_states, value_states):
+        setattr(states, SEGMENT_ATTRIBUTE, segment)
 
 
 def mark_contiguous(key_states: torch.Tensor) -> None:

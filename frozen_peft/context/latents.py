@@ -14,13 +14,14 @@ A context is expanded as it was encoded: without dropout.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from frozen_peft.context.handover import Segment, frozen_length, get_segment, move_segment, uncompiled
-from frozen_peft.context.models import latent_attentions, latent_expansions
+from frozen_peft.context.models import latent_expansions
 from frozen_peft.context.modes import without_dropout
 
 __all__ = ["freeze_latent_expansions", "hand_on_latents"]
@@ -30,6 +31,7 @@ Expand = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor
 # The method of transformers (5.23, 5.24) between an attention module's cache and its attention.
 EXPAND = "expand_kv"
 CONTEXT_ATTRIBUTE = "_frozen_peft_context_latents"
+HOOKED_ATTRIBUTE = "_frozen_peft_expands_context"
 
 
 def hand_on_latents(decoder: torch.nn.Module) -> None:
@@ -37,8 +39,8 @@ def hand_on_latents(decoder: torch.nn.Module) -> None:
 
     `expand_kv` is replaced on the modules at hand: the tensors that it makes carry nothing of those it was given.
     """
-    for attention in latent_attentions(decoder):
-        if EXPAND not in vars(attention):
+    for attention in decoder.modules():
+        if hasattr(attention, EXPAND) and EXPAND not in vars(attention):
             # Partials, unlike closures, are copied with the model that they belong to.
             expand: Any = attention.expand_kv
             setattr(attention, EXPAND, partial(_expand_own, attention, expand))
@@ -50,10 +52,11 @@ def _expand_own(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of the latents at hand, `(B, H, D, E)`; what lies before them goes on as latents."""
     keys, values = expand(latents, rotary)
-    if isinstance(get_segment(latents), Segment):
+    segment = get_segment(latents)
+    if isinstance(segment, Segment):
         device_type = latents.device.type
         autocast = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-        move_segment(latents, keys, values, partial(_expand_frozen, attention, expand, autocast))
+        move_segment(keys, values, replace(segment, expand=partial(_expand_frozen, attention, expand, autocast)))
     return keys, values
 
 
@@ -82,7 +85,8 @@ def freeze_latent_expansions(decoder: torch.nn.Module) -> None:
     out of a frozen context.
     """
     for module in latent_expansions(decoder):
-        if _set_context_aside not in module._forward_pre_hooks.values():
+        if not hasattr(module, HOOKED_ATTRIBUTE):
+            setattr(module, HOOKED_ATTRIBUTE, True)
             module.register_forward_pre_hook(_set_context_aside)
             module.register_forward_hook(_expand_context)
 

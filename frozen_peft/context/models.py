@@ -23,7 +23,6 @@ __all__ = [
     "counts_from_longest",
     "get_decoder",
     "get_pretrained_model",
-    "latent_attentions",
     "latent_expansions",
     "require_exact_continuation",
     "require_known_positions",
@@ -121,11 +120,6 @@ def require_exact_continuation(model: PreTrainedModel) -> None:
 def latent_expansions(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     """Modules that compute the context's keys and values again in each forward, from latents."""
     return [module for name, module in decoder.named_modules() if name.rsplit(".", 1)[-1] in LATENT_EXPANSIONS]
-
-
-def latent_attentions(decoder: torch.nn.Module) -> list[torch.nn.Module]:
-    """Attention modules that expand what they take out of the cache by a method of their own."""
-    return [module for module in decoder.modules() if hasattr(module, "expand_kv")]
 
 
 def counts_from_longest(model: PreTrainedModel) -> bool:

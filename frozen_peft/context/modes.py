@@ -25,7 +25,7 @@ def prefill_mode(model: torch.nn.Module, *, adapters: bool = True) -> Iterator[N
         torch.no_grad(),
         adapters_active(model, adapters),
         without_dropout(model),
-        not_compiled(model),
+        not_compiled(),
         _uncached_autocast(device_type),
     ):
         yield
@@ -42,20 +42,8 @@ def without_dropout(model: torch.nn.Module, *, keep_checkpointing: bool = False)
         model: The model whose dropout is to be off.
         keep_checkpointing: Leave decoder and decoder layers in training mode, so that gradient checkpointing stays on.
     """
-    changed = [
-        module
-        for module in model.modules()
-        if module.training
-        and type(module).__name__ != "Linear4bit"
-        and not (keep_checkpointing and hasattr(module, "gradient_checkpointing"))
-    ]
-    for module in changed:
-        module.training = False
-    try:
+    with _training_flags(model, False, of_checkpointed=not keep_checkpointing):
         yield
-    finally:
-        for module in changed:
-            module.training = True
 
 
 @contextmanager
@@ -64,23 +52,35 @@ def attention_in_training(model: torch.nn.Module) -> Iterator[None]:
 
     So attention asks for the dropout that it has in training, and gradient checkpointing stays off.
     """
+    device = get_pretrained_model(model).get_input_embeddings().weight.device
+    devices = [device] if device.type == "cuda" else []
+    with _training_flags(model, True, of_checkpointed=False), torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def _training_flags(model: torch.nn.Module, value: bool, *, of_checkpointed: bool) -> Iterator[None]:
+    """Sets the training flags of modules, but for 4-bit layers, and puts them back.
+
+    Args:
+        model: Their model.
+        value: What they are set to.
+        of_checkpointed: Also those of the decoder and its layers, on which gradient checkpointing hangs.
+    """
     changed = [
         module
         for module in model.modules()
-        if not module.training
+        if module.training is not value
         and type(module).__name__ != "Linear4bit"
-        and not hasattr(module, "gradient_checkpointing")
+        and (of_checkpointed or not hasattr(module, "gradient_checkpointing"))
     ]
-    device = get_pretrained_model(model).get_input_embeddings().weight.device
-    devices = [device] if device.type == "cuda" else []
     for module in changed:
-        module.training = True
+        module.training = value
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
         for module in changed:
-            module.training = False
+            module.training = not value
 
 
 def adapters_active(model: torch.nn.Module, active: bool) -> AbstractContextManager[None]:

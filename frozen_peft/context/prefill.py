@@ -16,13 +16,13 @@ from functools import partial
 
 import torch
 
-from frozen_peft.context.buffers import frozen_row, prefill_cache
 from frozen_peft.context.encoded import EncodedContext
 from frozen_peft.context.handover import counted_forward, require_all_read
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.context.rope import rows_of_lengths
 from frozen_peft.context.segments import continues_in_segments
 from frozen_peft.context.sharding import run_within_forward
+from frozen_peft.context.writable import frozen_row, prefill_cache
 from frozen_peft.utils.cache_argument import as_cache_argument
 
 __all__ = ["extend_contexts", "num_forwards"]

@@ -18,8 +18,8 @@ The second is why a conversation's turns share less where it crosses a limit, an
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +52,8 @@ class RopeLimits:
     @property
     def all(self) -> tuple[int, ...]:
         """Every limit, shortest first; empty where positions do not depend on a forward's length."""
-        return tuple(sorted({*self.switches, *(() if self.follows_beyond is None else (self.follows_beyond,))}))
+        beyond = set() if self.follows_beyond is None else {self.follows_beyond}
+        return tuple(sorted(beyond.union(self.switches)))
 
     def crossed(self, num_tokens: int) -> int:
         """The longest limit that so many tokens are beyond; 0 within all of them."""
@@ -90,15 +91,13 @@ def rope_limits(model: PreTrainedModel) -> RopeLimits:
     decoder = get_decoder(model)
     switches: set[int] = set()
     beyond: set[int] = set()
-    known, adjustable = False, True
-    for module in _rotary_modules(decoder):
-        known = True
-        adjustable &= module not in _modules_run_again(decoder)
+    modules = _rotary_modules(decoder)
+    for module in modules:
         _add_limits(module.config, switches, beyond)
-    if not known:
+    if not modules:
         # A model's own code: what its configuration says has to be believed.
         _add_limits(model.config.get_text_config(), switches, beyond)
-        adjustable = False
+    adjustable = bool(modules) and _modules_run_again(decoder).isdisjoint(modules)
     return RopeLimits(
         model.config.get_text_config().model_type,
         tuple(sorted(switches)),
@@ -125,15 +124,14 @@ def rows_of_lengths(model: PreTrainedModel, lengths: Sequence[int]) -> Iterator[
         model: A transformers model whose rope follows lengths; others take no notice.
         lengths: Tokens of each row's whole sample. Positions beyond are padding's, and count as the last one's.
     """
-    for module in _rotary_modules(get_decoder(model)):
-        # The hook stays, and does nothing outside of this.
-        if _compute_by_row not in module._forward_hooks.values():
-            module.register_forward_hook(_compute_by_row, with_kwargs=True)
-    token = _rows.set(_Rows(rope_limits(model), tuple(lengths)))
+    rows = _Rows(rope_limits(model), tuple(lengths))
+    modules = _rotary_modules(get_decoder(model))
+    handles = [module.register_forward_hook(partial(_compute_by_row, rows), with_kwargs=True) for module in modules]
     try:
         yield
     finally:
-        _rows.reset(token)
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -154,16 +152,11 @@ class _Rows:
     lengths: tuple[int, ...]
 
 
-_rows: ContextVar[_Rows | None] = ContextVar("frozen_peft_rope_rows", default=None)
-
-
 @uncompiled
 def _compute_by_row(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    rows: _Rows, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
     """What a rotary embedding gives each row in a forward over the row's whole sample."""
-    if (rows := _rows.get()) is None:
-        return None
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     arguments = dict(zip(names, args, strict=False)) | kwargs
     positions = arguments["position_ids"]

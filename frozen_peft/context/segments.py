@@ -24,7 +24,7 @@ Shapes: B samples, H query heads, K key/value heads, G = H / K, D decision token
 E head dimension, V value head dimension.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,8 @@ from frozen_peft.context.handover import CONTIGUOUS, KeyValueGradient, Segment, 
 from frozen_peft.context.kernels.table import has_16_bit_products
 from frozen_peft.context.models import get_decoder, latent_expansions
 from frozen_peft.errors import ContextMismatchError
+from frozen_peft.utils.compat.torch import flash_attention_on_cpu
+from frozen_peft.utils.compat.transformers import attention_implementation
 
 __all__ = ["IMPLEMENTATION", "continues_in_segments", "is_segmented"]
 
@@ -53,7 +55,7 @@ COARSE_PIECE_TOKENS = 1024
 
 def is_segmented(model: PreTrainedModel) -> bool:
     """Whether the model's attention reads two segments in a decision."""
-    return get_decoder(model).config._attn_implementation == IMPLEMENTATION
+    return attention_implementation(get_decoder(model).config) == IMPLEMENTATION
 
 
 def continues_in_segments(model: PreTrainedModel) -> bool:
@@ -186,32 +188,25 @@ def _flash_on_cpu(
     """Both segments by PyTorch's kernel, merged by their log-sum-exp, shape `(B, H, D, V)`. Without gradient."""
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     output = torch.empty_like(query)
-    for row, (context_keys, context_values) in enumerate(zip(segment.keys, segment.values, strict=True)):
+    for row in range(len(segment.keys)):
         queries, keys, values = query[row : row + 1], key[row : row + 1], value[row : row + 1]
         repeats = num_heads // num_kv_heads
         keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
-        decision, decision_sum = _flash_with_logsumexp(queries, keys, values, scale, is_causal=True)
+        decision, decision_sum = flash_attention_on_cpu(queries, keys, values, scale, is_causal=True)
         folded = queries.reshape(1, num_kv_heads, -1, queries.shape[-1])
-        for piece_keys, piece_values in _expanded_pieces(context_keys, context_values, segment):
-            if piece_keys.shape[-2]:
-                piece, piece_sum = _flash_with_logsumexp(folded, piece_keys, piece_values, scale)
+        for piece_keys, piece_values, _ in _pieces(segment, row):
+            # All at once, but of latents, which are expanded some tokens at a time.
+            size = piece_keys.shape[-2] if segment.expand is None else COARSE_PIECE_TOKENS
+            for start in range(0, piece_keys.shape[-2], max(size, 1)):
+                some = piece_keys[:, :, start : start + size], piece_values[:, :, start : start + size]
+                keys, values = some if segment.expand is None else segment.expand(*some)
+                piece, piece_sum = flash_attention_on_cpu(folded, keys, values, scale)
                 difference = piece_sum.reshape(decision_sum.shape) - decision_sum
                 share = torch.sigmoid(difference)[..., None]
                 decision = torch.lerp(decision, piece.reshape(decision.shape), share.to(decision.dtype))
                 decision_sum = torch.logaddexp(decision_sum, piece_sum.reshape(decision_sum.shape))
         output[row] = decision[0]
     return output
-
-
-def _flash_with_logsumexp(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, is_causal: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and its log-sum-exp, shapes `(1, H, queries, V)` and `(1, H, queries)`."""
-    # Private in torch 2.13, where no public function returns the log-sum-exp on a CPU. It can go when one does; the
-    # blocks below are as exact and about half as fast.
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p=0.0, is_causal=is_causal, scale=scale
-    )
 
 
 @dataclass(frozen=True)
@@ -252,12 +247,7 @@ def _blocks(
         per_key = max(per_key, key.shape[-1] + value.shape[-1])
     size = max(_score_block(key) // (key.shape[1] * per_key), MIN_KEY_BLOCK)
     column = segment.padded_length - segment.num_tokens(row)
-    pieces: Iterable[tuple[torch.Tensor, torch.Tensor, KeyValueGradient | None]]
-    if segment.gradients:
-        pieces = zip(segment.keys[row], segment.values[row], segment.gradients[row], strict=True)
-    else:
-        pieces = ((*piece, None) for piece in _coarse_pieces(segment.keys[row], segment.values[row]))
-    for piece_keys, piece_values, piece_gradient in pieces:
+    for piece_keys, piece_values, piece_gradient in _pieces(segment, row):
         for start in range(0, piece_keys.shape[-2], size):
             tokens = slice(start, start + size)
             keys, values = piece_keys[:, :, tokens].to(key.device), piece_values[:, :, tokens].to(key.device)
@@ -278,39 +268,28 @@ def _blocks(
         yield _Block(key[row, :, tokens], value[row, :, tokens], hidden, _part(gradient, row, tokens))
 
 
-def _expanded_pieces(
-    keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...], segment: Segment
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pieces of keys and values; of latents, some tokens at a time."""
-    if segment.expand is None:
-        yield from _coarse_pieces(keys, values)
+def _pieces(segment: Segment, row: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, KeyValueGradient | None]]:
+    """One sample's pieces of keys and values, with their gradients.
+
+    Small neighbours without gradient are copied together: a call for each would take longer.
+    """
+    pieces = list(zip(segment.keys[row], segment.values[row], strict=True))
+    if segment.gradients:
+        yield from ((*piece, gradient) for piece, gradient in zip(pieces, segment.gradients[row], strict=True))
         return
-    for piece in zip(keys, values, strict=True):
-        for some in zip(*(tensor.split(COARSE_PIECE_TOKENS, dim=-2) for tensor in piece), strict=True):
-            yield segment.expand(*some)
-
-
-def _coarse_pieces(
-    keys: tuple[torch.Tensor, ...], values: tuple[torch.Tensor, ...]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Pieces of keys and values, with small neighbours copied together: a call for each would take longer."""
-    waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-    num_waiting = 0
-    for piece in zip(keys, values, strict=True):
-        if waiting and num_waiting + piece[0].shape[-2] > COARSE_PIECE_TOKENS:
-            yield _joined(waiting)
-            waiting, num_waiting = [], 0
-        waiting.append(piece)
-        num_waiting += piece[0].shape[-2]
-    if waiting:
-        yield _joined(waiting)
-
-
-def _joined(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    if len(pieces) == 1:
-        return pieces[0]
-    keys, values = zip(*pieces, strict=True)
-    return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
+    while pieces:
+        num_together, num_tokens = 1, pieces[0][0].shape[-2]
+        for keys, _ in pieces[1:]:
+            num_tokens += keys.shape[-2]
+            if num_tokens > COARSE_PIECE_TOKENS:
+                break
+            num_together += 1
+        together, pieces = pieces[:num_together], pieces[num_together:]
+        if num_together == 1:
+            yield *together[0], None
+        else:
+            keys, values = (torch.cat(tensors, dim=-2) for tensors in zip(*together, strict=True))
+            yield keys, values, None
 
 
 def _part(gradient: KeyValueGradient | None, row: int, tokens: slice) -> KeyValueGradient | None:

@@ -38,7 +38,6 @@ from frozen_peft.utils.cache_argument import as_cache_argument
 
 __all__ = [
     "ContextCheck",
-    "RoundingCheck",
     "context_tokens_needed",
     "has_low_precision",
     "verify_context",
@@ -74,23 +73,6 @@ class ContextCheck:
     error_changed: float
     effect: float
     frozen_effect: float
-    tolerance: float
-    num_context_tokens: int
-    num_decision_tokens: int
-
-
-@dataclass(frozen=True)
-class RoundingCheck:
-    """What keeping a context in 8 bit does.
-
-    Attributes:
-        error: Mean absolute change of the decision's log-probabilities per token, in nats.
-        tolerance: The largest change allowed.
-        num_context_tokens: Context tokens that were rounded.
-        num_decision_tokens: Decision tokens compared.
-    """
-
-    error: float
     tolerance: float
     num_context_tokens: int
     num_decision_tokens: int
@@ -149,7 +131,7 @@ def verify_rounding(
     *,
     chunk_size: int = 2048,
     adapters: bool = True,
-) -> RoundingCheck:
+) -> float:
     """Compares a decision over a context in 8 bit with the same over the context as it was encoded.
 
     Args:
@@ -158,6 +140,9 @@ def verify_rounding(
         boundary: See `verify_context`.
         chunk_size: Context tokens per prefill forward.
         adapters: See `verify_context`.
+
+    Returns:
+        The mean absolute change of the decision's log-probabilities per token, in nats.
 
     Raises:
         ContextMismatchError: The difference is beyond 5e-2, what 16 bit are allowed.
@@ -179,7 +164,7 @@ def verify_rounding(
             f"context and {len(decision)} decision tokens, where {TOLERANCE_LOW_PRECISION:.0e} is allowed. Keep "
             "contexts as they are encoded: `context_cache_dtype: auto`."
         )
-    return RoundingCheck(error, TOLERANCE_LOW_PRECISION, len(context), len(decision))
+    return error
 
 
 def _cut_to_size(model: PreTrainedModel, input_ids: torch.Tensor, boundary: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,7 +260,7 @@ def _plain_logprobs(model: torch.nn.Module, context: torch.Tensor, decision: tor
         ).last_hidden_state
         return _logprobs(pretrained, hidden[0, len(context) :], decision)
 
-    with without_dropout(model), not_compiled(model):
+    with without_dropout(model), not_compiled():
         return run_within_forward(model, logprobs)
 
 
@@ -283,30 +268,24 @@ def _frozen_logprobs(
     model: torch.nn.Module, contexts: list[torch.Tensor], decision: torch.Tensor, chunk_size: int
 ) -> torch.Tensor:
     """The same over frozen contexts, shape `(contexts, decision tokens - 1)`."""
+    wholes = [*contexts, _companion(contexts[0], decision, get_pretrained_model(model))]
+    asked = [ContextTokens(context, len(context) + len(decision)) for context in wholes]
     # Encoded as a context is that extends another one, the way in which most is carried over.
-    halves = [ContextTokens(context[: len(context) // 2], len(context) + len(decision)) for context in contexts]
-    wholes = [
-        ContextTokens(context, len(context) + len(decision))
-        for context in (*contexts, _companion(contexts[0], decision, get_pretrained_model(model)))
-    ]
-    frozen = encode_context(model, halves + wholes, chunk_size=chunk_size)
-    logprobs = _logprobs_over(model, frozen.select([len(halves) + row for row in range(len(wholes))]), decision)
-    return logprobs[: len(contexts)]
+    asked += [ContextTokens(each.tokens[: len(each) // 2], each.num_sample_tokens) for each in asked[: len(contexts)]]
+    frozen = encode_context(model, asked, chunk_size=chunk_size).select(list(range(len(wholes))))
+    return _logprobs_over(model, frozen, decision)[: len(contexts)]
 
 
 def _logprobs_over(model: torch.nn.Module, frozen: FrozenContext, decision: torch.Tensor) -> torch.Tensor:
     """The same, with gradient checkpointing as in training where layers have no dropout."""
     pretrained = get_pretrained_model(model)
     decoder = get_decoder(pretrained)
-    lengths = torch.tensor(frozen.lengths, device=decision.device)
-    positions = lengths[:, None] + torch.arange(len(decision), device=decision.device)
     # Layers that drop out by themselves (OPT) are compared without checkpointing: both hang on their training flag.
     keep_checkpointing = not has_dropout(pretrained)
 
     def logprobs() -> torch.Tensor:
         hidden = decoder(
-            input_ids=decision.expand(len(positions), -1),
-            position_ids=positions,
+            input_ids=decision.expand(len(frozen.rows), -1),
             **as_cache_argument(decoder, frozen),
             use_cache=False,
         ).last_hidden_state

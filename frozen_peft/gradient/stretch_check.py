@@ -72,7 +72,7 @@ def verify_stretches(model: torch.nn.Module, input_ids: torch.Tensor, stretch_si
     num_tokens = max(num_tokens, rope_limits(pretrained).crossed(len(input_ids)) + MIN_TOKENS_TO_VERIFY)
     input_ids = input_ids[:num_tokens]
     stretch_size = min(stretch_size, -(-len(input_ids) // NUM_STRETCHES))
-    plain = _hidden_and_gradient(model, input_ids, not_compiled(model))
+    plain = _hidden_and_gradient(model, input_ids, not_compiled())
     found = _hidden_and_gradient(model, input_ids, stretched_forward(model, stretch_size))
     errors = [_relative_error(one, other) for one, other in zip(found, plain, strict=True)]
     check = StretchCheck(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from frozen_peft.context import FrozenContext, decision_forward, encode_context, split_batch
+from frozen_peft.context import TAIL, FrozenContext, cut_batch, decision_forward, encode_context, pad_decisions
 from tests.reference import CACHE
 
 LAGS = (1, 4, 16)
@@ -34,7 +34,8 @@ class Drift(TrainerCallback):
                 ([[1] * len(row) for row in rows["input_ids"]], 0),
             )
         )
-        self._batch = split_batch(input_ids, labels, mask)
+        samples = cut_batch(input_ids, labels, mask, TAIL)
+        self._batch = pad_decisions([decision for sample in samples for decision in sample])
         self._past: deque[FrozenContext] = deque(maxlen=max(LAGS) + 1)
         self._found: dict[str, list[float]] = defaultdict(list)
 

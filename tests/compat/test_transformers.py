@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of transformers is used beyond what it promises is there, does what it is used for, and is still needed."""
 
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from frozen_peft.utils.compat.transformers import (
     as_stored,
     attention_implementation,
     checkpoint_function,
     from_config,
+    keeping_cache_under_checkpointing,
     kept_in_float32,
     parameters_of_tensors,
+    replace_kernels,
     set_checkpoint_function,
     stored_together,
 )
@@ -73,3 +82,36 @@ def test_the_checkpoint_of_a_layer_is_an_attribute_and_nothing_public() -> None:
     # When this fails, see whether transformers has a public way by now.
     public = {name for name in vars(GradientCheckpointingLayer) if not name.startswith("_")}
     assert public == {"gradient_checkpointing"}
+
+
+def test_a_layer_drops_its_cache_under_checkpointing_unless_told_otherwise() -> None:
+    class Layer(GradientCheckpointingLayer):
+        def forward(self, hidden_states: torch.Tensor, past_key_values: object = None) -> torch.Tensor:
+            seen.append(past_key_values)
+            return hidden_states * 1
+
+    seen: list[object] = []
+    layer = Layer().train()
+    layer.gradient_checkpointing = True
+    layer._gradient_checkpointing_func = lambda function, *args: function(*args)
+    cache = object()
+    with keeping_cache_under_checkpointing([layer]):
+        layer(torch.ones(2, requires_grad=True), past_key_values=cache)
+    layer(torch.ones(2, requires_grad=True), past_key_values=cache)
+    assert seen == [cache, None]
+
+
+def test_kernel_functions_are_found_with_their_reference() -> None:
+    @use_kernel_func_from_hub_with_fallback("chunk_gated_delta_rule", "fla")
+    def chunk_gated_delta_rule(query: torch.Tensor) -> torch.Tensor:
+        return query
+
+    file = ModuleType("modeling_of_a_test")
+    vars(file).update(kernel=chunk_gated_delta_rule, other=inspect.getsource)
+    made: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
+    replace_kernels(file, lambda bound, reference: made.append((bound, reference)) or reference)
+    assert made == [(chunk_gated_delta_rule, chunk_gated_delta_rule.__wrapped__)]
+    assert file.kernel is chunk_gated_delta_rule.__wrapped__
+    # It is bound once, at import, and modeling files do it so.
+    assert "device" not in inspect.getsource(use_kernel_func_from_hub_with_fallback)
+    assert "@use_kernel_func_from_hub_with_fallback" in inspect.getsource(modeling_qwen3_5)

@@ -11,9 +11,47 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from frozen_peft.context import ContextFiles, DiskLevel
 from frozen_peft.context.keys import PrefixKey
-from frozen_peft.context.store.context_files import ContextFiles
+from frozen_peft.context.store.memory_level import Entry
 from tests.context.stored import KEY, METADATA, OTHER_KEY, SPACE, content, path_of, same, warnings
+
+# What version 1 wrote, before there was another, byte for byte.
+OLD_HEADER = {
+    "__metadata__": {
+        "format": "frozen_peft.context",
+        "version": "1",
+        "entry": "model-1/300-0123456789abcdef0123456789abcdef",
+        "metadata": '{"prefix": "[17, \\"ffffffffffffffffffffffffffffffff\\"]", "windows": "[8, null]"}',
+        "checksum": "7620a18437c807e9ea3c75a5061f4c1a",
+    },
+    "1.recurrent.0": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]},
+    "0.keys": {"dtype": "BF16", "shape": [1, 1, 1, 2], "data_offsets": [8, 12]},
+}
+OLD_DATA = b"\x00\x00\x00?o\x12\x83:\x80?\x00\xc0"
+OLD_TENSORS = {
+    "0.keys": torch.tensor([[[[1.0, -2.0]]]], dtype=torch.bfloat16),
+    "1.recurrent.0": torch.tensor([[0.5, 1e-3]]),
+}
+
+
+def test_files_of_earlier_releases_are_read(files: ContextFiles) -> None:
+    path_of(files).parent.mkdir()
+    path_of(files).write_bytes(with_header(OLD_HEADER, OLD_DATA))
+    entry = DiskLevel(files).read((SPACE, KEY))
+    assert entry is not None
+    assert (entry.prefix, entry.windows) == (OTHER_KEY, (8, None))
+    assert same(entry.tensors, OLD_TENSORS)
+
+
+def test_files_are_what_earlier_releases_read(files: ContextFiles) -> None:
+    disk = DiskLevel(files)
+    disk.write((SPACE, KEY), Entry(OTHER_KEY, (8, None), OLD_TENSORS))
+    disk.flush()
+    written = path_of(files).read_bytes()
+    length = int.from_bytes(written[:8], "little")
+    assert json.loads(written[8 : 8 + length]) == OLD_HEADER
+    assert written[8 + length :] == OLD_DATA
 
 
 def rejects(files: ContextFiles, data: bytes, caplog: pytest.LogCaptureFixture) -> str:
@@ -139,7 +177,7 @@ def test_entries_of_another_version_are_removed(
     files: ContextFiles, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("frozen_peft.context.store.entry_file.VERSION", "0")
+        patch.setattr("frozen_peft.context.store.context_files.VERSION", "0")
         assert files.write(SPACE, KEY, content(), METADATA)
     assert "no encoded context that this version wrote" in rejects(files, path_of(files).read_bytes(), caplog)
 

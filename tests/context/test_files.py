@@ -116,22 +116,6 @@ def test_a_file_that_vanishes_is_a_miss(
     assert not warnings(caplog)
 
 
-def test_a_directory_in_an_entrys_place_is_reported_and_left(
-    files: ContextFiles, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = path_of(files)
-    (path / "inside").mkdir(parents=True)
-    for _ in range(2):
-        assert files.keys(SPACE) == set()
-        assert files.read(SPACE, KEY) is None
-        assert not files.write(SPACE, KEY, content(), {})
-        files.remove(SPACE, KEY)
-    assert (path / "inside").is_dir()
-    assert warnings(caplog) == [f"{path} is left alone and not used: it is a directory."]
-    assert files.usable
-    assert files.write(SPACE, OTHER_KEY, content(), {})
-
-
 def test_unrelated_files_are_left_alone(files: ContextFiles, caplog: pytest.LogCaptureFixture) -> None:
     assert files.write(SPACE, OTHER_KEY, {}, {})
     name = path_of(files).name
@@ -183,7 +167,7 @@ def test_a_file_that_cannot_be_read_is_reported_and_left(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr("frozen_peft.context.store.context_files.read_entry", failing)
+        patch.setattr("frozen_peft.context.store.context_files._read_entry", failing)
         for _ in range(2):
             assert files.read(SPACE, KEY) is None
     (warning,) = warnings(caplog)
@@ -215,7 +199,7 @@ def stops_writing(files: ContextFiles, caplog: pytest.LogCaptureFixture) -> str:
 
 
 @pytest.mark.parametrize(
-    "step", ["frozen_peft.context.store.context_files.write_entry", "pathlib.Path.replace", "pathlib.Path.mkdir"]
+    "step", ["frozen_peft.context.store.context_files._write_entry", "pathlib.Path.replace", "pathlib.Path.mkdir"]
 )
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 def test_a_failure_to_write_ends_writing_and_not_reading(

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from frozen_peft.context import encode_context, generate_over, use_segmented_attention
-from frozen_peft.context.growing import growing_cache
+from frozen_peft.context.writable import growing_cache
 from frozen_peft.errors import UnsupportedArchitectureError
 from tests.tiny_models import ARCHITECTURES, SLIDING_WINDOW, VOCAB_SIZE, add_lora, tiny_model
 
@@ -156,6 +156,6 @@ def test_candidates_over_one_context_hold_one_context() -> None:
 def test_architectures_with_other_states_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     frozen = encode_context(model, [torch.tensor([7, 8, 9])])
-    monkeypatch.setattr("frozen_peft.context.growing.can_extend", lambda model: False)
+    monkeypatch.setattr("frozen_peft.context.writable.can_extend", lambda model: False)
     with pytest.raises(UnsupportedArchitectureError, match="`llama` cannot be decoded"):
         growing_cache(model, frozen)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cachetools import Cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -367,7 +366,7 @@ class TestGoingOn:
                 frozen = [each.encode(part, step=step) for each in both]
                 assert same(frozen[0], frozen[-1])
                 # In the order in which they would go.
-                kept = [[key for key, _ in each.store._memory.least_recent_first()] for each in both]
+                kept = [list(each.store._memory.entries) for each in both]
                 assert kept[0] == kept[-1]
 
     @pytest.mark.parametrize("options", [{}, {"dtype": "int8"}], ids=str)
@@ -405,7 +404,7 @@ class TestGoingOn:
         store = memory()
         with pytest.raises(ValueError, match="not a record of kept contexts"):
             store.restore({"base": "a", "namespace": "b", "entries": entries})
-        assert len(store._memory) == 0
+        assert not store._memory.entries
 
 
 class TestNamespaces:
@@ -502,7 +501,7 @@ class TestBudget:
     def measured(store: ContextStore) -> int:
         """Bytes of the storages that the store keeps alive."""
         storages = {}
-        for entry in store._memory.unused():
+        for entry in store._memory.entries.values():
             for tensor in entry.tensors.values():
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return sum(storages.values())
@@ -519,9 +518,8 @@ class TestBudget:
             frozen = asking.encode([context, trunk], step=step)
             assert frozen.lengths == [len(context), 30]
             assert self.measured(store) == store.num_bytes <= max_bytes
-            for namespace, key in list(store._memory):
-                prefix = Cache.__getitem__(store._memory, (namespace, key)).prefix
-                assert prefix is None or (namespace, prefix) in store._memory
+            for (namespace, _), entry in store._memory.entries.items():
+                assert entry.prefix is None or (namespace, entry.prefix) in store._memory
 
     @staticmethod
     @functools.cache
@@ -558,10 +556,10 @@ class TestBudget:
         store = memory(room=lambda device: free[0])
         asking = encoder(self.model(), store, adapters=False)
         fresh = asking.encode([tokens(40, 1)])
-        assert [entry.on_host for entry in store._memory.unused()] == [False]
+        assert [entry.on_host for entry in store._memory.entries.values()] == [False]
         free[0] = -1
         frozen, num_encoded = encoded_by(asking, [tokens(40, 1)], step=1)
-        assert [entry.on_host for entry in store._memory.unused()] == [True]
+        assert [entry.on_host for entry in store._memory.entries.values()] == [True]
         assert num_encoded == 0
         assert same(frozen, fresh)
         assert self.measured(store) == store.num_bytes
@@ -628,7 +626,8 @@ def test_contexts_of_one_batch_are_stored_apart() -> None:
     store = memory()
     encoder(model, store).encode([tokens(20, seed) for seed in range(3)])
     storages = [
-        {tensor.untyped_storage().data_ptr() for tensor in entry.tensors.values()} for entry in store._memory.unused()
+        {tensor.untyped_storage().data_ptr() for tensor in entry.tensors.values()}
+        for entry in store._memory.entries.values()
     ]
     assert len(storages) == 3
     assert not storages[0] & storages[1]

@@ -170,7 +170,7 @@ def test_the_budget_counts_what_is_kept() -> None:
         encoder(model, store, adapters=False).encode(contexts)
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for entry in store._memory.unused()
+            for entry in store._memory.entries.values()
             for tensor in entry.tensors.values()
         }
         assert store.num_bytes == sum(storages.values())
@@ -193,7 +193,7 @@ def test_moving_off_the_device_moves_what_is_kept() -> None:
     free[0] = -1
     found, num_encoded = encoded_by(asking, contexts, step=1)
     assert num_encoded == 0
-    assert [entry.on_host for entry in store._memory.unused()] == [True]
+    assert [entry.on_host for entry in store._memory.entries.values()] == [True]
     assert store.num_bytes == size
     assert same(found, fresh)
 

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kernel runs where, as one table: `RULES` for linear attention, `attention_rows` for attention.
 
-An accelerated kernel runs where a rule says so, and PyTorch's reference everywhere else. The rules are read from top
-to bottom, and the first that applies decides; the last applies always, so there is a choice for every machine. What is
-known to be wrong somewhere is not run there, whatever the package itself allows.
+An accelerated kernel runs unless a rule speaks against it, and PyTorch's reference everywhere else, so there is a
+choice for every machine. What is known to be wrong somewhere is not run there, whatever the package itself allows.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from packaging.version import InvalidVersion, Version
@@ -22,7 +21,6 @@ __all__ = [
     "Capabilities",
     "KernelRow",
     "Operation",
-    "compute_capability_of",
     "current_capabilities",
     "has_16_bit_products",
     "has_flash_prefill",
@@ -44,17 +42,6 @@ FIRST_TRITON_WITH_WRONG_BACKWARD = Version("3.4")
 FIRST_TRITON_WITH_RIGHT_BACKWARD = Version("3.7.1")
 # The widest heads that PyTorch's flash attention takes.
 MAX_FLASH_HEAD_DIM = 256
-
-# Compute capabilities of cards by a part of their name (developer.nvidia.com/cuda-gpus); the longest match counts.
-CARDS = {
-    "V100": (7, 0), "T4": (7, 5), "RTX 20": (7, 5),
-    "A100": (8, 0), "A800": (8, 0), "A30": (8, 0),
-    "A10": (8, 6), "A16": (8, 6), "A2": (8, 6), "A40": (8, 6), "RTX 30": (8, 6), "RTX A": (8, 6),
-    "L4": (8, 9), "L20": (8, 9), "L40": (8, 9), "RTX 40": (8, 9), "RTX 6000 ADA": (8, 9),
-    "H100": (9, 0), "H200": (9, 0), "H800": (9, 0), "H20": (9, 0), "GH200": (9, 0),
-    "B100": (10, 0), "B200": (10, 0), "GB200": (10, 0), "B300": (10, 3), "GB300": (10, 3),
-    "RTX 50": (12, 0), "RTX PRO": (12, 0),
-}  # fmt: skip
 
 Operation = Literal["gated delta rule", "short convolution", "state-space scan", "one step"]
 
@@ -82,17 +69,21 @@ class Capabilities:
     flash_attention: bool = True
 
     @property
-    def has_triton(self) -> bool:
-        """Whether Triton is there, and supports the card."""
-        return self.triton is not None and (self.compute_capability or AMPERE) >= AMPERE
-
-    @property
-    def is_hopper(self) -> bool:
-        return self.compute_capability == HOPPER
+    def is_ampere_or_later(self) -> bool:
+        """Whether an NVIDIA card is not too old; those of other makers count as new."""
+        return (self.compute_capability or AMPERE) >= AMPERE
 
     @property
     def is_blackwell(self) -> bool:
         return self.compute_capability is not None and self.compute_capability >= BLACKWELL
+
+    @property
+    def has_wrong_gated_backward(self) -> bool:
+        return (
+            self.compute_capability == HOPPER
+            and self.triton is not None
+            and (FIRST_TRITON_WITH_WRONG_BACKWARD <= self.triton < FIRST_TRITON_WITH_RIGHT_BACKWARD)
+        )
 
 
 @dataclass(frozen=True)
@@ -111,49 +102,58 @@ class KernelRow:
 
 
 class _Rule(NamedTuple):
+    """Why some operations, with gradient, without or (None) in both, are not accelerated where it applies."""
+
     operations: tuple[Operation, ...]
-    gradient: tuple[bool, ...]
+    gradient: bool | None
     applies: Callable[[Capabilities], bool]
-    accelerated: bool
     reason: str
 
 
-_ALL: tuple[Operation, ...] = ("gated delta rule", "short convolution", "state-space scan", "one step")
+_ALL: tuple[Operation, ...] = get_args(Operation)
 _DELTA: tuple[Operation, ...] = ("gated delta rule",)
-_TRITON: tuple[Operation, ...] = ("gated delta rule", "state-space scan", "one step")
-_EITHER = (False, True)
+_CONVOLUTION: tuple[Operation, ...] = ("short convolution",)
+_SCAN: tuple[Operation, ...] = ("state-space scan",)
+_STEP: tuple[Operation, ...] = ("one step",)
 
-# operations, with gradient, where, accelerated, why
-RULES: tuple[_Rule, ...] = (
-    _Rule(_ALL, _EITHER, lambda c: c.device_type not in ("cuda", "xpu"), False, "the kernels need a GPU"),
-    _Rule(_DELTA, _EITHER, lambda c: c.fla is None, False, "flash-linear-attention is not installed"),
-    _Rule(("short convolution",), _EITHER, lambda c: c.causal_conv1d is None, False,
-          "causal-conv1d is not installed"),
-    _Rule(("state-space scan",), _EITHER, lambda c: c.mamba_ssm is None, False, "mamba-ssm is not installed"),
-    _Rule(_TRITON, _EITHER, lambda c: not c.has_triton, False,
+RULES = (
+    _Rule(_ALL, None, lambda c: c.device_type not in ("cuda", "xpu"), "the kernels need a GPU"),
+    _Rule(_DELTA, None, lambda c: c.fla is None, "flash-linear-attention is not installed"),
+    _Rule(_CONVOLUTION, None, lambda c: c.causal_conv1d is None, "causal-conv1d is not installed"),
+    _Rule(_SCAN, None, lambda c: c.mamba_ssm is None, "mamba-ssm is not installed"),
+    _Rule((*_DELTA, *_SCAN, *_STEP), None, lambda c: c.triton is None or not c.is_ampere_or_later,
           "Triton is not installed, or does not support cards below compute capability 8.0"),
-    _Rule(_DELTA, _EITHER, lambda c: c.fla is not None and c.fla < FIRST_FLA, False,
-          f"flash-linear-attention is older than {FIRST_FLA}"),
-    _Rule(("one step",), (True,), lambda c: True, False, "the kernels for one token have no backward"),
+    _Rule(_DELTA, None, lambda c: c.fla < FIRST_FLA, f"flash-linear-attention is older than {FIRST_FLA}"),
+    _Rule(_STEP, True, lambda c: True, "the kernels for one token have no backward"),
     # flash-linear-attention issue 640; version 0.6 refuses to run it.
-    _Rule(_DELTA, (True,), lambda c: c.is_hopper and c.triton is not None
-          and FIRST_TRITON_WITH_WRONG_BACKWARD <= c.triton < FIRST_TRITON_WITH_RIGHT_BACKWARD, False,
+    _Rule(_DELTA, True, lambda c: c.has_wrong_gated_backward,
           "on Hopper, Triton from 3.4 up to 3.7.1 gives wrong gradients of beta and decay"),
     # flash-linear-attention issues 607, 638 and 913. It goes when one of its versions is tested there.
-    _Rule(_DELTA, (True,), lambda c: c.is_blackwell, False,
+    _Rule(_DELTA, True, lambda c: c.is_blackwell,
           "on Blackwell the backward is reported to fail or to give NaN, up to Triton 3.7"),
-    _Rule(("one step",), _EITHER, lambda c: c.is_blackwell, False,
+    _Rule(_STEP, None, lambda c: c.is_blackwell,
           "on Blackwell the kernel for one token is reported to read out of bounds"),
-    _Rule(_ALL, _EITHER, lambda c: True, True, "supported"),
 )  # fmt: skip
+
+# Rows of `kernel_choices` for linear attention: purpose, operation, with gradient, what is accelerated, what is not.
+_CHUNKED = "PyTorch, in chunks of 64 tokens"
+_LINEAR_ROWS: tuple[tuple[str, Operation, bool, str, str], ...] = (
+    ("prefill, gated delta rule", "gated delta rule", False, "flash-linear-attention", _CHUNKED),
+    ("decision, gated delta rule", "gated delta rule", True, "flash-linear-attention", _CHUNKED),
+    ("prefill, short convolution", "short convolution", False, "causal-conv1d", "PyTorch"),
+    ("decision, short convolution", "short convolution", True, "causal-conv1d", "PyTorch"),
+    ("prefill, state-space scan", "state-space scan", False, "mamba-ssm", "PyTorch"),
+    ("decision, state-space scan", "state-space scan", True, "mamba-ssm", "PyTorch"),
+    ("sampling, one token", "one step", False, "the packages above", "PyTorch"),
+)
 
 
 def is_accelerated(operation: Operation, gradient: bool, capabilities: Capabilities) -> tuple[bool, str]:
     """Whether an operation runs its accelerated kernel, and why."""
     for rule in RULES:
-        if operation in rule.operations and gradient in rule.gradient and rule.applies(capabilities):
-            return rule.accelerated, rule.reason
-    raise AssertionError("the last rule applies always")
+        if operation in rule.operations and rule.gradient in (None, gradient) and rule.applies(capabilities):
+            return False, rule.reason
+    return True, "supported"
 
 
 def operation_of(name: str) -> Operation:
@@ -174,9 +174,9 @@ def has_flash_prefill(capabilities: Capabilities, dtype: torch.dtype, head_dim: 
         head_dim: Of queries and keys.
         value_dim: Of values.
     """
-    is_supported = capabilities.device_type == "cuda" and (capabilities.compute_capability or AMPERE) >= AMPERE
     return (
-        is_supported
+        capabilities.device_type == "cuda"
+        and capabilities.is_ampere_or_later
         and capabilities.flash_attention
         and dtype in (torch.float16, torch.bfloat16)
         and head_dim == value_dim <= MAX_FLASH_HEAD_DIM
@@ -197,73 +197,43 @@ def kernel_choices(capabilities: Capabilities, dtype: torch.dtype = torch.bfloat
         dtype: In which the model computes.
     """
     rows = []
-    for operation, package, reference in (
-        ("gated delta rule", "flash-linear-attention", "PyTorch, in chunks of 64 tokens"),
-        ("short convolution", "causal-conv1d", "PyTorch"),
-        ("state-space scan", "mamba-ssm", "PyTorch"),
-    ):
-        for purpose, gradient in (("prefill", False), ("decision", True)):
-            accelerated, reason = is_accelerated(operation, gradient, capabilities)  # type: ignore[arg-type]
-            rows.append(KernelRow(f"{purpose}, {operation}", package if accelerated else reference, reason))
-    accelerated, reason = is_accelerated("one step", False, capabilities)
-    rows.append(KernelRow("sampling, one token", "the packages above" if accelerated else "PyTorch", reason))
+    for purpose, operation, gradient, kernel, reference in _LINEAR_ROWS:
+        accelerated, reason = is_accelerated(operation, gradient, capabilities)
+        rows.append(KernelRow(purpose, kernel if accelerated else reference, reason))
     return (*rows, *attention_rows(capabilities, dtype))
 
 
 def attention_rows(capabilities: Capabilities, dtype: torch.dtype) -> tuple[KernelRow, ...]:
     """The part of `kernel_choices` that is about attention."""
+    blocks = "blocks of keys, in PyTorch"
     if has_flash_prefill(capabilities, dtype, MAX_FLASH_HEAD_DIM, MAX_FLASH_HEAD_DIM):
-        prefill = KernelRow("prefill, attention", "PyTorch's flash attention", "a chunk sits at the end of its keys")
+        kernel, reason = "PyTorch's flash attention", "a chunk sits at the end of its keys"
     elif capabilities.device_type == "cpu":
-        prefill = KernelRow(
-            "prefill, attention", "PyTorch's flash attention for CPUs", "two segments, merged by log-sum-exp"
-        )
+        kernel, reason = "PyTorch's flash attention for CPUs", "two segments, merged by log-sum-exp"
+    elif capabilities.flash_attention:
+        kernel, reason = blocks, "flash attention needs 16 bit and compute capability 8.0"
     else:
-        why = (
-            "flash attention needs 16 bit and compute capability 8.0" if capabilities.flash_attention else "it is off"
-        )
-        prefill = KernelRow("prefill, attention", "blocks of keys, in PyTorch", why)
-    decision = KernelRow(
-        "decision, attention", "blocks of keys, in PyTorch", "no gradient of frozen keys and values, and no copy"
+        kernel, reason = blocks, "it is off"
+    return (
+        KernelRow("prefill, attention", kernel, reason),
+        KernelRow("decision, attention", blocks, "no gradient of frozen keys and values, and no copy"),
     )
-    return prefill, decision
 
 
 def kernel_rows(
-    gpu: str | tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16
+    compute_capability: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[KernelRow, ...]:
     """What would run on a card, with the packages that are installed here.
 
     Args:
-        gpu: A card's name such as `"H100"`, a compute capability, or None: this machine's card, or its CPU.
+        compute_capability: Of an NVIDIA card; None: this machine's card, or its CPU.
         dtype: In which the model computes.
-
-    Raises:
-        ValueError: No card of this name is known.
     """
-    if gpu is None:
-        device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        )
-        return kernel_choices(current_capabilities(device), dtype)
-    compute_capability = compute_capability_of(gpu) if isinstance(gpu, str) else gpu
-    return kernel_choices(_with_installed(Capabilities("cuda", compute_capability)), dtype)
-
-
-def compute_capability_of(name: str) -> tuple[int, int]:
-    """Compute capability of a card by its name, such as `NVIDIA H100 80GB HBM3` or `h100`.
-
-    Raises:
-        ValueError: No card of this name is known.
-    """
-    words = name.upper().replace("GEFORCE ", "").replace("QUADRO ", "").replace("NVIDIA ", "").strip()
-    known = [card for card in CARDS if words.startswith(card) or f" {card}" in words]
-    if not known:
-        raise ValueError(
-            f"No card named {name!r} is known. Give its compute capability instead (such as 9.0), or one of "
-            f"{', '.join(sorted(CARDS))}."
-        )
-    return CARDS[max(known, key=len)]
+    if compute_capability is not None:
+        return kernel_choices(_with_installed(Capabilities("cuda", compute_capability)), dtype)
+    has_card = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if has_card else torch.device("cpu")
+    return kernel_choices(current_capabilities(device), dtype)
 
 
 @functools.cache

@@ -1,39 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
 """Encoded contexts as files in a directory that several processes may share.
 
-1. An entry is written whole, in a temporary directory beside its place, and then moved there in one step. Whoever is
-   killed meanwhile leaves a temporary directory, which is never read and is removed at a later start.
-2. An entry is believed only when its checksum is right. Files therefore need not be synced to the device: what a power
+1. An entry is one safetensors file with a checksum of all that it holds, and the name of what it is.
+2. It is written whole, in a temporary directory beside its place, and then moved there in one step. Whoever is killed
+   meanwhile leaves a temporary directory, which is never read and is removed at a later start.
+3. An entry is believed only when its checksum is right. Files therefore need not be synced to the device: what a power
    failure leaves is recognised.
-3. What is not a whole entry is reported, removed and missing from then on, so that it is encoded again.
-4. The first failure to write ends writing, not reading: a run goes on without the disk.
+4. What is not a whole entry is reported, removed and missing from then on, so that it is encoded again.
+5. The first failure to write ends writing, not reading: a run goes on without the disk.
 """
 
-import errno
+import json
 import logging
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from frozen_peft.context.keys import PrefixKey
-from frozen_peft.context.store.entry_file import read_entry, write_entry
 
 __all__ = ["ContextFiles"]
 
 logger = logging.getLogger(__name__)
 
+FORMAT = "frozen_peft.context"
+VERSION = "1"
 SUFFIX = ".safetensors"
 # What a writer that was killed leaves: its process id and what `tempfile` adds. Younger ones may still be written to.
 TEMPORARY = re.compile(r"[0-9]+-[a-z0-9_]+\.tmp")
 TEMPORARY_SECONDS = 3600
+
+Tensors = dict[str, torch.Tensor]
 
 
 class ContextFiles:
@@ -63,25 +69,17 @@ class ContextFiles:
 
     def keys(self, namespace: str) -> set[PrefixKey]:
         """Keys of the entries that are there now, without a look into them."""
-        found = set()
-        for key, item in self._listed(namespace):
-            path = Path(item.path)
-            if item.is_dir(follow_symlinks=False):
-                self._report_once(path, "it is a directory")
-            elif item.is_file(follow_symlinks=False) and path not in self._reported:
-                found.add(key)
-        return found
+        return {key for key, path in self._listed(namespace).items() if path not in self._reported}
 
     def num_bytes(self, namespace: str) -> int:
         """Bytes that a namespace's entries take on the disk."""
         total = 0
-        for _, item in self._listed(namespace):
-            with suppress(FileNotFoundError):
-                if item.is_file(follow_symlinks=False):
-                    total += item.stat(follow_symlinks=False).st_size
+        for path in self._listed(namespace).values():
+            with suppress(OSError):
+                total += path.stat().st_size
         return total
 
-    def read(self, namespace: str, key: PrefixKey) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    def read(self, namespace: str, key: PrefixKey) -> tuple[Tensors, dict[str, str]] | None:
         """An entry's tensors, in the CPU's memory and nobody else's, and its metadata.
 
         Returns:
@@ -89,7 +87,7 @@ class ContextFiles:
         """
         path = self._path(namespace, key)
         try:
-            return read_entry(path, _entry_name(namespace, key))
+            return _read_entry(path, f"{namespace}/{key}")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -98,9 +96,7 @@ class ContextFiles:
             self._reject(path, str(error))
         return None
 
-    def write(
-        self, namespace: str, key: PrefixKey, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
-    ) -> bool:
+    def write(self, namespace: str, key: PrefixKey, tensors: Tensors, metadata: dict[str, str]) -> bool:
         """Writes an entry, in place of one that is there.
 
         Args:
@@ -119,12 +115,9 @@ class ContextFiles:
             return False
         path = self._path(namespace, key)
         try:
-            if path.is_dir():
-                self._report_once(path, "it is a directory")
-                return False
             with self._temporary(path.parent) as temporary:
                 written = Path(temporary) / path.name
-                write_entry(written, _entry_name(namespace, key), tensors, metadata)
+                _write_entry(written, f"{namespace}/{key}", tensors, metadata)
                 # safetensors lets the owner alone read it; the directory says who may.
                 written.chmod(path.parent.stat().st_mode & 0o666)
                 written.replace(path)
@@ -144,37 +137,33 @@ class ContextFiles:
         except OSError as error:
             self._report_once(path, f"it cannot be removed ({error.strerror})")
 
-    def _temporary(self, parent: Path) -> tempfile.TemporaryDirectory:
-        for _ in range(3):
-            parent.mkdir(parents=True, exist_ok=True)
-            # Another process may have removed the empty directory in between.
-            with suppress(FileNotFoundError):
-                return tempfile.TemporaryDirectory(
-                    prefix=f"{os.getpid()}-", suffix=".tmp", dir=parent, ignore_cleanup_errors=True
-                )
-        raise FileNotFoundError(errno.ENOENT, "its directory is removed again and again", str(parent))
-
     def remove_empty(self, namespace: str) -> None:
         """Removes a namespace's directory if nothing is in it."""
         with suppress(OSError):
             (self.folder / namespace).rmdir()
 
+    def _temporary(self, parent: Path) -> tempfile.TemporaryDirectory:
+        parent.mkdir(parents=True, exist_ok=True)
+        name = {"prefix": f"{os.getpid()}-", "suffix": ".tmp", "dir": parent}
+        try:
+            return tempfile.TemporaryDirectory(**name, ignore_cleanup_errors=True)
+        except FileNotFoundError:
+            # Another process has removed the empty directory in between.
+            parent.mkdir(parents=True, exist_ok=True)
+            return tempfile.TemporaryDirectory(**name, ignore_cleanup_errors=True)
+
     def _path(self, namespace: str, key: PrefixKey) -> Path:
         assert re.fullmatch(r"\w[\w.-]*", namespace), f"{namespace!r} is not a plain file name"
         return self.folder / namespace / f"{key}{SUFFIX}"
 
-    def _listed(self, namespace: str) -> Iterator[tuple[PrefixKey, os.DirEntry]]:
+    def _listed(self, namespace: str) -> dict[PrefixKey, Path]:
         """What has the name of an entry, be it one or not."""
         try:
-            with os.scandir(self.folder / namespace) as items:
-                for item in items:
-                    key = PrefixKey.from_text(item.name.removesuffix(SUFFIX))
-                    if key is not None and item.name.endswith(SUFFIX):
-                        yield key, item
-        except (FileNotFoundError, NotADirectoryError):
-            return
+            paths = list((self.folder / namespace).glob(f"*{SUFFIX}"))
         except OSError as error:
             self._report_once(self.folder / namespace, f"it cannot be listed ({error.strerror})")
+            return {}
+        return {key: path for path in paths if (key := PrefixKey.from_text(path.stem)) is not None}
 
     def _remove_abandoned(self) -> None:
         # Another process may be removing them as well, or own them.
@@ -210,5 +199,53 @@ class ContextFiles:
             logger.warning("%s is left alone and not used: %s.", path, reason)
 
 
-def _entry_name(namespace: str, key: PrefixKey) -> str:
-    return f"{namespace}/{key}"
+def _write_entry(path: Path, entry: str, tensors: Tensors, metadata: dict[str, str]) -> None:
+    """Writes tensors, on any device, to a file that knows which entry it is."""
+    packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(metadata, sort_keys=True)
+    stamp = {"format": FORMAT, "version": VERSION, "entry": entry, "metadata": text}
+    save_file(packed, path, metadata=stamp | {"checksum": _checksum(packed, text)})
+
+
+def _read_entry(path: Path, entry: str) -> tuple[Tensors, dict[str, str]]:
+    """Reads tensors, into the CPU's memory, and metadata.
+
+    Raises:
+        ValueError: The file is not whole, or not that entry; the message says why.
+        OSError: There is no such file, or it cannot be read.
+    """
+    try:
+        with path.open("rb") as held, safe_open(_name_of(held, path), "pt") as file:
+            stamp = file.metadata() or {}
+            if (stamp.get("format"), stamp.get("version")) != (FORMAT, VERSION):
+                raise ValueError("it is no encoded context that this version wrote")
+            if stamp.get("entry") != entry:
+                raise ValueError(f"it holds {stamp.get('entry')} and not {entry}")
+            # Copies, since the library maps the file and another process may remove it. Copying, unlike reading the
+            # file's bytes, lets other threads run.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"it is no whole safetensors file ({error})") from None
+    if stamp.get("checksum") != _checksum(tensors, stamp.get("metadata")):
+        raise ValueError("its checksum is wrong")
+    return tensors, json.loads(stamp["metadata"])
+
+
+def _name_of(file: BinaryIO, path: Path) -> str:
+    """A name of this very file, also after another one has taken its place, where the system has such names.
+
+    safetensors 0.8 opens a file twice, and would read the header of one and the tensors of the other.
+    """
+    name = Path(f"/dev/fd/{file.fileno()}")
+    return str(name if name.exists() else path)
+
+
+def _checksum(tensors: Tensors, metadata: object) -> str:
+    """XXH3 of 128 bits over the metadata and the tensors' names, types, shapes and bytes."""
+    names = sorted(tensors)
+    described = [metadata, [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]]
+    state = xxhash.xxh3_128(json.dumps(described).encode())
+    for name in names:
+        # As bytes, because NumPy has no bfloat16.
+        state.update(tensors[name].view(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()

@@ -16,7 +16,7 @@ import torch
 
 from frozen_peft.context.keys import PrefixKey
 from frozen_peft.context.store.context_files import ContextFiles
-from frozen_peft.context.store.entry import Entry, EntryKey
+from frozen_peft.context.store.memory_level import Entry, EntryKey
 from frozen_peft.context.store.residence import DeviceCopy, pinned, to_host
 
 __all__ = ["DiskLevel"]

@@ -30,9 +30,8 @@ from frozen_peft.context.keys import PrefixKey, prefix_keys
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.sharding import are_sharded, reshard
 from frozen_peft.context.store.disk_level import DiskLevel
-from frozen_peft.context.store.entry import Entry, EntryKey
 from frozen_peft.context.store.fingerprint import adapter_fingerprint, base_fingerprint, base_state, run_fingerprint
-from frozen_peft.context.store.memory_level import MemoryLevel
+from frozen_peft.context.store.memory_level import Entry, EntryKey, MemoryLevel
 from frozen_peft.context.store.residence import DeviceCopy, copy_ahead, device_room, to_device, to_host
 from frozen_peft.context.store.rounding import CacheDtype, round_in_place, rounding_name, unpack
 
@@ -101,7 +100,7 @@ class ContextStore:
     @property
     def num_bytes(self) -> int:
         """Bytes of the entries in memory, without those that are owed."""
-        return int(self._memory.currsize) - sum(entry.owed_bytes for entry in self._memory.unused())
+        return self._memory.num_bytes - sum(entry.owed_bytes for entry in self._memory.entries.values())
 
     @property
     def num_bytes_on_disk(self) -> int:
@@ -205,8 +204,11 @@ class ContextStore:
             return
         candidates = (next(iter(self._candidates(tokens, rope, 0, False)), None) for tokens, rope in contexts)
         wanted = dict.fromkeys(key for key in candidates if key is not None)
-        on_host = [key for key in wanted if key in self._memory and self._memory[key].on_host]
-        begun = {key: self._copying.get(key) or self._copy_ahead(self._memory[key].tensors) for key in on_host}
+        begun = {}
+        for key in wanted:
+            entry = self._memory.entries.get(key)
+            if entry is not None and entry.on_host:
+                begun[key] = self._copying.get(key) or self._copy_ahead(entry.tensors)
         self._copying = {key: copying for key, copying in begun.items() if copying is not None}
         if self._disk is not None:
             self._disk.read_ahead([key for key in wanted if key not in self._memory], self._memory.__contains__)
@@ -257,7 +259,7 @@ class ContextStore:
             return None
         entries = [
             [str(key), str(entry.prefix or ""), entry.num_bytes]
-            for (namespace, key), entry in self._memory.least_recent_first()
+            for (namespace, key), entry in self._memory.entries.items()
             if namespace == self._current
         ]
         return {"base": self._readable_base, "namespace": self._current, "entries": entries}
@@ -271,7 +273,7 @@ class ContextStore:
         Raises:
             ValueError: This is no `record`.
         """
-        if len(self._memory):
+        if self._memory.entries:
             return
         try:
             base, namespace = str(record["base"]), str(record["namespace"])
@@ -279,10 +281,10 @@ class ContextStore:
                 key, before = PrefixKey.from_text(text), PrefixKey.from_text(prefix) if prefix else None
                 if key is None or bool(prefix) != (before is not None) or not isinstance(num_bytes, int):
                     raise ValueError(f"{text} after {prefix} is not the name of a context")
-                if num_bytes <= self._memory.maxsize:
-                    self._memory[namespace, key] = Entry(before, (), {}, owed_bytes=num_bytes)
+                if num_bytes <= self._memory.max_bytes:
+                    self._memory.insert((namespace, key), Entry(before, (), {}, owed_bytes=num_bytes))
         except (KeyError, TypeError, ValueError) as error:
-            self._memory.drop_all()
+            self._memory = MemoryLevel(self._memory.max_bytes)
             raise ValueError(f"not a record of kept contexts ({type(error).__name__}: {error})") from error
         self._adapters, self._readable_base, self._current = False, base, namespace
         self._steps, self._readable = {namespace: 0}, (namespace,)
@@ -295,13 +297,10 @@ class ContextStore:
     def _candidates(self, tokens: np.ndarray, rope_length: int, longer_than: int, whole: bool) -> list[EntryKey]:
         """Kept prefixes of a context, longest first, of equally long ones the freshest first."""
         on_disk = {name: self._disk.keys(name) if self._disk is not None else set() for name in self._readable}
-        lengths = {key.num_tokens for keys in on_disk.values() for key in keys}
-        for namespace in self._readable:
-            lengths.update(length for length, count in self._memory.lengths.get(namespace, {}).items() if count)
-        wanted = [length for length in lengths if longer_than < length <= len(tokens)]
-        if whole:
-            wanted = [length for length in wanted if length == len(tokens)]
-        keys = prefix_keys(tokens, wanted, rope_length=rope_length)
+        kept = {key for namespace, key in self._memory.entries if namespace in on_disk}.union(*on_disk.values())
+        shortest = len(tokens) if whole else longer_than + 1
+        lengths = {key.num_tokens for key in kept if shortest <= key.num_tokens <= len(tokens)}
+        keys = prefix_keys(tokens, lengths, rope_length=rope_length)
         return [
             (namespace, keys[length])
             for length in sorted(keys, reverse=True)
@@ -314,12 +313,16 @@ class ContextStore:
         chain: list[tuple[PrefixKey, Entry, bool]] = []
         missing: PrefixKey | None = key
         while missing is not None and not (missing in known and self._origin.get(missing, namespace) == namespace):
-            entry = self._memory.get((namespace, missing))
+            entry = self._memory.entries.get((namespace, missing))
             is_new = entry is None
             if entry is None and self._disk is not None:
                 entry = self._disk.read((namespace, missing))
+                if entry is None:
+                    # Files of contexts whose prefix is lost are of no use, and are written again.
+                    for part, _, is_read in chain:
+                        if is_read:
+                            self._disk.remove((namespace, part))
             if entry is None:
-                self._forget_extensions(namespace, chain)
                 return None
             chain.append((missing, entry, is_new))
             missing = entry.prefix
@@ -336,12 +339,6 @@ class ContextStore:
             self._origin[part] = namespace
         return Found(at_hand, tuple(part for part, _, _ in reversed(chain)))
 
-    def _forget_extensions(self, namespace: str, chain: list[tuple[PrefixKey, Entry, bool]]) -> None:
-        """Removes files of contexts whose prefix is lost, so that they are written again."""
-        for part, _, is_new in chain:
-            if is_new and self._disk is not None:
-                self._disk.remove((namespace, part))
-
     def _copy_ahead(self, tensors: dict[str, torch.Tensor]) -> DeviceCopy | None:
         return copy_ahead(tensors, self._device, self._room)
 
@@ -352,8 +349,8 @@ class ContextStore:
             self._memory.add(key, entry)
 
     def _make_room(self) -> None:
-        """Moves entries off the device, in the order they came, until it has its reserve back."""
-        for entry in self._memory.unused():
+        """Moves entries off the device, the least recently used first, until it has its reserve back."""
+        for entry in self._memory.entries.values():
             if entry.on_host or entry.owed_bytes:
                 continue
             if self._room(self._device) >= 0:

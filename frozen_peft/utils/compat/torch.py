@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import _checkpoint_without_reentrant_generator
 
-__all__ = ["begun_checkpoint", "num_writes"]
+__all__ = ["begun_checkpoint", "flash_attention_on_cpu", "num_writes"]
+
 
 # Before the arguments of the recomputation: random states are kept, nothing surrounds it, its tensors are compared,
 # and no trace is kept. Whether it stops early was added after torch 2.8, which does so unasked.
 _CHECKPOINT_OPTIONS: tuple[Any, ...] = (True, torch.utils.checkpoint.noop_context_fn, "default", False)
+
+
 if "early_stop" in inspect.signature(_checkpoint_without_reentrant_generator).parameters:
     _CHECKPOINT_OPTIONS += (True,)
 
@@ -38,3 +41,16 @@ def begun_checkpoint(recompute: Callable[..., None], *args: Any) -> Generator[No
 def num_writes(tensor: torch.Tensor) -> int:
     """How often a tensor was written to in place, as far as PyTorch counts."""
     return tensor._version
+
+
+# PRIVATE: `aten._scaled_dot_product_flash_attention_for_cpu`, torch 2.8 to 2.13.
+# Why: attention over two segments merges them by their log-sum-exp, which no public function returns on a CPU without
+# a compiler; going on block by block in Python takes up to half as long again at 8k tokens. Goes when:
+# `scaled_dot_product_attention` or `flex_attention` without a compiler returns it.
+def flash_attention_on_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, *, is_causal: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and its log-sum-exp, shapes `(1, H, queries, V)` and `(1, H, queries)`. Without gradient."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p=0.0, is_causal=is_causal, scale=scale
+    )

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of transformers is used beyond what it promises."""
 
+import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,14 +20,17 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 __all__ = [
     "as_stored",
     "attention_implementation",
     "checkpoint_function",
     "from_config",
+    "keeping_cache_under_checkpointing",
     "kept_in_float32",
     "parameters_of_tensors",
+    "replace_kernels",
     "set_checkpoint_function",
     "stored_together",
 ]
@@ -109,3 +115,34 @@ def checkpoint_function(module: nn.Module) -> Callable[..., Any] | None:
 def set_checkpoint_function(layer: nn.Module, function: Callable[..., Any]) -> None:
     """Has a layer call this, with its forward and the arguments by position, under gradient checkpointing."""
     layer._gradient_checkpointing_func = function  # type: ignore[assignment]
+
+
+# PRIVATE: `GradientCheckpointingLayer._can_checkpoint_with_cache`, transformers 5.23 and 5.24.
+# Why: under gradient checkpointing a layer drops its cache, with a warning, as running it again would write again; one
+# that is only read may stay. Goes when: the cache itself can say that it is only read.
+@contextmanager
+def keeping_cache_under_checkpointing(layers: Iterable[GradientCheckpointingLayer]) -> Iterator[None]:
+    """Has decoder layers keep their cache under gradient checkpointing."""
+    changed = list(layers)
+    for layer in changed:
+        layer._can_checkpoint_with_cache = True
+    try:
+        yield
+    finally:
+        for layer in changed:
+            del layer._can_checkpoint_with_cache
+
+
+# PRIVATE: functions of modeling files made by `use_kernel_func_from_hub_with_fallback` (known by the file of their
+# code, with the reference as `__wrapped__`), transformers 5.23 and 5.24.
+# Why: flash-linear-attention, causal-conv1d and mamba-ssm are bound when a modeling file is imported, whatever device
+# the tensors will be on and whether gradient is asked for. Goes when: transformers chooses at each call.
+def replace_kernels(
+    modeling_file: ModuleType, make: Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Puts `make(bound, reference)` in the place of every kernel function of a modeling file."""
+    for name, function in list(vars(modeling_file).items()):
+        if inspect.isfunction(function) and function.__code__.co_filename.endswith("hub_kernels.py"):
+            reference = getattr(function, "__wrapped__", None)
+            if reference is not None:
+                setattr(modeling_file, name, make(function, reference))
