@@ -75,22 +75,20 @@ def carried_context(
         if not arguments.keys().isdisjoint(CACHE_ARGUMENTS):
             if given_cache(arguments) is not frozen:
                 return None
-            context = context_now()
-            was_read = was_read or context is frozen
             take_cache(arguments)
-            return (), arguments | as_cache_argument(module, context)
-        tokens = arguments.get("input_ids")
-        if tokens is not batch["input_ids"]:
-            if tokens is not None and tokens.shape == batch["input_ids"].shape:
-                raise ContextMismatchError(
-                    f"A loss was computed from `input_ids` of the batch's shape {tuple(tokens.shape)} that are not "
-                    f"the batch's, without a cache. Pass `{name}=inputs['{name}']` and `position_ids` if they stand "
-                    f"behind the same contexts, or `{name}=None` if they stand behind none."
-                )
+        elif (tokens := arguments.get("input_ids")) is batch["input_ids"]:
+            arguments = {"position_ids": batch["position_ids"], **arguments}
+        elif tokens is None or tokens.shape != batch["input_ids"].shape:
             return None
+        else:
+            raise ContextMismatchError(
+                f"A loss was computed from `input_ids` of the batch's shape {tuple(tokens.shape)} that are not "
+                f"the batch's, without a cache. Pass `{name}=inputs['{name}']` and `position_ids` if they stand "
+                f"behind the same contexts, or `{name}=None` if they stand behind none."
+            )
         context = context_now()
         was_read = was_read or context is frozen
-        return (), {"position_ids": batch["position_ids"], **arguments, **as_cache_argument(module, context)}
+        return (), arguments | as_cache_argument(module, context)
 
     # The decoder too, which a loss over hidden states may call by itself.
     modules = {pretrained, get_decoder(pretrained)}

@@ -86,8 +86,8 @@ def test_the_checkpoint_of_a_layer_is_an_attribute_and_nothing_public() -> None:
 
 def test_a_layer_drops_its_cache_under_checkpointing_unless_told_otherwise() -> None:
     class Layer(GradientCheckpointingLayer):
-        def forward(self, hidden_states: torch.Tensor, past_key_values: object = None) -> torch.Tensor:
-            seen.append(past_key_values)
+        def forward(self, hidden_states: torch.Tensor, layer_past: object = None) -> torch.Tensor:
+            seen.append(layer_past)
             return hidden_states * 1
 
     seen: list[object] = []
@@ -96,8 +96,8 @@ def test_a_layer_drops_its_cache_under_checkpointing_unless_told_otherwise() -> 
     layer._gradient_checkpointing_func = lambda function, *args: function(*args)
     cache = object()
     with keeping_cache_under_checkpointing([layer]):
-        layer(torch.ones(2, requires_grad=True), past_key_values=cache)
-    layer(torch.ones(2, requires_grad=True), past_key_values=cache)
+        layer(torch.ones(2, requires_grad=True), layer_past=cache)
+    layer(torch.ones(2, requires_grad=True), layer_past=cache)
     assert seen == [cache, None]
 
 
