@@ -228,7 +228,7 @@ def _notes(plans: Sequence["Plan"]) -> list[str]:
 
 
 def _about_card(plans: Sequence["Plan"], advice: Sequence[Sequence[str]], card: "Card") -> list[str]:
-    from frozen_peft.context.kernels.table import kernel_rows
+    from frozen_peft.context.kernels import kernel_rows
 
     source = card.rates.source if card.rates else "no rates are known for this size; name the card, or give --rates"
     measured = card.rates is not None and card.rates.measured

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from frozen_peft.context.kernels.choice import choose_kernels
+from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder
 
 __all__ = ["compile_layers", "not_compiled"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward of decisions over a frozen context."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,13 +14,13 @@ from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.handover import counted_forward, current_use, is_counted, require_all_read
 from frozen_peft.context.latents import freeze_latent_expansions
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_known_positions
-from frozen_peft.context.rope import rope_limits, rows_of_lengths
+from frozen_peft.context.rope import RopeLimits, rope_limits, rows_of_lengths
 from frozen_peft.context.segments import is_segmented
 from frozen_peft.errors import ContextMismatchError
 from frozen_peft.utils.cache_argument import given_cache, under_own_name
 from frozen_peft.utils.compat.transformers import keeping_cache_under_checkpointing
 
-__all__ = ["cache_under_checkpointing", "decision_forward", "rows_of_samples"]
+__all__ = ["cache_under_checkpointing", "decision_forward", "require_encoded_for", "rows_of_samples"]
 
 
 @contextmanager
@@ -122,6 +122,17 @@ def rows_of_samples(
         return
     num_decision = [tokens.shape[1]] * len(tokens) if decision_mask is None else decision_mask.sum(-1).tolist()
     lengths = [before + own for before, own in zip(frozen.lengths, num_decision, strict=True)]
+    require_encoded_for(limits, frozen, lengths)
+    with rows_of_lengths(model, lengths):
+        yield
+
+
+def require_encoded_for(limits: RopeLimits, frozen: FrozenContext, lengths: Sequence[int]) -> None:
+    """Refuses contexts whose positions were computed otherwise than those of samples of these lengths.
+
+    Raises:
+        ContextMismatchError: A context was encoded for a sample whose length has other frequencies.
+    """
     for length, rope_length in zip(lengths, frozen.rope_lengths, strict=True):
         if limits.rope_length(length) != rope_length:
             raise ContextMismatchError(
@@ -130,8 +141,6 @@ def rows_of_samples(
                 "by other factors. Encode it as `ContextTokens(tokens, num_sample_tokens)`, and pass the decisions' "
                 "`attention_mask`."
             )
-    with rows_of_lengths(model, lengths):
-        yield
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -30,7 +30,7 @@ from frozen_peft.context.boundary import MIN_DECISION_TOKENS, ContextTokens
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.encoded import EncodedContext
 from frozen_peft.context.halving import free_unused_memory, halved_chunk, out_of_memory_in_prefill
-from frozen_peft.context.kernels.choice import choose_kernels
+from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.keys import PrefixKey, prefix_keys
 from frozen_peft.context.models import get_pretrained_model, require_exact_continuation, require_separable_adapters
 from frozen_peft.context.modes import prefill_mode
@@ -39,8 +39,7 @@ from frozen_peft.context.prefixes import PrefixPlan
 from frozen_peft.context.rope import rope_limits
 from frozen_peft.context.segments import is_segmented
 from frozen_peft.context.sharding import are_sharded, num_missing_forwards, reshard, run_idle_forwards
-from frozen_peft.context.store.fingerprint import AdapterWatch
-from frozen_peft.context.store.store import ContextStore
+from frozen_peft.context.store import AdapterWatch, ContextStore
 from frozen_peft.context.writable import can_extend, keeps_all_keys
 
 __all__ = ["ContextEncoder", "EncoderCounts", "encode_context"]

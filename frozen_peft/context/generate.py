@@ -27,12 +27,12 @@ from transformers import (
 )
 
 from frozen_peft.context.cache import FrozenContext
+from frozen_peft.context.decision import require_encoded_for
 from frozen_peft.context.handover import counted_forward, require_all_read
 from frozen_peft.context.models import get_pretrained_model, require_known_positions
 from frozen_peft.context.modes import without_dropout
 from frozen_peft.context.rope import rope_limits, rows_of_lengths
 from frozen_peft.context.writable import growing_cache
-from frozen_peft.errors import ContextMismatchError
 from frozen_peft.utils.cache_argument import generation_cache
 
 __all__ = ["generate_over", "tokens_within_rope"]
@@ -142,7 +142,7 @@ def _lengths(
     """A length of each row that all its forwards compute positions for."""
     limits = rope_limits(model)
     require_known_positions(model, [len(prompt) for prompt in prompts], max_new_tokens)
-    for row, prompt in enumerate(prompts):
+    for prompt in prompts:
         num_tokens = tokens_within_rope(model, len(prompt), max_new_tokens)
         if num_tokens < max_new_tokens:
             raise ValueError(
@@ -150,12 +150,8 @@ def _lengths(
                 f"rope of `{limits.model_type}`, {limits.all}, where all positions before are computed anew. Decode "
                 f"{num_tokens} tokens, encode the prompt with them again, and go on from there."
             )
-        if frozen is not None and frozen.rope_lengths[row] != limits.rope_length(len(prompt)):
-            raise ContextMismatchError(
-                f"The context of a prompt of {len(prompt)} tokens was encoded for another length, and the rope of "
-                f"`{limits.model_type}` has a limit between the two, of {limits.all}. Encode it as "
-                "`ContextTokens(tokens, num_sample_tokens)` with the prompt's length."
-            )
+    if frozen is not None:
+        require_encoded_for(limits, frozen, [len(prompt) for prompt in prompts])
     return [len(prompt) + max_new_tokens - 1 for prompt in prompts]
 
 

@@ -104,7 +104,7 @@ def _openings(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]
 def _system_message(tokenizer: PreTrainedTokenizerBase, openings: tuple[tuple[int, ...], ...]) -> SystemMessage:
     has_template = tokenizer.chat_template is not None
     around = _around_system(tokenizer) if has_template else None
-    before_user = _rendered(tokenizer, "user") if has_template else None
+    before_user = _rendered(tokenizer, user=_CONTENT) if has_template else None
     if around is None or before_user is None:
         raise ValueError(
             "`keep_context_start='system'` keeps a system message, and this tokenizer's chat template, if any, writes "
@@ -133,35 +133,27 @@ def _system_message(tokenizer: PreTrainedTokenizerBase, openings: tuple[tuple[in
 
 def _around_system(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     """Text before and behind the content of a system message; None where there is no saying."""
-    alone = _rendered(tokenizer, "system")
+    alone = _rendered(tokenizer, system=_CONTENT)
     if alone is not None:
         before, _, behind = alone.partition(_CONTENT)
         return before, behind
     # Templates that want a user's message: what they write between the two, up to what begins the second.
-    messages = [{"role": "system", "content": _CONTENT}, {"role": "user", "content": _OTHER_CONTENT}]
-    try:
-        text = _render(tokenizer, messages)
-    except TemplateError:
+    text = _rendered(tokenizer, system=_CONTENT, user=_OTHER_CONTENT)
+    if text is None:
         return None
-    before, found, rest = text.partition(_CONTENT)
+    before, _, rest = text.partition(_CONTENT)
     between, has_user, _ = rest.partition(_OTHER_CONTENT)
-    if not (found and has_user):
-        return None
     special = sorted(place for token in map(str, tokenizer.added_tokens_decoder.values())
                      if (place := between.rfind(token)) >= 0)  # fmt: skip
-    return (before, between[: special[-1]]) if len(special) > 1 else None
+    return (before, between[: special[-1]]) if has_user and len(special) > 1 else None
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, role: str) -> str | None:
-    """One message; None where the template does not write it by itself, and once."""
+def _rendered(tokenizer: PreTrainedTokenizerBase, **contents: str) -> str | None:
+    """Messages, by their roles; None where the template does not write each of them, and once."""
+    messages = [{"role": role, "content": content} for role, content in contents.items()]
     try:
-        text = _render(tokenizer, [{"role": role, "content": _CONTENT}])
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
     except TemplateError:
         return None
-    return text if text.count(_CONTENT) == 1 else None
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert isinstance(text, str)
-    return text
+    return text if all(text.count(content) == 1 for content in contents.values()) else None

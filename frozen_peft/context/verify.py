@@ -22,7 +22,7 @@ from frozen_peft.context.compiled import not_compiled
 from frozen_peft.context.decision import decision_forward
 from frozen_peft.context.dropout import has_dropout
 from frozen_peft.context.encoder import encode_context
-from frozen_peft.context.kernels.choice import choose_kernels
+from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import (
     counts_from_longest,
     get_decoder,
@@ -32,7 +32,7 @@ from frozen_peft.context.models import (
 from frozen_peft.context.modes import adapters_active, without_dropout
 from frozen_peft.context.rope import rope_limits
 from frozen_peft.context.sharding import run_within_forward
-from frozen_peft.context.store.rounding import round_in_place
+from frozen_peft.context.store import round_in_place
 from frozen_peft.errors import ContextMismatchError
 from frozen_peft.utils.cache_argument import as_cache_argument
 

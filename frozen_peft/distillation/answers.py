@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from frozen_peft.context import ContextFiles, Decision
 from frozen_peft.context.keys import PrefixKey, prefix_keys
-from frozen_peft.context.store.fingerprint import base_fingerprint, base_state, run_fingerprint
+from frozen_peft.context.store import base_fingerprint, base_state, run_fingerprint
 from frozen_peft.distillation.divergence import Answers, Divergence
 
 __all__ = ["AnswerStore", "decision_key"]

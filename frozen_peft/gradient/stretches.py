@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from frozen_peft.context.adapter_kinds import require_adapters_by_position
 from frozen_peft.context.cache import FrozenContext
-from frozen_peft.context.kernels.choice import choose_kernels
+from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.latents import freeze_latent_expansions
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_exact_continuation
 from frozen_peft.context.sharding import are_sharded

@@ -19,7 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut
 from frozen_peft.context.compiled import compile_layers
-from frozen_peft.context.kernels.table import KERNEL_MODULES, current_capabilities, kernel_choices
+from frozen_peft.context.kernels import KERNEL_MODULES, current_capabilities, kernel_choices
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.sharding import are_sharded, reshard
 from frozen_peft.training.batches import DecisionBatch, without_labels

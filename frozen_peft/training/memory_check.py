@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from frozen_peft.context import Cut
-from frozen_peft.context.kernels.table import current_capabilities, is_accelerated
+from frozen_peft.context.kernels import current_capabilities, is_accelerated
 from frozen_peft.distillation import TEACHER_COLUMNS
 from frozen_peft.planning import Plan, Setting, advise, make_plan, plan_of_weights
 from frozen_peft.training.recipe import Recipe, is_sharded_run

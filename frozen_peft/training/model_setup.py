@@ -21,7 +21,7 @@ from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut, require_untouched_base, use_segmented_attention
 from frozen_peft.context.adapter_kinds import require_adapter_by_position, require_adapters_by_position
 from frozen_peft.context.dropout import require_all_layers
-from frozen_peft.context.kernels.choice import choose_kernels
+from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_pretrained_model, require_exact_continuation
 from frozen_peft.context.start import NO_START, find_start
 from frozen_peft.training.engines import check_engine, compile_as_asked, require_same_machines

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from frozen_peft.context import use_segmented_attention
-from frozen_peft.context.kernels.choice import choose_kernels
+from frozen_peft.context.kernels import choose_kernels
 from tests.benchmarks.gpu.device import Device
 from tests.frozen_runs import encode, frozen_gradients, frozen_logprobs
 from tests.reference import random_sample, reference_gradients, reference_logprobs, relative_error

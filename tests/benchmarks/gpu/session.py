@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from frozen_peft import lora_config
-from frozen_peft.context.kernels.table import kernel_rows
+from frozen_peft.context.kernels import kernel_rows
 from frozen_peft.utils.sizes import format_size
 from tests.benchmarks.gpu import page
 from tests.benchmarks.gpu.build import build_model, needed_bytes
