@@ -54,6 +54,7 @@ class _OverPast(DynamicLayer):
 
     keys: torch.Tensor
     values: torch.Tensor
+    is_initialized: bool
 
     def __init__(self, past: list[AttentionState], num_past: int):
         super().__init__()

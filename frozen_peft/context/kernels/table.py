@@ -123,7 +123,8 @@ RULES = (
     _Rule(_SCAN, None, lambda c: c.mamba_ssm is None, "mamba-ssm is not installed"),
     _Rule((*_DELTA, *_SCAN, *_STEP), None, lambda c: c.triton is None or not c.is_ampere_or_later,
           "Triton is not installed, or does not support cards below compute capability 8.0"),
-    _Rule(_DELTA, None, lambda c: c.fla < FIRST_FLA, f"flash-linear-attention is older than {FIRST_FLA}"),
+    _Rule(_DELTA, None, lambda c: c.fla is not None and c.fla < FIRST_FLA,
+          f"flash-linear-attention is older than {FIRST_FLA}"),
     _Rule(_STEP, True, lambda c: True, "the kernels for one token have no backward"),
     # flash-linear-attention issue 640; version 0.6 refuses to run it.
     _Rule(_DELTA, True, lambda c: c.has_wrong_gated_backward,

@@ -143,14 +143,14 @@ class ContextFiles:
             (self.folder / namespace).rmdir()
 
     def _temporary(self, parent: Path) -> tempfile.TemporaryDirectory:
+        prefix = f"{os.getpid()}-"
         parent.mkdir(parents=True, exist_ok=True)
-        name = {"prefix": f"{os.getpid()}-", "suffix": ".tmp", "dir": parent}
         try:
-            return tempfile.TemporaryDirectory(**name, ignore_cleanup_errors=True)
+            return tempfile.TemporaryDirectory(".tmp", prefix, parent, ignore_cleanup_errors=True)
         except FileNotFoundError:
             # Another process has removed the empty directory in between.
             parent.mkdir(parents=True, exist_ok=True)
-            return tempfile.TemporaryDirectory(**name, ignore_cleanup_errors=True)
+            return tempfile.TemporaryDirectory(".tmp", prefix, parent, ignore_cleanup_errors=True)
 
     def _path(self, namespace: str, key: PrefixKey) -> Path:
         assert re.fullmatch(r"\w[\w.-]*", namespace), f"{namespace!r} is not a plain file name"
