@@ -18,10 +18,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
-from frozen_peft.context.kernels.choice import KERNEL_MODULES
+from frozen_peft.context.kernels import KERNEL_MODULES
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.context.rope import frequencies_of_the_moment
 from frozen_peft.context.sharding import digest_of_all, local_part
+from frozen_peft.utils.compat.torch import num_writes
+from frozen_peft.utils.compat.transformers import attention_implementation
 from frozen_peft.utils.installed import module_versions
 
 __all__ = [
@@ -63,7 +65,7 @@ def base_state(model: torch.nn.Module) -> tuple[object, ...]:
     """
     trained = {id(tensor) for _, tensor in _trained_tensors(model)}
     tensors = (tensor for _, tensor in _tensors(get_pretrained_model(model)) if id(tensor) not in trained)
-    return tuple((local_part(tensor).data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
+    return tuple((local_part(tensor).data_ptr(), num_writes(tensor), tensor.dtype) for tensor in tensors)
 
 
 def adapter_fingerprint(model: torch.nn.Module) -> str:
@@ -100,7 +102,7 @@ class AdapterWatch:
             step: Optimizer steps so far.
         """
         tensors = [local_part(tensor) for _, tensor in _trained_tensors(model)]
-        places = tuple((t.device, t.data_ptr(), t._version, t.dtype, t.shape) for t in tensors)
+        places = tuple((t.device, t.data_ptr(), num_writes(t), t.dtype, t.shape) for t in tensors)
         facts = (step, _switches(model), places)
         samples = _samples_by_device(tensors)
         is_same = facts == self._facts and all(torch.equal(part, self._samples[on]) for on, part in samples.items())
@@ -114,7 +116,7 @@ def run_fingerprint(model: torch.nn.Module) -> str:
     device = pretrained.get_input_embeddings().weight.device.type
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
     facts = {
-        "attention": get_decoder(pretrained).config._attn_implementation,
+        "attention": attention_implementation(get_decoder(pretrained).config),
         "kernels": {name: module_versions(name) for name in KERNEL_MODULES} if device != "cpu" else {},
         "device": device,
         "autocast": autocast,
