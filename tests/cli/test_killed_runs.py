@@ -13,7 +13,8 @@ import pytest
 @pytest.mark.parametrize(
     "num_kills",
     [
-        pytest.param(6, marks=pytest.mark.slow),
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(6, marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(30, marks=[pytest.mark.slow, pytest.mark.benchmark, pytest.mark.long, pytest.mark.timeout(900)]),
     ],
 )

@@ -7,7 +7,7 @@ rounding, which several steps add up, is another on each kind of processor.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,19 +184,19 @@ def _loss_and_gradients(
 
 
 # In the test of every change; the long one runs 200.
-NUM_RAGGED_BATCHES = 24
+NUM_RAGGED_BATCHES = 12
 WITHOUT_AUXILIARY_LOSS = {"router_aux_loss_coef": 0.0}
 STORE = {"context_cache_size": "64MiB", "context_cache_dir": "{folder}/contexts"}
 
 
-def cases(num_processes: int) -> dict[str, Case]:
-    """Trainings by name."""
+def cases(num_processes: int, *, all_engines: bool = False) -> dict[str, Case]:
+    """Trainings by name: pairs of what is trained and of the engine, or with each engine what both can run."""
     rows, turns = (TWO, TURNS_TWO) if num_processes == 2 else (THREE, TURNS_THREE)
     # With adapters off in contexts, what begins a decision switches them on, and the first row has no more before it.
     off = [invoked(*shape, seed) for seed, shape in enumerate(((0, 6), (66, 2), (41, 12), (9, 3), (17, 5), (63, 10)))]
     every = {
         "tier2": Case(rows, fields={"verify_context": "always"}),
-        "tier1": Case(rows, horizon=-1, steps=1),
+        "tier1": Case(rows, horizon=-1, steps=1, engines=("ddp",)),
         "tier3_checkpoints": Case(
             rows,
             horizon=-1,
@@ -205,8 +205,8 @@ def cases(num_processes: int) -> dict[str, Case]:
             engines=("ddp",),
         ),
         "tier3_stretches": Case(rows, horizon=-1, fields={"sequence_chunk_size": 9}),
-        "horizon": Case(rows, horizon=12, fields={"activation_checkpointing": True}),
-        "stretches_over_contexts": Case(rows, horizon=25, fields={"sequence_chunk_size": 8}),
+        "horizon": Case(rows, horizon=12, fields={"activation_checkpointing": True}, engines=("fsdp2",)),
+        "stretches_over_contexts": Case(rows, horizon=25, fields={"sequence_chunk_size": 8}, engines=("fsdp2",)),
         "turns": Case(
             turns, turns=True, accumulation=2, fields={"max_decisions_per_forward": 2, **STORE}, model="llama"
         ),
@@ -220,11 +220,23 @@ def cases(num_processes: int) -> dict[str, Case]:
             engines=("fsdp2",),
             fields={"activation_checkpointing": True},
         ),
-        "accumulation": Case(rows, accumulation=2, steps=1, model="llama", shards={"cpu_ram_efficient_loading": True}),
+        "accumulation": Case(
+            rows,
+            accumulation=2,
+            steps=1,
+            model="llama",
+            shards={"cpu_ram_efficient_loading": True},
+            engines=("fsdp2",),
+        ),
     }
+    if all_engines:
+        # Several layers computed again in one go are refused over weights in shards.
+        return {name: replace(case, engines=ENGINES) for name, case in every.items() if name != "tier3_checkpoints"}
     if num_processes == 2:
         return every | ragged_cases(2, NUM_RAGGED_BATCHES)
-    return {name: every[name] for name in ("tier2", "tier3_stretches", "turns", "store")}
+    # Each engine with a third process, and each kind of training.
+    with_three: dict[str, Engine] = {"tier2": "fsdp2", "tier3_stretches": "ddp", "turns": "ddp", "store": "fsdp2"}
+    return {name: replace(every[name], engines=(engine,)) for name, engine in with_three.items()}
 
 
 def ragged_cases(num_processes: int, num_batches: int) -> dict[str, Case]:

@@ -56,7 +56,7 @@ def resume(folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for engine in ("ddp", "fsdp2"):
         fields = {
-            "max_steps": 3,
+            "max_steps": 2,
             "optim": "adamw_torch",
             "learning_rate": 1e-2,
             "save_strategy": "steps",

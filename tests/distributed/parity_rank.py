@@ -53,11 +53,12 @@ def main(folder: Path, wanted: list[str]) -> None:
     """Runs every case with every engine, and goes on after one that fails on all processes."""
     rank, num_processes = dist.get_rank(), dist.get_world_size()
     results: dict[str, Any] = {}
-    to_run = ragged_cases(num_processes, 200) if wanted == ["ragged"] else cases(num_processes)
+    every = wanted == ["all"]
+    to_run = ragged_cases(num_processes, 200) if wanted == ["ragged"] else cases(num_processes, all_engines=every)
     for name, case in to_run.items():
         for engine in case.engines:
             key = f"{engine}/{name}"
-            if wanted not in ([], ["ragged"]) and key not in wanted:
+            if wanted not in ([], ["ragged"], ["all"]) and key not in wanted:
                 continue
             results[key] = attempt(partial(run_case, case, engine, folder / engine / name))
     for name, extra in EXTRAS.items():

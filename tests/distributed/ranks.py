@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a module as several real processes (gloo), which may take so long and not longer."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,40 +53,20 @@ def start_ranks(
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
     }
-    logs = [folder / f"rank-{rank}.log" for rank in range(num_processes)]
-    start = time.monotonic()
-    processes = []
-    seconds: dict[int, float] = {}
+    command = [sys.executable, "-m", "tests.distributed.forked", module, str(num_processes), str(timeout), str(folder)]
+    # A session of its own, whose processes are ended together where the test is.
+    parent = subprocess.Popen([*command, *arguments], env=os.environ | shared, start_new_session=True)
     try:
-        for rank, log in enumerate(logs):
-            with log.open("wb") as output:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", module, str(folder), *arguments],
-                        env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-        while len(seconds) < num_processes:
-            for rank, process in enumerate(processes):
-                if rank not in seconds and process.poll() is not None:
-                    seconds[rank] = time.monotonic() - start
-            if time.monotonic() - start > timeout:
-                running = sorted(set(range(num_processes)) - set(seconds))
-                for rank in running:
-                    # They say where they wait.
-                    processes[rank].send_signal(signal.SIGUSR1)
-                time.sleep(1.0)
-                raise TimeoutError(f"Ranks {running} still run after {timeout} s.\n{_last_lines(logs)}")
-            time.sleep(0.05)
+        code = parent.wait()
     finally:
-        for process in processes:
-            process.kill()
-    return [
-        Ended(process.returncode, seconds[rank], logs[rank].read_text(errors="replace"))
-        for rank, process in enumerate(processes)
-    ]
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+    assert code == 0, f"the process that starts the others ended with {code}"
+    logs = [folder / f"rank-{rank}.log" for rank in range(num_processes)]
+    ended = json.loads((folder / "ended.json").read_text())
+    if running := [rank for rank, end in enumerate(ended) if end is None]:
+        raise TimeoutError(f"Ranks {running} still run after {timeout} s.\n{_last_lines(logs)}")
+    return [Ended(*end, log.read_text(errors="replace")) for end, log in zip(ended, logs, strict=True)]
 
 
 def run_ranks(

@@ -63,6 +63,16 @@ def test_processes_compute_what_one_does(num_processes: int, key: str, results: 
 
 @pytest.mark.long
 @pytest.mark.timeout(1300)
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_everything_with_each_engine(num_processes: int, tmp_path: Path) -> None:
+    results = run_ranks("tests.distributed.parity_rank", tmp_path, "all", num_processes=num_processes, timeout=1200.0)
+    for name, case in cases(num_processes, all_engines=True).items():
+        for engine in case.engines:
+            check(results, f"{engine}/{name}", case, reference(case, num_processes))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1300)
 def test_200_random_ragged_batches_on_three_processes(tmp_path: Path) -> None:
     """None waits for another for ever, and every loss is that of one process."""
     results = run_ranks("tests.distributed.parity_rank", tmp_path, "ragged", num_processes=3, timeout=1200.0)
