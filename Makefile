@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 # one process per core.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 WORKERS ?= 2
+# A worker that is done takes tests from another, as the slowest take longer than a hundred others.
+PARALLEL := -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test fast newest oldest check format bench bench-gpu clean
@@ -19,16 +21,16 @@ demo: $(STAMP)  ## Train a tiny hybrid on real text, then its responses over fro
 
 test: check  ## Lint, then every test that needs no accelerator
 	@echo "== tests"
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not benchmark and not long" -n $(WORKERS) --durations 60
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not benchmark and not long" $(PARALLEL) --durations 60
 	@echo "== costs"
-	$(TEST_ENV) $(BIN)/python -m pytest -m "benchmark and not long" -n $(WORKERS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "benchmark and not long" $(PARALLEL)
 
 fast: $(STAMP)  ## The tests that take seconds
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not slow and not benchmark and not long" -n $(WORKERS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and not slow and not benchmark and not long" $(PARALLEL)
 
 newest oldest: %: .venv-%/.installed  ## The same with the newest and oldest releases that the bounds allow
 	@.venv-$@/bin/python -c 'from importlib.metadata import version; print("==", *(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")))'
-	$(TEST_ENV) .venv-$@/bin/python -m pytest -m "not gpu and not slow and not benchmark and not long" -n $(WORKERS)
+	$(TEST_ENV) .venv-$@/bin/python -m pytest -m "not gpu and not slow and not benchmark and not long" $(PARALLEL)
 
 check: $(STAMP)  ## Style, spelling, types
 	@echo "== ruff"

@@ -68,7 +68,7 @@ def test_a_recipe_trains_by_its_name(installed_package: InstalledPackage, tmp_pa
     }
     (tmp_path / "rows.jsonl").write_text(4 * (json.dumps(row) + "\n"))
     arguments = ["--dataset_name", "rows.jsonl", "--eval_dataset_name", "rows.jsonl", "--max_steps", "2"]
-    arguments += ["--gradient_accumulation_steps", "1", "--output_dir", "run"]
+    arguments += ["--gradient_accumulation_steps", "1", "--output_dir", "run", "--max_example_tokens", "4"]
     arguments += ["--group_by_context", "false"]  # which says that it has no use with four rows
     done = installed_package.run("frozen-peft", "train", "tier2_behavior", *arguments, cwd=tmp_path)
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 2

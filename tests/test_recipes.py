@@ -82,6 +82,18 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(folder / "model"), str(samples)
 
 
+# A report is made of what the run leaves, and costs more than two steps of a tiny model.
+SHORT_EXAMPLE = ("--num_examples", "1", "--max_example_tokens", "4")
+NO_PAGE = ("--write_report", "false", "--num_examples", "0")
+
+
+def few(samples: str) -> str:
+    """A file of the first of the samples, to be evaluated on."""
+    path = Path(samples).with_name("few.jsonl")
+    path.write_text("".join(Path(samples).read_text(encoding="utf-8").splitlines(keepends=True)[:4]), encoding="utf-8")
+    return str(path)
+
+
 @every_recipe
 @pytest.mark.slow
 def test_recipe_trains_two_steps_and_resumes(
@@ -90,8 +102,8 @@ def test_recipe_trains_two_steps_and_resumes(
     model_dir, samples = assets
     output_dir = tmp_path / "run"
     arguments = ["train", str(path), "--model_name_or_path", model_dir, "--dataset_name", samples]
-    arguments += ["--eval_dataset_name", samples, "--output_dir", str(output_dir), "--save_steps", "2"]
-    arguments += ["--gradient_accumulation_steps", "1", "--logging_steps", "1"]
+    arguments += ["--eval_dataset_name", few(samples), "--output_dir", str(output_dir), "--save_steps", "2"]
+    arguments += ["--gradient_accumulation_steps", "1", "--logging_steps", "1", *SHORT_EXAMPLE]
 
     assert main([*arguments, "--max_steps", "2"]) == 0
     summary = capsys.readouterr().out
@@ -100,7 +112,11 @@ def test_recipe_trains_two_steps_and_resumes(
     assert (output_dir / "checkpoint-2" / "trainer_state.json").is_file()
     first = (output_dir / "adapter_model.safetensors").read_bytes()
 
-    assert main([*arguments, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
+    assert (output_dir / "report.html").is_file()
+
+    # The report is written again by whoever wants it.
+    again = ["--max_steps", "3", "--resume_from_checkpoint", "true", "--write_report", "false", "--num_examples", "0"]
+    assert main([*arguments, *again]) == 0
     assert re.search(r"held-out loss +\d+\.\d+ after", capsys.readouterr().out)
     state = json.loads((output_dir / "trainer_state.json").read_text())
     assert state["global_step"] == 3
@@ -115,8 +131,8 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(assets: tuple[str, st
 
     model_dir, samples = assets
     arguments = ["train", str(RECIPE_DIR / "tier2_behavior.yaml"), "--model_name_or_path", model_dir]
-    arguments += ["--dataset_name", samples, "--eval_dataset_name", samples, "--gradient_accumulation_steps", "1"]
-    arguments += ["--max_steps", "4", "--save_steps", "2", "--save_total_limit", "5"]
+    arguments += ["--dataset_name", samples, "--eval_dataset_name", few(samples), "--max_steps", "4"]
+    arguments += ["--gradient_accumulation_steps", "1", "--save_steps", "2", "--save_total_limit", "5", *NO_PAGE]
 
     assert main([*arguments, "--output_dir", str(tmp_path / "whole")]) == 0
     half = str(tmp_path / "whole" / "checkpoint-2")
@@ -135,7 +151,8 @@ def test_a_launch_on_two_processes_trains_what_one_process_does(assets: tuple[st
 
     model_dir, samples = assets
     arguments = ["train", str(RECIPE_DIR / "tier2_behavior.yaml"), "--model_name_or_path", model_dir]
-    arguments += ["--dataset_name", samples, "--eval_dataset_name", samples, "--use_cpu", "true", "--max_steps", "2"]
+    arguments += ["--dataset_name", samples, "--eval_dataset_name", few(samples), "--use_cpu", "true"]
+    arguments += ["--max_steps", "2", *SHORT_EXAMPLE]
     # Adam would make whole steps of what rounding leaves of a gradient.
     arguments += ["--optim", "sgd", "--learning_rate", "0.1", "--logging_steps", "1", "--bf16", "false"]
     single = [*arguments, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]
@@ -168,7 +185,7 @@ def test_held_out_data_is_optional(
 ) -> None:
     model_dir, samples = assets
     arguments = ["train", str(RECIPE_DIR / "tier2_behavior.yaml"), "--model_name_or_path", model_dir]
-    arguments += ["--dataset_name", samples, "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    arguments += ["--dataset_name", samples, "--max_steps", "1", "--output_dir", str(tmp_path / "run"), *NO_PAGE]
     assert main(arguments) == 0
     assert "held-out" not in capsys.readouterr().out
     assert main([*arguments, "--eval_on_start", "true"]) == 2
@@ -191,7 +208,7 @@ def test_a_malformed_dataset_is_refused_before_training(
 def test_four_bit_base_trains_on_a_cpu(assets: tuple[str, str], tmp_path: Path) -> None:
     model_dir, samples = assets
     arguments = ["train", str(RECIPE_DIR / "tier2_behavior.yaml"), "--model_name_or_path", model_dir]
-    arguments += ["--dataset_name", samples, "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+    arguments += ["--dataset_name", samples, "--max_steps", "1", "--output_dir", str(tmp_path / "run"), *NO_PAGE]
     assert main([*arguments, "--load_in_4bit", "true"]) == 0
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 

@@ -36,6 +36,8 @@ FIELDS = {
     "logging_steps": 1,
     "disable_tqdm": True,
     "report_to": "none",
+    "num_examples": 1,
+    "max_example_tokens": 2,
 }
 
 

@@ -42,11 +42,36 @@ from tests.reference import (
 from tests.tiny_models import ARCHITECTURES, SLIDING_WINDOW, STATES, add_lora, tiny_model
 
 LINEAR = [name for name in ARCHITECTURES if "conv" in STATES[name]]
+# Architectures by the layers that they have beside full attention: what a stretch hands on is of these kinds.
+KINDS_OF_LAYERS = (
+    ("qwen3_5_text", "qwen3_5", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"),
+    ("kimi_linear",),
+    ("falcon_h1", "granitemoehybrid", "nemotron_h"),
+    ("lfm2",),
+    ("llama", "qwen3", "glm4_moe", "gpt2"),
+    ("gpt_oss", "mistral", "gemma3_text"),
+)
+SIZES = (1, 63, 64, 65, 500)
 
 
 def all_but_these_slow(*fast: str) -> list[Any]:
     """Every architecture, of which a few run in every test run."""
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+
+
+def kinds_and_sizes() -> list[Any]:
+    """Every architecture in each size, where every kind of layer in each size is not left to the long run."""
+    chosen = {
+        (kind[index % len(kind)], SIZES[index % len(SIZES)])
+        for kind in KINDS_OF_LAYERS
+        for index in range(max(len(kind), len(SIZES)))
+    }
+    assert {name for name, _ in chosen} == set(ARCHITECTURES)
+    return [
+        pytest.param(name, size, marks=pytest.mark.slow if (name, size) in chosen else pytest.mark.long)
+        for name in ARCHITECTURES
+        for size in SIZES
+    ]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -59,9 +84,7 @@ def test_stretches_that_do_and_do_not_divide_the_length(name: str, size: int) ->
     assert error_in_double(name, ROWS, size, segmented=True) < TOLERANCE_FLOAT64
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 63, 64, 65, 500])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(("name", "size"), kinds_and_sizes())
 def test_any_architecture_in_any_stretches(name: str, size: int) -> None:
     rows = SHORT if size == 1 else ROWS
     assert error_in_double(name, rows, size, segmented=True) < TOLERANCE_FLOAT64
@@ -348,7 +371,13 @@ def test_going_backward_twice_is_an_error() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("name", all_but_these_slow("qwen3_5_moe_text", "gpt_oss"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("qwen3_5_moe_text", "gpt_oss") else pytest.param(name, marks=pytest.mark.slow)
+        for name, *_ in (("qwen3_5_moe_text",), *KINDS_OF_LAYERS[1:])
+    ],
+)
 def test_the_check_on_a_sample_passes(name: str) -> None:
     model = add_lora(tiny_model(name)).train()
     use_segmented_attention(model)
