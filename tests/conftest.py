@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from tests.installed_package import InstalledPackage, build_wheel, install_wheel
+from tests.made_once import made_once
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -30,8 +31,10 @@ def fixed_seeds() -> None:
 @pytest.fixture(scope="session")
 def installed_package(tmp_path_factory: pytest.TempPathFactory) -> InstalledPackage:
     """The package as a user installs it, in an environment without anything for development."""
-    folder = tmp_path_factory.mktemp("package")
-    return install_wheel(build_wheel(folder), folder / "environment")
+    folder = made_once(
+        tmp_path_factory, "package", lambda folder: install_wheel(build_wheel(folder), folder / "environment")
+    )
+    return InstalledPackage(folder / "environment")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -28,7 +28,7 @@ def test_a_frozen_context_of_a_hybrid_takes_what_its_plan_says() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_turns_and_a_teacher_of_a_hybrid_take_what_their_plan_says(kind: str) -> None:
-    assert_planned("hybrid", kind=kind, context=2048)
+    assert_planned("hybrid", kind=kind, context=1024)
 
 
 @pytest.mark.long

@@ -5,6 +5,7 @@ Ratios within one run, of processor time on one thread, which other work on the 
 shares nothing, so its time per sample is taken from a single one, after a short run that loads what there is to load.
 """
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ def measured(scenario: str, method: str, **sizes: int) -> dict[str, Any]:
     return measure_on_one_thread("reuse", scenario=scenario, method=method, **sizes)
 
 
+@cache
 def sft_on_4k() -> dict[str, Any]:
     return measured("epochs", "sft", repeats=1)
 

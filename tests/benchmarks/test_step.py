@@ -4,6 +4,7 @@
 Ratios within one run, of processor time on one thread, which other work on the machine moves least.
 """
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.benchmark, pytest.mark.timeout(900)]
 CONTEXT = 8192
 
 
+@cache
 def measured(method: str, context: int, steps: int, **options: int) -> dict[str, Any]:
     return measure_on_one_thread("step", method=method, context=context, steps=steps, **options)
 

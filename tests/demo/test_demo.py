@@ -14,6 +14,7 @@ from frozen_peft.cli import main
 from frozen_peft.demo import CHECKPOINT, DemoData, job
 from frozen_peft.demo.results_table import percent, render_table
 from tests.installed_package import InstalledPackage
+from tests.made_once import made_once
 from tests.serving import served
 
 
@@ -32,17 +33,20 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def run_installed(package: InstalledPackage, folder: Path, *command: str) -> tuple[Path, dict[str, Any]]:
+def run_installed(package: InstalledPackage, folder: Path, *command: str) -> None:
     done = package.run(*command, "demo", "--output", "out", cwd=folder)
     # Nothing that a newcomer has to read past.
     assert done.stderr == ""
-    output = folder / "out"
-    return output, json.loads((output / "demo.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, installed_package: InstalledPackage) -> tuple[Path, dict[str, Any]]:
-    return run_installed(installed_package, tmp_path_factory.mktemp("demo"), "python", "-c", WITHOUT_TIER_3)
+    folder = made_once(
+        tmp_path_factory,
+        "demo",
+        lambda folder: run_installed(installed_package, folder, "python", "-c", WITHOUT_TIER_3),
+    )
+    return folder / "out", json.loads((folder / "out" / "demo.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
@@ -61,7 +65,8 @@ def test_the_disposition_moves_into_the_weights(run: tuple[Path, dict[str, Any]]
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_the_demo_of_all_tiers(tmp_path: Path, installed_package: InstalledPackage) -> None:
-    _, results = run_installed(installed_package, tmp_path, "frozen-peft")
+    run_installed(installed_package, tmp_path, "frozen-peft")
+    results = json.loads((tmp_path / "out" / "demo.json").read_text(encoding="utf-8"))
     require_figures(results, {"tier_1", "tier_2", "tier_3"})
 
 
