@@ -21,7 +21,7 @@ from frozen_peft.utils.sizes import format_size
 from frozen_peft.utils.tables import aligned
 
 if TYPE_CHECKING:
-    from frozen_peft.planning import Card, Plan, Setting, StepTime
+    from frozen_peft.planning import Card, Plan, Setting
 
 __all__ = ["run"]
 
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> None:
         print("\n".join(_about_card(plans, advice, card)))
     if options.json:
         records = [
-            plan.as_dict(lines) | {"longest_context": plan.longest_context(), "step_seconds": time and time.seconds}
+            plan.as_dict(lines) | {"longest_context": plan.longest_context(), "step_seconds": time}
             for plan, lines, time in zip(plans, advice, times, strict=True)
         ]
         with whole_file(options.json) as file:
@@ -165,7 +165,7 @@ def _of_recipe(options: argparse.Namespace) -> tuple[Any, list["Setting"]]:
     return model_config, [replace(setting, bf16=True)]
 
 
-def _step_time(config: Any, plan: "Plan", card: "Card | None") -> "StepTime | None":
+def _step_time(config: Any, plan: "Plan", card: "Card | None") -> float | None:
     from frozen_peft.planning import estimate_time
 
     if card is None or card.rates is None or plan.cache_token_bytes is None:
@@ -187,7 +187,7 @@ def _heading(plans: Sequence["Plan"], card: "Card | None") -> list[str]:
     return lines if card is None else [*lines, f"on {card.name}: {format_size(card.memory_bytes)}"]
 
 
-def _table(plans: Sequence["Plan"], times: Sequence["StepTime | None"], card: "Card | None") -> list[str]:
+def _table(plans: Sequence["Plan"], times: Sequence[float | None], card: "Card | None") -> list[str]:
     """A line for each term, and a column for each way of training."""
     from frozen_peft.planning import TERMS
 
@@ -199,7 +199,7 @@ def _table(plans: Sequence["Plan"], times: Sequence["StepTime | None"], card: "C
         longest = [plan.longest_context() for plan in plans]
         rows.append(["fits", *({True: "yes", False: "no", None: "?"}[plan.fits] for plan in plans)])
         rows.append(["longest context", *("?" if length is None else f"{length:,}" for length in longest)])
-        rows.append(["s per step", *("?" if time is None else f"{time.seconds:.1f}" for time in times)])
+        rows.append(["s per step", *("?" if time is None else f"{time:.1f}" for time in times)])
     return aligned(rows, right=range(1, len(plans) + 1), indent="")
 
 

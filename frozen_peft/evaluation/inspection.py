@@ -21,7 +21,7 @@ from frozen_peft.gradient.flow import GradientShare, pooled
 from frozen_peft.planning import (
     DataFigures,
     GradientFigures,
-    MemoryFigures,
+    Plan,
     Setting,
     TierAdvice,
     advise_tier,
@@ -138,7 +138,7 @@ def plan_memory(
     data: DataFigures,
     memory_limit: int | None,
     **choices: Any,
-) -> tuple[MemoryFigures, MemoryFigures]:
+) -> tuple[Plan, Plan]:
     """What tiers 2 and 3 take at the longest sample of the data, each in the cheapest setting that fits.
 
     Args:
@@ -151,27 +151,22 @@ def plan_memory(
     frozen = Setting.from_config(
         trainer.args, context_length=data.longest_context, decision_length=data.longest_decision, **choices
     )
-    found = []
-    for setting in (frozen, replace(frozen, tier=3)):
-        plan = make_plan(config, setting, memory_limit)
-        plan = cheapest_fitting(plan) or plan
-        # Tries many lengths, and is of use where this one is too long.
-        longest = plan.longest_context() if plan.fits is False else None
-        found.append(MemoryFigures(plan.total_bytes, plan.fits, longest))
-    return found[0], found[1]
+    plans = (make_plan(config, setting, memory_limit) for setting in (frozen, replace(frozen, tier=3)))
+    of_tier_2, of_tier_3 = (cheapest_fitting(plan) or plan for plan in plans)
+    return of_tier_2, of_tier_3
 
 
 def advise(
     flow: GradientFlow,
     data: DataFigures,
-    frozen_memory: MemoryFigures | None = None,
-    full_memory: MemoryFigures | None = None,
+    frozen_plan: Plan | None = None,
+    full_plan: Plan | None = None,
 ) -> TierAdvice:
     """`advise_tier` on what was measured."""
     first, *others = flow.horizons
     horizons = [(other.horizon, other.total.cosine) for other in others if other.total.cosine is not None]
     gradient = GradientFigures(first.total.cosine, first.total.context_share, tuple(horizons))
-    return advise_tier(gradient, data, frozen_memory, full_memory)
+    return advise_tier(gradient, data, frozen_plan, full_plan)
 
 
 def advice_text(advice: TierAdvice) -> str:

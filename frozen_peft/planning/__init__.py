@@ -5,11 +5,11 @@ from frozen_peft.planning.advice import advise, cheapest_fitting
 from frozen_peft.planning.cards import CARDS, Card, Rates, find_card, read_rates
 from frozen_peft.planning.contexts import measure_data
 from frozen_peft.planning.known_models import KNOWN_MODELS, load_config
-from frozen_peft.planning.plan import Plan, make_plan, plan_of_weights
+from frozen_peft.planning.plan import Plan
 from frozen_peft.planning.setting import Setting
-from frozen_peft.planning.terms import TERMS
-from frozen_peft.planning.tiers import DataFigures, GradientFigures, MemoryFigures, TierAdvice, advise_tier
-from frozen_peft.planning.time import StepTime, estimate_time
+from frozen_peft.planning.terms import TERMS, make_plan, plan_of_weights
+from frozen_peft.planning.tiers import DataFigures, GradientFigures, TierAdvice, advise_tier
+from frozen_peft.planning.time import estimate_time
 
 __all__ = [
     "CARDS",
@@ -18,11 +18,9 @@ __all__ = [
     "Card",
     "DataFigures",
     "GradientFigures",
-    "MemoryFigures",
     "Plan",
     "Rates",
     "Setting",
-    "StepTime",
     "TierAdvice",
     "advise",
     "advise_tier",

@@ -80,9 +80,7 @@ def advise(plan: Plan) -> list[str]:
     advice = [f"It does not fit: {format_size(plan.total_bytes)}, and there are {limit}."]
     other = cheapest_fitting(plan)
     if other is not None:
-        changes = {
-            name: value for name, value in other.setting.as_dict().items() if value != plan.setting.as_dict()[name]
-        }
+        changes = {name: value for name, value in vars(other.setting).items() if value != getattr(plan.setting, name)}
         fields = ", ".join(f"`{name}: {_as_yaml(value)}`" for name, value in changes.items())
         text = f"Cheapest that fits: {fields}, {format_size(other.total_bytes)}"
         if other.host_bytes:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a plan is made for: a way of training, with every choice that memory or time depends on."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 from frozen_peft.config import TIERS, FrozenContextConfig
@@ -101,17 +101,15 @@ class Setting:
             ("distill_chunk_size", 1),
             ("gradient_horizon", -1),
             ("prefill_chunk_size", 0),
+            ("sequence_chunk_size", 1),
+            ("turn_length", 0),
+            ("teacher_length", 0),
             ("checkpoint_every", 1),
             ("lora_r", 1),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be {least} or more, found {getattr(self, name)}.")
-        if self.sequence_chunk_size is not None and self.sequence_chunk_size < 1:
-            raise ValueError(f"`sequence_chunk_size` must be 1 token or more, found {self.sequence_chunk_size}.")
-        for name in ("turn_length", "teacher_length"):
-            length = getattr(self, name)
-            if length is not None and length < 0:
-                raise ValueError(f"`{name}` must be 0 tokens or more, found {length}.")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be {least} or more, found {value}.")
         if self.tier not in (None, *TIERS):
             raise ValueError(f"`tier` must be 1, 2, 3 or None (SFTTrainer), found {self.tier!r}.")
         if self.dtype not in DTYPE_BYTES:
@@ -225,7 +223,3 @@ class Setting:
         elif self.checkpoint_every > 1:
             name += f", {self.checkpoint_every} layers per checkpoint"
         return name
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
-        return asdict(self)

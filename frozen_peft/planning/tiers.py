@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-__all__ = ["ENOUGH", "TOO_LITTLE", "DataFigures", "GradientFigures", "MemoryFigures", "TierAdvice", "advise_tier"]
+from frozen_peft.planning.plan import Plan
+from frozen_peft.utils.sizes import format_size
+
+__all__ = ["ENOUGH", "TOO_LITTLE", "DataFigures", "GradientFigures", "TierAdvice", "advise_tier"]
 
 ENOUGH = 0.8
 TOO_LITTLE = 0.35
@@ -46,16 +49,6 @@ class GradientFigures:
     context_share: float | None
     horizons: tuple[tuple[int, float], ...] = ()
 
-    def __post_init__(self) -> None:
-        for cosine in (self.cosine, *(cosine for _, cosine in self.horizons)):
-            if cosine is not None and not -1.0 <= cosine <= 1.0:
-                raise ValueError(f"A cosine is between -1 and 1, found {cosine}.")
-        if self.context_share is not None and self.context_share < 0.0:
-            raise ValueError(f"`context_share` is 0 or more, found {self.context_share}.")
-        tokens = [horizon for horizon, _ in self.horizons]
-        if tokens != sorted(set(tokens)) or (tokens and tokens[0] < 1):
-            raise ValueError(f"`horizons` are 1 token or more and ascend, found {tokens}.")
-
 
 @dataclass(frozen=True)
 class DataFigures:
@@ -80,15 +73,6 @@ class DataFigures:
     decisions_per_context: float = 1.0
     shared: float = 0.0
     samples_per_step: int = 1
-
-    def __post_init__(self) -> None:
-        if self.context_tokens < 0 or self.decision_tokens <= 0 or self.samples_per_step < 1:
-            raise ValueError(
-                "Contexts have 0 tokens or more, decisions and steps more than 0; found "
-                f"{self.context_tokens}, {self.decision_tokens} and {self.samples_per_step}."
-            )
-        if not 0.0 <= self.shared <= 1.0:
-            raise ValueError(f"`shared` is between 0 and 1, found {self.shared}.")
 
     @property
     def in_turns(self) -> bool:
@@ -121,21 +105,6 @@ class DataFigures:
         graded = min(horizon, self.context_tokens)
         frozen = (self.context_tokens - graded) * (1.0 - self.reused)
         return frozen + GRADED_COST * (graded + self.decision_tokens)
-
-
-@dataclass(frozen=True)
-class MemoryFigures:
-    """What the plan says of one way of training at the longest context of the data.
-
-    Attributes:
-        total_bytes: What it takes.
-        fits: Whether that is there; None: unknown.
-        longest_context: Longest context that fits; None: unknown.
-    """
-
-    total_bytes: int
-    fits: bool | None = None
-    longest_context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -172,18 +141,18 @@ class TierAdvice:
 def advise_tier(
     gradient: GradientFigures,
     data: DataFigures,
-    frozen_memory: MemoryFigures | None = None,
-    full_memory: MemoryFigures | None = None,
+    frozen_plan: Plan | None = None,
+    full_plan: Plan | None = None,
 ) -> TierAdvice:
     """Advises a tier, a horizon and a store setting.
 
     Args:
         gradient: What inspection found.
         data: What the data is like.
-        frozen_memory: What tier 2 takes; None: not planned.
-        full_memory: What tier 3 takes; None: not planned.
+        frozen_plan: Of tier 2 at the longest context of the data; None: not planned.
+        full_plan: Of tier 3; None: not planned.
     """
-    horizon, because = _horizon(gradient, data, full_memory)
+    horizon, because = _horizon(gradient, data, full_plan)
     tier = 2 if horizon != FULL else 1 if _is_short(data) else 3
     in_turns = data.in_turns and horizon != FULL
     grouped = data.grouped and horizon != FULL
@@ -192,7 +161,7 @@ def advise_tier(
         horizon,
         "turns" if in_turns else "tail",
         grouped,
-        (because, _cost_sentence(horizon, data, frozen_memory, full_memory), _store_sentence(horizon, data)),
+        (because, _cost_sentence(horizon, data, frozen_plan, full_plan), _store_sentence(horizon, data)),
     )
 
 
@@ -200,7 +169,7 @@ def _is_short(data: DataFigures) -> bool:
     return data.context_tokens <= SHORT_CONTEXT * data.decision_tokens
 
 
-def _horizon(gradient: GradientFigures, data: DataFigures, full_memory: MemoryFigures | None) -> tuple[int, str]:
+def _horizon(gradient: GradientFigures, data: DataFigures, full_plan: Plan | None) -> tuple[int, str]:
     """The horizon to train with, and why, in one sentence."""
     if data.context_tokens == 0 or gradient.cosine is None or gradient.context_share is None:
         reason = "no sample has a context" if data.context_tokens == 0 else "one of the gradients is zero"
@@ -216,7 +185,7 @@ def _horizon(gradient: GradientFigures, data: DataFigures, full_memory: MemoryFi
     )
     if gradient.cosine >= ENOUGH:
         return 0, f"{found}; at {ENOUGH} or more tier 2 ended where the full gradient did: train tier 2."
-    full_fits = full_memory is None or full_memory.fits is not False
+    full_fits = full_plan is None or full_plan.fits is not False
     reach = _smallest_reach(gradient.horizons)
     if gradient.cosine >= TOO_LITTLE:
         worth = _worth(gradient.cosine, 0, data)
@@ -263,9 +232,7 @@ def _best_of(horizons: Sequence[tuple[int, float]], data: DataFigures, *, full_f
     return horizons[-1][0] if horizons else 0
 
 
-def _cost_sentence(
-    horizon: int, data: DataFigures, frozen_memory: MemoryFigures | None, full_memory: MemoryFigures | None
-) -> str:
+def _cost_sentence(horizon: int, data: DataFigures, frozen_plan: Plan | None, full_plan: Plan | None) -> str:
     share = data.cost(0) / data.cost(FULL)
     text = (
         f"With {data.context_tokens:,.0f} tokens of context before {data.decision_tokens:,.0f} of decision, a step of "
@@ -276,26 +243,23 @@ def _cost_sentence(
     if horizon > 0:
         text += f", and one of this horizon {data.cost(horizon) / data.cost(FULL):.2f}"
     plans = [
-        f"{name} takes {_gibibytes(memory.total_bytes)}{_fitting(memory)}"
-        for name, memory in (("tier 2", frozen_memory), ("tier 3", full_memory))
-        if memory is not None
+        f"{name} takes {format_size(plan.total_bytes)}{_fitting(plan)}"
+        for name, plan in (("tier 2", frozen_plan), ("tier 3", full_plan))
+        if plan is not None
     ]
     if plans:
         text += f"; at the longest context, {data.longest_context:,} tokens, by the plan {' and '.join(plans)}"
     return text + "."
 
 
-def _fitting(memory: MemoryFigures) -> str:
-    if memory.fits is None:
+def _fitting(plan: Plan) -> str:
+    if plan.fits is None:
         return ""
-    if memory.fits:
+    if plan.fits:
         return ", which fits"
-    longest = "" if memory.longest_context is None else f" (up to {memory.longest_context:,} tokens would)"
-    return f", which does not fit{longest}"
-
-
-def _gibibytes(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+    # Tries many lengths, and is of use where this one is too long.
+    longest = plan.longest_context()
+    return ", which does not fit" + ("" if longest is None else f" (up to {longest:,} tokens would)")
 
 
 def _store_sentence(horizon: int, data: DataFigures) -> str:

@@ -8,7 +8,6 @@ one two; a checkpointed layer runs its forward twice.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
@@ -17,33 +16,11 @@ from frozen_peft.planning.setting import Setting
 from frozen_peft.planning.shapes import ModelShape
 from frozen_peft.planning.terms import terms_of
 
-__all__ = ["StepTime", "estimate_time"]
+__all__ = ["estimate_time"]
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """Estimated seconds of one forward and backward of one batch.
-
-    Attributes:
-        compute_seconds: Of matrix products and attention.
-        copy_seconds: Of copies between host and device, which are assumed to hide behind nothing.
-        flops: Operations.
-        host_bytes: Bytes copied.
-    """
-
-    compute_seconds: float
-    copy_seconds: float
-    flops: float
-    host_bytes: float
-
-    @property
-    def seconds(self) -> float:
-        """Of both."""
-        return self.compute_seconds + self.copy_seconds
-
-
-def estimate_time(config: PretrainedConfig, setting: Setting, rates: Rates) -> StepTime:
-    """Seconds of one forward and backward of a batch.
+def estimate_time(config: PretrainedConfig, setting: Setting, rates: Rates) -> float:
+    """Seconds of one forward and backward of a batch, where copies between host and device hide behind nothing.
 
     Args:
         config: The model's configuration; its plan must know the cache.
@@ -76,9 +53,7 @@ def estimate_time(config: PretrainedConfig, setting: Setting, rates: Rates) -> S
         # Each stretch reads what lies before it, in each of its forwards; each backward writes its gradient.
         reads = 2 + setting.gradient_checkpointing + 2
         host_bytes = reads * cache.token_bytes * graded * num_stretches / 2
-    total = setting.batch * flops
-    copied = setting.batch * host_bytes
-    return StepTime(total / rates.flops_per_second, copied / rates.host_bytes_per_second, total, copied)
+    return setting.batch * (flops / rates.flops_per_second + host_bytes / rates.host_bytes_per_second)
 
 
 def _weights_of_token(shape: ModelShape) -> float:

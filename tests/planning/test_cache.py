@@ -34,7 +34,7 @@ def test_weights_and_adapters_are_those_of_the_model(name: str) -> None:
     model = tiny_model(name)
     # As a saved checkpoint has it: of which class it is.
     model.config.architectures = [type(model).__name__]
-    plan = terms_of(model.config).weights(setting(16, lora_r=3))
+    plan = plan_of_weights(model.config, setting(16, lora_r=3))
     assert plan.terms["weights"] == sum(p.numel() * 4 for p in model.parameters())
     adapted = get_peft_model(model, lora_config(model, preset="all-linear", r=3))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from frozen_peft.planning import KNOWN_MODELS, Setting, load_config, make_plan
+from frozen_peft.planning import KNOWN_MODELS, Setting, load_config, make_plan, plan_of_weights
 from frozen_peft.planning.shapes import Cache
 from frozen_peft.planning.terms import terms_of
 
@@ -40,9 +40,9 @@ def qwen3_5_27b() -> int:
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_parameters_are_those_published(name: str) -> None:
     expected = qwen3_5_27b() if name == "Qwen/Qwen3.5-27B" else PUBLISHED[name]
-    figures = terms_of(load_config(name)).weights(Setting(2, 4096, 64))
-    assert figures.num_parameters == expected
-    assert figures.terms["weights"] == 2 * expected
+    plan = plan_of_weights(load_config(name), Setting(2, 4096, 64))
+    assert plan.num_parameters == expected
+    assert plan.terms["weights"] == 2 * expected
 
 
 @pytest.mark.parametrize(
