@@ -36,7 +36,7 @@ from frozen_peft.evaluation.inspection import (
 from frozen_peft.gradient import GradientFlow
 from frozen_peft.merging import find_folder, require_repeatable, require_repeated_change
 from frozen_peft.planning import TierAdvice, find_card
-from frozen_peft.report.heatmap import draw_heatmap
+from frozen_peft.report.plots import draw_heatmap
 from frozen_peft.training.recipe import Recipe, build_trainer, load_base_config
 from frozen_peft.training.sft import FrozenContextTrainer
 from frozen_peft.utils.files import whole_file

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from frozen_peft.report.blocks import Plot, Section, Table, Tile
-from frozen_peft.report.heatmap import draw_heatmap
-from frozen_peft.report.plots import as_svg
+from frozen_peft.report.plots import as_svg, draw_heatmap
 from frozen_peft.report.run_folder import RunFolder
 
 __all__ = ["examples_section", "gradient_section", "merged_section", "probes_section"]

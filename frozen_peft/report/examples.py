@@ -34,6 +34,7 @@ import torch
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import remove_none_values
 
 from frozen_peft.adapters import change_of_base
 from frozen_peft.context.models import get_pretrained_model
@@ -215,19 +216,16 @@ def _decide(
     """The decision on each row, by its number."""
     if not rows:
         return {}
-    if isinstance(model, PeftModel) and variant == "trained" and _is_activated(model):
+    base = variant != "trained"
+    configs = model.peft_config.values() if isinstance(model, PeftModel) and not base else ()
+    if any(getattr(config, "alora_invocation_tokens", None) for config in configs):
         return _decide_activated(model, tokenizer, rows, settings)
     sampling = SamplingSettings(num_candidates=1, temperature=0.0, max_new_tokens=settings.max_new_tokens)
-    base = variant != "trained"
     with model.disable_adapter() if base and isinstance(model, PeftModel) else nullcontext():
         decider = get_pretrained_model(model) if base else model
         sampler = LocalSampler(decider, tokenizer, sampling, batch_size=_BATCH_SIZE)
         candidates = [candidate for batch in sampler.sample(rows) for candidate in batch]
     return {item.prompt: {"text": item.text, "finished": item.finish == "stop"} for item in candidates}
-
-
-def _is_activated(model: PeftModel) -> bool:
-    return any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values())
 
 
 def _decide_activated(
@@ -267,12 +265,4 @@ def _text(context: Context) -> str:
 
 def _given(samples: Any, row: dict[str, Any]) -> dict[str, Any]:
     """What was written in a row: a dataset with types gives every object the keys that any row's has."""
-    return _without_nulls(row) if getattr(samples, "features", None) else row
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
+    return remove_none_values(row) if getattr(samples, "features", None) else row

@@ -14,7 +14,7 @@ from frozen_peft import gradient_flow
 from frozen_peft.cli import main
 from frozen_peft.data.rows import dump_row
 from frozen_peft.gradient.flow import GradientShare, pooled
-from frozen_peft.report.heatmap import draw_heatmap
+from frozen_peft.report.plots import draw_heatmap
 from tests.tiny_models import add_lora, tiny_model
 from tests.training.runs import word_tokenizer, words
 

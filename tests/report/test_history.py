@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from frozen_peft.report.history import read_history
 from frozen_peft.report.plots import MAX_POINTS, thinned
 from frozen_peft.report.run_folder import RunFolder
+from frozen_peft.report.training_sections import read_history
 
 SECONDS = st.floats(0, 100)
 LOGS = st.lists(

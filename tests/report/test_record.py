@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from frozen_peft.cli.recipe_parser import RecipeParser
-from frozen_peft.report.memory import PeakMemory
-from frozen_peft.report.record import versions, write_recipe
+from frozen_peft.report.run_record import PeakMemory, versions, write_recipe
 
 SECRET = "hf_abcdefghij"
 
@@ -108,7 +107,7 @@ def test_the_peak_is_that_of_what_was_held_since(mebibytes: int, monkeypatch: py
 
 def test_where_no_peak_can_begin_only_a_new_one_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("frozen_peft.report.memory._CLEAR", tmp_path / "no" / "file")
+    monkeypatch.setattr("frozen_peft.report.run_record._CLEAR", tmp_path / "no" / "file")
     held = np.ones(300 << 20, dtype=np.uint8)
     del held
     memory = PeakMemory()
