@@ -11,7 +11,7 @@ from frozen_peft.adapters.adapted_rows import adapted_projections, restrict_adap
 from frozen_peft.adapters.initialisation import BaseSamples, change_of_base, require_base
 from frozen_peft.adapters.lora import PRESETS, RoleLoraConfig, is_lora, lora_config
 from frozen_peft.adapters.pickles import require_no_pickle
-from frozen_peft.adapters.quantization import keep_linear4bit_trainable, log_quantization, quantization_config
+from frozen_peft.adapters.quantization import keep_linear4bit_trainable, quantization_config
 from frozen_peft.adapters.role_table import ROLES
 from frozen_peft.adapters.roles import find_roles
 from frozen_peft.adapters.tokenizers import load_tokenizer, require_embeddings
@@ -31,7 +31,6 @@ __all__ = [
     "is_lora",
     "keep_linear4bit_trainable",
     "load_tokenizer",
-    "log_quantization",
     "lora_config",
     "quantization_config",
     "require_always_active",

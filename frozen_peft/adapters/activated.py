@@ -35,9 +35,7 @@ class _ActivatedLora(ALoraLinearVariant):
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         raise ValueError(CANNOT_MERGE)
 
-    @staticmethod
-    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        raise ValueError(CANNOT_MERGE)
+    merge_unsafe = merge_safe
 
     @staticmethod
     def forward(

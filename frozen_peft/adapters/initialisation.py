@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-__all__ = ["CONVERT", "BaseSamples", "change_of_base", "initial_change", "require_base"]
+__all__ = ["CONVERT", "BaseSamples", "change_of_base", "initial_change", "require_base", "spread_values"]
 
 # Initialisations of LoRA that leave the base's weights as they are (peft 0.21).
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -89,9 +89,9 @@ class BaseSamples:
 
     def __init__(self, model: nn.Module):
         self._taken = {
-            id(module): (module, _sample(module))
+            id(module): (module, spread_values(weight, NUM_VALUES)[1])
             for module in model.modules()
-            if isinstance(getattr(module, "weight", None), torch.Tensor)
+            if isinstance(weight := getattr(module, "weight", None), torch.Tensor)
         }
 
     def require_kept(self, model: nn.Module, needed_for: str) -> None:
@@ -107,7 +107,8 @@ class BaseSamples:
         for name, layer in model.named_modules():
             if not isinstance(layer, BaseTunerLayer) or id(base := layer.get_base_layer()) not in self._taken:
                 continue
-            before, now = self._taken[id(base)][1], _sample(base)
+            assert isinstance(base.weight, torch.Tensor)
+            before, now = self._taken[id(base)][1], spread_values(base.weight, NUM_VALUES)[1]
             if before.shape == now.shape and not torch.equal(before, now):
                 raise _no_base(f"an adapter has changed the base's weight in `{name}`", needed_for)
 
@@ -127,10 +128,14 @@ def _has_biases(model: PeftModel, *, only_adapted: bool) -> bool:
     return any(not only_adapted or name.endswith(".base_layer.bias") for name in names)
 
 
-def _sample(module: nn.Module) -> torch.Tensor:
-    """float32: values spread over the weight, codes of one that is quantized; none of one that is elsewhere."""
-    assert isinstance(module.weight, torch.Tensor)
-    flat = module.weight.detach().reshape(-1)
-    num_values = min(NUM_VALUES, flat.numel())
+def spread_values(weight: torch.Tensor, num_values: int) -> tuple[list[int], torch.Tensor]:
+    """Flat indices spread over a weight, and what is there in float32: of a quantized one codes, of an empty one none.
+
+    Args:
+        weight: The weight.
+        num_values: How many; all where there are fewer.
+    """
+    flat = weight.detach().reshape(-1)
+    num_values = min(num_values, flat.numel())
     indices = [(2 * part + 1) * flat.numel() // (2 * num_values) for part in range(num_values)]
-    return flat[torch.tensor(indices, dtype=torch.long, device=flat.device)].float().cpu()
+    return indices, flat[torch.tensor(indices, dtype=torch.long, device=flat.device)].float().cpu()

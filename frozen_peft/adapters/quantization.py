@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load the base in 4 bit, say what that did, and keep it trainable on a CPU."""
+"""Load the base in 4 bit, and keep it trainable on a CPU."""
 
 import logging
-import re
-from collections import Counter
 from typing import Any
 
 import torch
@@ -15,17 +13,13 @@ from transformers.utils import is_bitsandbytes_available
 from frozen_peft.adapters.lora import matches_by_module
 from frozen_peft.adapters.roles import as_model, bypassed_modules, find_roles, linear_modules
 from frozen_peft.errors import UnsupportedArchitectureError
-from frozen_peft.utils.sizes import format_size
 
-__all__ = ["keep_linear4bit_trainable", "log_quantization", "quantization_config"]
+__all__ = ["keep_linear4bit_trainable", "quantization_config"]
 
 logger = logging.getLogger(__name__)
 
 # Small and exponentiated: an error in beta or decay multiplies through the whole recurrence.
 _SENSITIVE_ROLES = frozenset({"beta", "decay"})
-_LAYER_NUMBER = re.compile(r"\.\d+\.")
-# Weights in their own precision that the log names; norms and biases would hide what matters.
-_NUM_NAMED = 5
 
 
 def quantization_config(model_or_config: nn.Module | PretrainedConfig | str, **kwargs: Any) -> BitsAndBytesConfig:
@@ -70,28 +64,6 @@ def _kept_paths(model: nn.Module) -> set[str]:
         if all(match.role in _SENSITIVE_ROLES for match in own):
             paths.add(own[0].path)
     return paths
-
-
-def log_quantization(model: nn.Module) -> None:
-    """Log, at level INFO, the bytes of the weights that are in 4 bit, and of those that are not, largest first.
-
-    Args:
-        model: A loaded model, PEFT-wrapped or not; adapters are left out.
-    """
-    quantized, kept = 0, Counter[str]()
-    for name, parameter in as_model(model).named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            scales = [value for value in state.as_dict().values() if isinstance(value, torch.Tensor)]
-            quantized += sum(tensor.nbytes for tensor in [parameter, *scales])
-        elif ".lora_" not in name and ".modules_to_save." not in name:
-            kept[_LAYER_NUMBER.sub(".*.", name).replace(".base_layer", "")] += parameter.nbytes
-    logger.info(
-        "Weights of the base: %s in 4 bit, block scales included; %s in their own precision, most of them %s.",
-        format_size(quantized),
-        format_size(kept.total()),
-        ", ".join(f"{name} ({format_size(num_bytes)})" for name, num_bytes in kept.most_common(_NUM_NAMED)) or "none",
-    )
 
 
 def keep_linear4bit_trainable(model: nn.Module) -> int:

@@ -44,8 +44,7 @@ def without_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 def vocabulary_parameters(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the weights of the embedding and, where there is one, of the head."""
     names = {id(module): name for name, module in model.named_modules()}
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    return tuple(f"{names[id(module)]}.weight" for module in modules if module is not None)
+    return tuple(f"{names[id(module)]}.weight" for module in _matrices(model))
 
 
 def resized_vocabulary(
@@ -97,7 +96,7 @@ def resize_vocabulary(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor
     if num_tokens is None:
         return
     num_before = _num_rows(model.get_input_embeddings())
-    for module, name in zip(_matrices(model), vocabulary_parameters(model), strict=False):
+    for module, name in zip(_matrices(model), vocabulary_parameters(model), strict=True):
         _require_same_rows(module, tensors, name.removesuffix(".weight").rpartition(".")[2])
     model.resize_token_embeddings(num_tokens, mean_resizing=False)
     with torch.no_grad():

@@ -14,7 +14,7 @@ import numpy as np
 
 from frozen_peft.context.keys import PrefixKey, prefix_keys
 
-__all__ = ["PrefixPlan", "token_order"]
+__all__ = ["PrefixPlan", "num_shared", "token_order"]
 
 # Contexts that branch off earlier than this share nothing: an extra forward would cost more than it saves.
 MIN_SHARED_TOKENS = 16
@@ -77,7 +77,7 @@ def _cut_lengths(contexts: Sequence[np.ndarray]) -> list[set[int]]:
     """
     order = sorted(range(len(contexts)), key=lambda index: token_order(contexts[index]))
     ordered = [contexts[index] for index in order]
-    shared = [_num_shared(left, right) for left, right in itertools.pairwise(ordered)]
+    shared = [num_shared(left, right) for left, right in itertools.pairwise(ordered)]
     lengths = [len(context) for context in ordered]
     before = _branches(lengths, shared)
     after = _branches(lengths[::-1], shared[::-1])[::-1]
@@ -106,7 +106,7 @@ def _branches(lengths: Sequence[int], shared: Sequence[int]) -> list[set[int]]:
     return branches
 
 
-def _num_shared(left: np.ndarray, right: np.ndarray) -> int:
+def num_shared(left: np.ndarray, right: np.ndarray) -> int:
     """Tokens that two contexts begin with alike."""
     length = min(len(left), len(right))
     different = left[:length] != right[:length]

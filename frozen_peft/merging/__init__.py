@@ -3,9 +3,8 @@
 
 from frozen_peft.merging.base_record import save_base_record
 from frozen_peft.merging.comparison import MergeMismatchError, load_merged
-from frozen_peft.merging.exporting import export_adapter
 from frozen_peft.merging.merging import merge_adapter
-from frozen_peft.merging.output import REPORT
+from frozen_peft.merging.output import REPORT, export_adapter
 from frozen_peft.merging.repeating import require_repeatable, require_repeated_change
 from frozen_peft.merging.source import find_folder
 

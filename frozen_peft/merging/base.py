@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model that is merged onto: its weights, its configuration, and whether it is the one that adapters belong to."""
+"""The model that is merged onto: its weights, its configuration, and its vocabulary."""
 
 import copy
 from collections.abc import Sequence
@@ -13,11 +13,9 @@ from frozen_peft.adapters.roles import model_on_meta
 from frozen_peft.adapters.tokenizers import has_tokenizer, require_embeddings
 from frozen_peft.adapters.vocabulary import resized_vocabulary
 from frozen_peft.merging.adapter import AdapterFolder
-from frozen_peft.merging.base_record import read_record, require_same_base
 from frozen_peft.merging.source import Checkpoint, find_folder, open_checkpoint
-from frozen_peft.utils.compat.transformers import parameters_of_tensors
 
-__all__ = ["Base", "compare_with_records", "open_base", "require_tokens", "with_vocabulary"]
+__all__ = ["Base", "open_base", "require_tokens", "with_vocabulary"]
 
 
 @dataclass(frozen=True)
@@ -92,13 +90,6 @@ def open_base(
             f"{folder} holds quantized weights, to which no update can be added exactly. Give the 16-bit checkpoint "
             "that they were made from as `base`."
         )
-    # More layers than there are tensors would take for ever to build.
-    num_layers, num_tensors = getattr(config.get_text_config(), "num_hidden_layers", None), len(checkpoint.tensors)
-    if isinstance(num_layers, int) and num_layers > num_tensors:
-        raise ValueError(
-            f"{path} has {num_layers} layers, and the files beside it {num_tensors} tensors. Get them again from "
-            "where they came from."
-        )
     return Base(str(name), checkpoint, config, trust_remote_code, allow_pickle)
 
 
@@ -124,18 +115,6 @@ def with_vocabulary(base: Base, adapters: Sequence[AdapterFolder]) -> tuple[Base
         if hasattr(part, "vocab_size"):
             part.vocab_size = size
     return replace(base, config=config), size
-
-
-def compare_with_records(base: Base, adapters: Sequence[AdapterFolder], model: PreTrainedModel) -> int | None:
-    """Number of tensors of which values were compared with what training recorded; None where it recorded nothing.
-
-    Raises:
-        ValueError: It is another base.
-    """
-    loaded = parameters_of_tensors(model, base.checkpoint.tensors)
-    stored = {parameter: name for name, (parameter, is_converted) in loaded.items() if not is_converted}
-    records = [record for item in adapters if (record := read_record(item.folder)) is not None]
-    return min((require_same_base(record, model, base.checkpoint, stored) for record in records), default=None)
 
 
 def require_tokens(base: Base, adapters: Sequence[AdapterFolder]) -> None:

@@ -20,8 +20,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from frozen_peft.adapters.initialisation import spread_values
 from frozen_peft.adapters.vocabulary import vocabulary_parameters
 from frozen_peft.merging.source import Checkpoint, read_json
+from frozen_peft.utils.compat.transformers import parameters_of_tensors
 from frozen_peft.utils.files import whole_file
 
 __all__ = [
@@ -157,16 +159,13 @@ def read_record(folder: Path) -> BaseRecord | None:
     return BaseRecord(path, shapes, frozenset(quantized), how, samples)
 
 
-def require_same_base(
-    record: BaseRecord, model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapping[str, str]
-) -> int:
+def require_same_base(record: BaseRecord, model: PreTrainedModel, checkpoint: Checkpoint) -> int:
     """Compares names, shapes and sampled values with a checkpoint's.
 
     Args:
         record: What training wrote.
         model: The base model without weights.
         checkpoint: Its weights.
-        stored: The tensor that each parameter is, for those that are one tensor.
 
     Returns:
         Number of tensors of which values were compared.
@@ -175,6 +174,8 @@ def require_same_base(
         ValueError: The checkpoint is another model.
     """
     names = relative_names(model)
+    loaded = parameters_of_tensors(model, checkpoint.tensors)
+    stored = {parameter: name for name, (parameter, is_converted) in loaded.items() if not is_converted}
     difference = _different_shape(record, {own: tuple(model.get_parameter(name).shape) for own, name in names.items()})
     homes = {own: stored[name] for own, name in names.items() if name in stored and own in record.samples}
     # Rows that training has added to the vocabulary are not the checkpoint's.
@@ -241,10 +242,7 @@ def _quantization(state: Any) -> dict[str, Any]:
 
 
 def _sample(name: str, parameter: nn.Parameter) -> dict[str, Any]:
-    num_values = min(_NUM_VALUES, parameter.numel())
-    indices = [(2 * part + 1) * parameter.numel() // (2 * num_values) for part in range(num_values)]
-    flat = parameter.detach().reshape(-1)
-    values = flat[torch.tensor(indices, device=flat.device)].float().cpu()
+    indices, values = spread_values(parameter, _NUM_VALUES)
     return {"name": name, "indices": indices, "values": values.tolist()}
 
 

@@ -29,12 +29,12 @@ from frozen_peft.adapters.roles import named_class
 from frozen_peft.adapters.vocabulary import resize_vocabulary
 from frozen_peft.merging.adapter import AdapterFolder
 from frozen_peft.merging.base import Base
-from frozen_peft.merging.exporting import write_adapter
-from frozen_peft.merging.layout import Layout, change_layout
+from frozen_peft.merging.layout import change_layout, layout_of_model
+from frozen_peft.merging.output import write_adapter
 from frozen_peft.merging.source import TORCH_DTYPES, Checkpoint, open_checkpoint
 from frozen_peft.merging.verify_tokens import PROMPTS, SampleTokens, load_tokenizer, prompt_tokens, sample_tokens
 
-__all__ = ["MergeMismatchError", "Reference", "fits", "load_merged", "verify_merge"]
+__all__ = ["MergeMismatchError", "fits", "load_merged", "verify_merge"]
 
 NEW_TOKENS = 16
 # The base's own parameters, and what they were before adapters were loaded.
@@ -45,27 +45,6 @@ _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.05, tor
 
 class MergeMismatchError(ValueError):
     """A merged model that is not its base and adapter."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Where base and adapters are, and how they are loaded.
-
-    Attributes:
-        base: The base.
-        adapters: The adapters.
-        weights: A factor for each.
-        layout: The class of the base; None where it has no other.
-        quantization: The 4-bit configuration that the adapter was trained on; None for a base in 16 or 32 bit.
-        dtype: The type it is loaded in; None: that of the merged weights.
-    """
-
-    base: Base
-    adapters: Sequence[AdapterFolder]
-    weights: Sequence[float]
-    layout: Layout | None
-    quantization: BitsAndBytesConfig | None = None
-    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -106,20 +85,24 @@ def load_merged(folder: Path, *, trust_remote_code: bool = False, device: str | 
 def verify_merge(
     merged: Path,
     base: Base,
-    exact: Reference | None,
-    trained: Reference | None,
-    samples: Sequence[dict[str, Any]] = (),
-    prompts: Sequence[Any] = (),
+    adapters: Sequence[AdapterFolder],
+    weights: Sequence[float],
+    quantization: BitsAndBytesConfig | None,
+    *,
+    onto: str,
+    samples: Sequence[dict[str, Any]],
+    prompts: Sequence[Any],
 ) -> dict[str, Any]:
     """Compares a merged model with its adapter.
 
     Args:
         merged: Its folder.
         base: What it was merged onto.
-        exact: What the merged weights are to be equal to, up to rounding; None where there is no such model (TIES,
+        adapters: What it is to be equal to with its base, up to rounding; none where PEFT has no such model (TIES,
             DARE).
-        trained: What the adapter was trained as: the same, unless the base was in 4 bit and the merged weights are
-            not; None where there is no such model.
+        weights: A factor for each.
+        quantization: How the base was quantized in training; None: it was not.
+        onto: Whether the merged weights are the `original` ones or the `quantized` ones of training, and the adapter.
         samples: Rows of prompt and completion, or conversations.
         prompts: Texts or messages to decide for; by default those of the first samples, else four of its own.
 
@@ -139,17 +122,26 @@ def verify_merge(
         contexts = [prompt_tokens(tokenizer, prompt, vocab_size) for prompt in prompts or PROMPTS]
     dtype, device = _dtype_of(open_checkpoint(merged)), _device()
     report: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch."), "prompts": len(contexts)}
+
+    def score_unmerged(
+        quantization: BitsAndBytesConfig | None, contexts: Sequence[torch.Tensor]
+    ) -> tuple[list[SampleTokens], _Scores, _Scores]:
+        own_dtype = dtype if quantization is None else quantization.bnb_4bit_compute_dtype
+        model, biases = _load_adapted(base, adapters, weights, quantization, own_dtype, device)
+        return _score_unmerged(model, biases, contexts, rows)
+
     as_trained = unmerged = None
-    if trained is not None and trained is not exact:
-        as_trained = _score_unmerged(trained, dtype, device, [], rows)
-    if exact is not None:
-        unmerged = _score_unmerged(exact, dtype, device, contexts, rows)
+    onto_quantized = quantization if onto == "quantized" else None
+    if adapters and quantization is not onto_quantized:
+        as_trained = score_unmerged(quantization, [])
+    if adapters:
+        unmerged = score_unmerged(onto_quantized, contexts)
     model = load_merged(merged, trust_remote_code=base.trust_remote_code, device=device)
     found = _score(model, unmerged[0] if unmerged else [], rows)
-    if exact is not None and unmerged is not None:
+    if unmerged is not None:
         # Of the two models, the one that rounds the most.
-        rounding = max(_ROUNDING[kind] for kind in (dtype, exact.dtype or dtype))
-        report |= _compare(*unmerged, found, rounding)
+        unmerged_dtype = dtype if onto_quantized is None else onto_quantized.bnb_4bit_compute_dtype
+        report |= _compare(*unmerged, found, max(_ROUNDING[kind] for kind in (dtype, unmerged_dtype)))
     if rows and (scores := as_trained or unmerged):
         before, adapter = (own.loss for own in scores[1:])
         report["samples"] = len(rows)
@@ -160,14 +152,9 @@ def verify_merge(
 
 
 def _score_unmerged(
-    reference: Reference,
-    dtype: torch.dtype,
-    device: str,
-    contexts: Sequence[torch.Tensor],
-    rows: Sequence[SampleTokens],
+    model: PeftModel, biases: _Biases, contexts: Sequence[torch.Tensor], rows: Sequence[SampleTokens]
 ) -> tuple[list[SampleTokens], _Scores, _Scores]:
     """What the adapter decides in contexts, and scores without and with it."""
-    model, biases = _load_adapted(reference, dtype, device)
     decisions = _decide(model, contexts)
     adapted = _score(model, decisions, rows)
     with warnings.catch_warnings():
@@ -239,26 +226,33 @@ def _read(model: Any, rows: Sequence[SampleTokens]) -> tuple[torch.Tensor, torch
     return torch.cat(log_probabilities), torch.cat(choices)
 
 
-def _load_adapted(reference: Reference, dtype: torch.dtype, device: str) -> tuple[PeftModel, _Biases]:
+def _load_adapted(
+    base: Base,
+    adapters: Sequence[AdapterFolder],
+    weights: Sequence[float],
+    quantization: BitsAndBytesConfig | None,
+    dtype: torch.dtype,
+    device: str,
+) -> tuple[PeftModel, _Biases]:
     """Base and adapters in PEFT, unmerged; and the base's biases, since an adapter may have its own."""
-    base = reference.base
     model = _load(
         base.checkpoint.folder,
         base.config,
         device,
-        dtype=reference.dtype or dtype,
+        dtype=dtype,
         trust_remote_code=base.trust_remote_code,
         use_safetensors=None if base.allow_pickle else True,
-        quantization_config=reference.quantization,
+        quantization_config=quantization,
     )
     keep_linear4bit_trainable(model)
     named = (item for item in model.named_parameters() if item[0].endswith("bias"))
     biases = [(parameter, parameter.detach().clone()) for _, parameter in named]
+    layout = layout_of_model(model)
     with tempfile.TemporaryDirectory() as scratch:
-        for number, adapter in enumerate(reference.adapters):
+        for number, adapter in enumerate(adapters):
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            config, tensors = change_layout(adapter.config, adapter.tensors, reference.layout)
+            config, tensors = change_layout(adapter.config, adapter.tensors, layout)
             write_adapter(folder, config, tensors)
             if number:
                 model.load_adapter(folder, f"adapter{number}")
@@ -268,9 +262,9 @@ def _load_adapted(reference: Reference, dtype: torch.dtype, device: str) -> tupl
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.scaling:
-                module.scaling[name] *= reference.weights[int(name.removeprefix("adapter"))]
-    if len(reference.adapters) > 1:
-        model.base_model.set_adapter([f"adapter{number}" for number in range(len(reference.adapters))])
+                module.scaling[name] *= weights[int(name.removeprefix("adapter"))]
+    if len(adapters) > 1:
+        model.base_model.set_adapter([f"adapter{number}" for number in range(len(adapters))])
     return model.eval(), biases
 
 

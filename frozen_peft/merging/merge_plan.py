@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written where: every tensor of the base in its file, with what updates it."""
+"""What is written where: every tensor of the base in its file, with what updates it.
+
+transformers renames and regroups what it loads (experts stored one by one are stacked, prefixes differ between the
+classes of one checkpoint). Its own conversions say which tensor becomes which parameter; run backwards on an update,
+which is as large as the parameter, they cut it into the pieces that belong to the tensors of the checkpoint.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from transformers import PreTrainedModel
 
 from frozen_peft.adapters.vocabulary import vocabulary_parameters
-from frozen_peft.merging.homes import Piece, find_homes, tied_head
 from frozen_peft.merging.quantized import Requantizer
 from frozen_peft.merging.source import TORCH_DTYPES, Checkpoint
 from frozen_peft.merging.updates import Update, same_update
-from frozen_peft.merging.writing import OutputShard, OutputTensor
-from frozen_peft.utils.compat.transformers import as_stored, kept_in_float32, parameters_of_tensors
+from frozen_peft.merging.writing import OutputShard, OutputTensor, Piece
+from frozen_peft.utils.compat.transformers import as_stored, kept_in_float32, parameters_of_tensors, stored_together
 
 __all__ = ["plan_shards"]
 
@@ -43,7 +47,7 @@ def plan_shards(
     stored = {parameter: name for name, (parameter, _) in loaded.items()}
     rows = _resized(model, checkpoint, stored)
     own, untied, new_heads = _untie(model, updates, stored)
-    homes = find_homes(model, checkpoint, own, rows)
+    homes = _find_homes(model, checkpoint, own, rows, loaded)
     kept = kept_in_float32(model, dtype)
     shards = []
     for shard in checkpoint.shards:
@@ -76,6 +80,52 @@ def plan_shards(
     return shards, untied
 
 
+def _find_homes(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    updates: Mapping[str, Update],
+    resized: Collection[str],
+    loaded: Mapping[str, tuple[str, bool]],
+) -> dict[str, Piece]:
+    """The tensors of a checkpoint that updates change; those of `resized` may have other rows in the model."""
+    stored = checkpoint.tensors
+    plain = {parameter: name for name, (parameter, is_converted) in loaded.items() if not is_converted}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    homes: dict[str, Piece] = {}
+    problems = []
+    for name, update in updates.items():
+        group: tuple[str, ...] = ()
+        if name in plain:
+            parts = {plain[name]: parameters[name]}
+        else:
+            group = stored_together(model, name)
+            parts = as_stored(model, {other: parameters[other] for other in group})
+            if not update.is_linear:
+                problems.append(f"`{name}` is stored in parts, so only plain LoRA can be added to it")
+        first = 1 if name in resized else 0
+        for home, part in parts.items():
+            homes[home] = Piece(name, group)
+            found = stored[home].shape if home in stored else None
+            if found is None or found[first:] != tuple(part.shape)[first:]:
+                shown = "not in the checkpoint" if found is None else list(found)
+                problems.append(f"`{home}` is {shown}, and the model's is {list(part.shape)}")
+    if problems:
+        raise ValueError(
+            f"The adapter does not fit {checkpoint.folder}:\n  " + "\n  ".join(problems) + "\nThe base has to be the "
+            "checkpoint that the adapter was trained on, with the same vocabulary."
+        )
+    return homes
+
+
+def _tied_head(model: PreTrainedModel) -> tuple[str, str] | None:
+    """Names of the embedding's and the head's weight where they are one tensor; None where they are two."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return None
+    return f"{names[id(embedding)]}.weight", f"{names[id(head)]}.weight"
+
+
 def _untie(
     model: PreTrainedModel, updates: Mapping[str, Update], stored: Mapping[str, str]
 ) -> tuple[dict[str, Update], bool, dict[str, tuple[str, Piece | None]]]:
@@ -85,7 +135,7 @@ def _untie(
         The updates of what the checkpoint has; whether the head becomes a tensor of its own; and where the checkpoint
         lacks it, its name and update there, by the name of the embedding whose values it begins with.
     """
-    own, tied = dict(updates), tied_head(model)
+    own, tied = dict(updates), _tied_head(model)
     if tied is None or not any(name in updates for name in tied):
         return own, False, {}
     embedding, head = tied

@@ -11,23 +11,20 @@
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 
-from frozen_peft.merging.adapter import AdapterFolder, open_adapter, updates_of
-from frozen_peft.merging.base import Base, compare_with_records, open_base, require_tokens, with_vocabulary
-from frozen_peft.merging.base_record import read_record
-from frozen_peft.merging.comparison import Reference, fits, verify_merge
-from frozen_peft.merging.layout import layout_of_model
+from frozen_peft.merging.adapter import open_adapter, updates_of
+from frozen_peft.merging.base import open_base, require_tokens, with_vocabulary
+from frozen_peft.merging.base_record import read_record, require_same_base
+from frozen_peft.merging.comparison import fits, verify_merge
 from frozen_peft.merging.merge_plan import plan_shards
 from frozen_peft.merging.output import REPORT, copy_files, require_free, require_space, whole_folder, write_config
 from frozen_peft.merging.quantized import requantizer, training_config
-from frozen_peft.merging.updates import COMBINATIONS, Combination, Combined, Update, combine
+from frozen_peft.merging.updates import COMBINATIONS, Combination, Combined, combine
 from frozen_peft.merging.writing import write_index, write_shards
 from frozen_peft.utils.installed import installed_version
 
@@ -106,9 +103,13 @@ def merge_adapter(
     )
     found, vocab_size = with_vocabulary(found, adapters)
     model = found.model()
-    compared = None if any_base else compare_with_records(found, adapters, model)
+    records = [read_record(item.folder) for item in adapters]
+    compared = None
+    if not any_base:
+        same = (require_same_base(record, model, found.checkpoint) for record in records if record is not None)
+        compared = min(same, default=None)
     require_tokens(found, adapters)
-    quantized = requantizer(read_record(adapters[0].folder), model) if onto == "quantized" else None
+    quantized = requantizer(records[0], model) if onto == "quantized" else None
     updates = combine([updates_of(item, found.model) for item in adapters], weights, combination, density or 1.0, seed)
     shards, untied = plan_shards(found.checkpoint, model, updates, _DTYPES[written] if written else None, quantized)
     num_bytes = sum(shard.num_bytes for shard in shards)
@@ -139,32 +140,22 @@ def merge_adapter(
         if verify is None and not fits(num_bytes):
             logger.warning("The merged model is not verified: it does not fit in memory here.")
         elif verify or verify is None:
-            exact, trained = _references(adapters, weights, found, model, updates, onto)
-            report["verification"] = verify_merge(part, found, exact, trained, samples, prompts)
+            in_4_bit = training_config(records[0], model, assume=onto == "quantized")
+            # PEFT adds up adapters that are plain LoRA, each with a factor, and has no model of others together.
+            combined = [update for update in updates.values() if isinstance(update, Combined)]
+            is_in_peft = all(update.combination == "linear" and update.is_linear for update in combined)
+            report["verification"] = verify_merge(
+                part,
+                found,
+                adapters if is_in_peft else (),
+                weights,
+                in_4_bit,
+                onto=onto,
+                samples=samples,
+                prompts=prompts,
+            )
         (part / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
-
-
-def _references(
-    adapters: Sequence[AdapterFolder],
-    weights: Sequence[float],
-    base: Base,
-    model: PreTrainedModel,
-    updates: Mapping[str, Update],
-    onto: str,
-) -> tuple[Reference | None, Reference | None]:
-    """What the merged model is to equal, and what its adapters were trained as; None where PEFT has no such model."""
-    combined = [update for update in updates.values() if isinstance(update, Combined)]
-    # PEFT adds up adapters that are plain LoRA, each with a factor.
-    if any(update.combination != "linear" or not update.is_linear for update in combined):
-        return None, None
-    original = Reference(base, adapters, weights, layout_of_model(model))
-    record = read_record(adapters[0].folder)
-    in_4_bit = training_config(record, model, assume=onto == "quantized")
-    if in_4_bit is None:
-        return original, original
-    trained = replace(original, quantization=in_4_bit, dtype=in_4_bit.bnb_4bit_compute_dtype)
-    return (trained if onto == "quantized" else original), trained
 
 
 def _check_choices(

@@ -1,19 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder that is written, which appears under its name when it is whole; and what lies in it beside weights."""
+"""The folder that is written, which appears under its name when it is whole.
 
-import fcntl
+What lies in it beside a merged model's weights; and adapters written anew, for plain PEFT and under the names of the
+class that a server loads.
+"""
+
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
 
 from frozen_peft.adapters.tokenizers import TEMPLATE_FILES, TOKENIZER_FILES, has_tokenizer, own_template
+from frozen_peft.merging.adapter import open_adapter
+from frozen_peft.merging.base_record import RECORD
+from frozen_peft.merging.layout import Layout, change_layout, layout_of_keys
 from frozen_peft.merging.source import read_json
 from frozen_peft.utils.files import sync
 
-__all__ = ["REPORT", "copy_files", "require_free", "require_space", "whole_folder", "write_config"]
+__all__ = [
+    "REPORT",
+    "copy_files",
+    "export_adapter",
+    "require_free",
+    "require_space",
+    "whole_folder",
+    "write_adapter",
+    "write_config",
+]
 
 REPORT = "merge_report.json"
 # Weights in any form, and what describes the base only.
@@ -67,23 +86,30 @@ def whole_folder(output: Path) -> Iterator[Path]:
     require_free(output)
     part = output.parent / f".{output.name}.unfinished"
     # The lock of a process that is killed goes with it.
-    handle = _open(part)
+    lock = FileLock(f"{part}.lock")
     try:
-        _lock(handle, part, output)
-        try:
-            _clear(part)
-            yield part
-            for path in part.rglob("*"):
-                sync(path)
-            sync(part)
-            require_free(output)
-            part.rename(output)
-            sync(output.parent)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise FileExistsError(f"Another process is writing {output} just now.") from error
+    try:
+        if part.is_symlink() or part.is_file():
+            raise FileExistsError(f"{part} is in the way: it is no folder. Remove it.")
+        if part.exists():
+            shutil.rmtree(part)
+        part.mkdir()
+        yield part
+        for path in part.rglob("*"):
+            sync(path)
+        sync(part)
+        require_free(output)
+        part.rename(output)
+        sync(output.parent)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     finally:
-        os.close(handle)
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def copy_files(base: Path, adapter: Path, target: Path) -> None:
@@ -137,31 +163,45 @@ def write_config(base: Path, target: Path, *, dtype: str | None, untied: bool, v
     (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _open(part: Path) -> int:
-    """Opens the folder, made where it is missing; never what a link leads to, whose content would be cleared."""
-    try:
-        part.mkdir(exist_ok=True)
-        return os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        if part.is_symlink() or (part.exists() and not part.is_dir()):
-            raise FileExistsError(f"{part} is in the way: it is no folder. Remove it.") from error
-        raise
+def export_adapter(
+    adapter: str | Path, output: str | Path, layout: Layout | None = None, *, allow_pickle: bool = False
+) -> Layout:
+    """Writes an adapter for plain `PeftModel.from_pretrained`, whole or not at all.
+
+    An adapter that was trained with `context_adapters=False` keeps its `alora_invocation_tokens`, with which PEFT's
+    own forward is the trained one.
+
+    Args:
+        adapter: Its folder or hub id.
+        output: The folder to write; it must not exist, or be empty.
+        layout: The class whose names it gets: `text` (`Qwen3_5ForCausalLM`) or `wrapper`
+            (`Qwen3_5ForConditionalGeneration`); by default the one it was trained on.
+        allow_pickle: Whether its weights may come as a pickle.
+
+    Returns:
+        The layout written.
+
+    Raises:
+        ValueError: The adapter is not whole, or adapts what the text class does not have.
+        FileNotFoundError: There is no such adapter.
+        FileExistsError: The output holds something.
+    """
+    if layout not in (None, "text", "wrapper"):
+        raise ValueError(f"`layout` must be 'text' or 'wrapper', got {layout!r}.")
+    found = open_adapter(adapter, allow_pickle=allow_pickle, activated=True)
+    needed = layout or layout_of_keys(found.tensors)
+    config, tensors = change_layout(found.config, found.tensors, needed)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    require_space(Path(output).absolute().parent, size)
+    with whole_folder(Path(output)) as part:
+        write_adapter(part, config, tensors)
+        for name in (*TOKENIZER_FILES, RECORD):
+            if (found.folder / name).is_file():
+                shutil.copyfile(found.folder / name, part / name)
+    return needed
 
 
-def _lock(handle: int, part: Path, output: Path) -> None:
-    """Locks the folder, which another process may have renamed or removed since it was opened."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        still_there = part.exists() and os.path.samestat(part.stat(), os.fstat(handle))
-    except BlockingIOError:
-        still_there = False
-    if not still_there:
-        raise FileExistsError(f"Another process is writing {output} just now.")
-
-
-def _clear(part: Path) -> None:
-    for path in part.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes the two files that make an adapter."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

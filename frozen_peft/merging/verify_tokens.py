@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer
+from trl.data_utils import common_prefix_length
+
+from frozen_peft.data import split_sample
 
 __all__ = ["PROMPTS", "SampleTokens", "load_tokenizer", "prompt_tokens", "sample_tokens"]
 
@@ -51,24 +54,19 @@ def sample_tokens(tokenizer: Any, sample: dict[str, Any], number: int) -> Sample
     """A sample as TRL tokenizes it."""
     if tokenizer is None:
         raise ValueError("Samples need a tokenizer, and neither base nor adapter has one.")
-    messages = sample.get("messages")
-    prompt, completion = (
-        (messages[:-1], messages[-1:]) if messages else (sample.get("prompt"), sample.get("completion"))
-    )
-    if isinstance(prompt, list) and isinstance(completion, list) and completion:
-        context = _rendered(tokenizer, prompt, add_generation_prompt=True)
-        whole = _rendered(tokenizer, prompt + completion)
-    elif isinstance(prompt, str) and isinstance(completion, str):
+    try:
+        split = split_sample(sample)
+    except ValueError as error:
+        raise ValueError(f"Sample {number}: {error}") from error
+    prompt, decision = split.context, split.decision or ""
+    if isinstance(prompt, str):
         end = tokenizer.eos_token or ""
         context = _ids(tokenizer(prompt))
-        whole = _ids(tokenizer(prompt + completion + ("" if completion.endswith(end) else end)))
+        whole = _ids(tokenizer(prompt + decision + ("" if decision.endswith(end) else end)))
     else:
-        raise ValueError(
-            f"Sample {number} has neither `prompt` and `completion` nor `messages`; got {sorted(sample)}."
-        )
-    num_context = 0
-    while num_context < min(len(context), len(whole)) and context[num_context] == whole[num_context]:
-        num_context += 1
+        context = _rendered(tokenizer, prompt, add_generation_prompt=True)
+        whole = _rendered(tokenizer, [*prompt, *decision])
+    num_context = common_prefix_length(context.tolist(), whole.tolist())
     if not 0 < num_context < len(whole):
         raise ValueError(f"Sample {number} has no decision after a context of at least one token.")
     return SampleTokens(whole, num_context)

@@ -18,14 +18,26 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from frozen_peft.merging.homes import Piece
 from frozen_peft.merging.source import INDEX, TORCH_DTYPES, Shard
 from frozen_peft.merging.updates import Update
 from frozen_peft.utils.compat.transformers import as_stored
 
-__all__ = ["OutputShard", "OutputTensor", "write_index", "write_shards"]
+__all__ = ["OutputShard", "OutputTensor", "Piece", "write_index", "write_shards"]
 
 BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What becomes of one tensor of the checkpoint.
+
+    Attributes:
+        parameter: The parameter of the model that it is, or is a part of.
+        group: For a part: the parameters that the checkpoint stores together with this one; else empty.
+    """
+
+    parameter: str
+    group: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

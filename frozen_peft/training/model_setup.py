@@ -12,7 +12,6 @@ from frozen_peft.adapters import (
     activate_at_invocation,
     find_invocation,
     keep_linear4bit_trainable,
-    log_quantization,
     require_always_active,
     require_base,
     restrict_adapter_rows,
@@ -193,7 +192,6 @@ def prepare_model(trainer: Trainer, cut: Cut, base_before: BaseSamples | None) -
     restrict_adapter_rows(model)
     if getattr(pretrained, "is_loaded_in_4bit", False):
         keep_linear4bit_trainable(model)
-        log_quantization(pretrained)
     choose_kernels(pretrained)
     if freezes:
         _settle_context_adapters(model, active=args.context_adapters, invocation=cut.invocation)

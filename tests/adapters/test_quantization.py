@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import logging
-import math
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -13,12 +11,10 @@ from transformers import PreTrainedModel
 from frozen_peft.adapters import (
     find_roles,
     keep_linear4bit_trainable,
-    log_quantization,
     lora_config,
     quantization_config,
     restrict_adapter_rows,
 )
-from frozen_peft.utils.sizes import format_size
 from tests.tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
 
@@ -88,39 +84,6 @@ def test_beta_decay_and_head_stay_in_16_bit(name: str, tmp_path: Path) -> None:
     bypassed = {key for key in kept if name == "nemotron_h" and key.endswith("mixer.out_proj")}
     single_output = {key for key in kept if key.endswith("shared_expert_gate")}
     assert kept == sensitive | bypassed | single_output | {"lm_head"}
-
-
-@pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next"])
-@pytest.mark.parametrize("adapted", [False, True])
-def test_the_log_accounts_for_every_byte(
-    name: str, adapted: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = in_4bit(name, tmp_path)
-    reference = tiny_model(name)
-    # Half a byte a weight, a scale of a byte per block of 64, for the scales one of 4 bytes per 256, and the two code
-    # books, of 16 and 256 numbers.
-    quantized, kept = 0, 2 * reference.num_parameters()
-    for key in quantized_names(model):
-        num_weights = reference.get_submodule(key).weight.numel()
-        num_blocks = math.ceil(num_weights / 64)
-        quantized += num_weights // 2 + num_blocks + 4 * math.ceil(num_blocks / 256) + 4 * (16 + 256)
-        kept -= 2 * num_weights
-    if adapted:
-        # Not adapters, and what they are put on under its own name.
-        model = get_peft_model(model, lora_config(model, roles=["query", "beta"]))
-    with caplog.at_level(logging.INFO, logger="frozen_peft"):
-        log_quantization(model)
-
-    line = caplog.messages[-1]
-    assert f"{format_size(quantized)} in 4 bit" in line
-    assert f"{format_size(kept)} in their own precision" in line
-    named = "mlp.experts.gate_up_proj" if name == "qwen3_next" else "linear_attn.in_proj_b.weight"
-    num_bytes = sum(weight.nbytes for key, weight in model.named_parameters() if plain(key).endswith(named))
-    assert f"model.layers.*.{named} ({format_size(num_bytes)})" in line
-
-
-def plain(name: str) -> str:
-    return name.replace(".base_layer", "")
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "gpt2"])

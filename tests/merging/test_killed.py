@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merges that are killed at any moment: what is there is whole, and the next run gives the same."""
 
-import fcntl
 import hashlib
 import multiprocessing
-import os
 import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from frozen_peft import merge_adapter
 from tests.merging.cases import Case, lora, save_case
@@ -91,15 +90,11 @@ def test_a_half_written_folder_is_cleared_and_has_no_name_of_its_own(tmp_path: P
 
 def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
     base, adapter = save_case(Case("llama", lora()), tmp_path)
-    left = tmp_path / ".merged.unfinished"
-    left.mkdir()
-    handle = os.open(left, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(FileExistsError, match="Another process is writing"):
-            merge(adapter, tmp_path / "merged", base)
-        assert left.exists()
-    finally:
-        os.close(handle)
+    with (
+        FileLock(tmp_path / ".merged.unfinished.lock"),
+        pytest.raises(FileExistsError, match="Another process is writing"),
+    ):
+        merge(adapter, tmp_path / "merged", base)
     merge(adapter, tmp_path / "merged", base)
     assert (tmp_path / "merged" / "config.json").is_file()
+    assert not list(tmp_path.glob(".merged*"))
