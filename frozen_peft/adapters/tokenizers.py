@@ -9,11 +9,11 @@ Tokenizer and template are looked for each by itself: a folder with a `chat_temp
 of the base's tokenizer, and a tokenizer that has no template takes the base's.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from frozen_peft.utils.files import read_json
 
 __all__ = [
     "TEMPLATE_FILES",
@@ -50,7 +50,7 @@ def own_template(folder: Path) -> str | None:
         return jinja.read_text(encoding="utf-8")
     # Of a processor first, as transformers has it.
     for path in (legacy, folder / "tokenizer_config.json"):
-        template = _read(path).get("chat_template") if path.is_file() else None
+        template = read_json(path).get("chat_template") if path.is_file() else None
         if isinstance(template, list):
             template = next((item["template"] for item in template if item.get("name") == "default"), None)
         if isinstance(template, str):
@@ -111,11 +111,3 @@ def require_embeddings(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, 
             f"{num_embeddings} tokens. Give the model that the adapter was trained on, resized as it was then, or "
             "another `--tokenizer`."
         )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    return values if isinstance(values, dict) else {}

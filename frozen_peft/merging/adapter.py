@@ -27,9 +27,10 @@ from frozen_peft.adapters.pickles import require_no_pickle
 from frozen_peft.adapters.roles import bypassed_modules
 from frozen_peft.adapters.vocabulary import without_copies
 from frozen_peft.merging.layout import change_layout, layout_of_model
-from frozen_peft.merging.source import find_folder, read_json
+from frozen_peft.merging.source import find_folder
 from frozen_peft.merging.updates import AddVector, Layered, LowRank, Replacement, RowReplacement, Update
 from frozen_peft.utils.compat.peft import is_dora, variant_name
+from frozen_peft.utils.files import read_json
 
 __all__ = ["AdapterFolder", "open_adapter", "updates_of"]
 

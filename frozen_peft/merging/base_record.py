@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from frozen_peft.adapters.initialisation import spread_values
 from frozen_peft.adapters.vocabulary import vocabulary_parameters
-from frozen_peft.merging.source import Checkpoint, read_json
+from frozen_peft.merging.source import Checkpoint
 from frozen_peft.utils.compat.transformers import parameters_of_tensors
-from frozen_peft.utils.files import whole_file
+from frozen_peft.utils.files import read_json, whole_file
 
 __all__ = [
     "RECORD",

@@ -23,7 +23,7 @@ from frozen_peft.merging.base_record import read_record, require_same_base
 from frozen_peft.merging.comparison import fits, verify_merge
 from frozen_peft.merging.merge_plan import plan_shards
 from frozen_peft.merging.output import REPORT, copy_files, require_free, require_space, whole_folder, write_config
-from frozen_peft.merging.quantized import requantizer, training_config
+from frozen_peft.merging.quantized import Requantizer, training_config
 from frozen_peft.merging.updates import COMBINATIONS, Combination, Combined, combine
 from frozen_peft.merging.writing import write_index, write_shards
 from frozen_peft.utils.installed import installed_version
@@ -109,7 +109,7 @@ def merge_adapter(
         same = (require_same_base(record, model, found.checkpoint) for record in records if record is not None)
         compared = min(same, default=None)
     require_tokens(found, adapters)
-    quantized = requantizer(records[0], model) if onto == "quantized" else None
+    quantized = Requantizer(records[0], model) if onto == "quantized" else None
     updates = combine([updates_of(item, found.model) for item in adapters], weights, combination, density or 1.0, seed)
     shards, untied = plan_shards(found.checkpoint, model, updates, _DTYPES[written] if written else None, quantized)
     num_bytes = sum(shard.num_bytes for shard in shards)

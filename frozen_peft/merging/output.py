@@ -20,8 +20,7 @@ from frozen_peft.adapters.tokenizers import TEMPLATE_FILES, TOKENIZER_FILES, has
 from frozen_peft.merging.adapter import open_adapter
 from frozen_peft.merging.base_record import RECORD
 from frozen_peft.merging.layout import Layout, change_layout, layout_of_keys
-from frozen_peft.merging.source import read_json
-from frozen_peft.utils.files import sync
+from frozen_peft.utils.files import read_json, sync
 
 __all__ = [
     "REPORT",

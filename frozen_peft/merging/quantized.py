@@ -3,7 +3,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from transformers.utils import is_bitsandbytes_available
 from frozen_peft.adapters.quantization import quantization_config
 from frozen_peft.merging.base_record import BaseRecord, relative_names
 
-__all__ = ["Requantizer", "requantizer", "training_config"]
+__all__ = ["Requantizer", "training_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,27 +22,54 @@ logger = logging.getLogger(__name__)
 _BLOCK_SIZE = 64
 
 
-@dataclass(frozen=True)
 class Requantizer:
-    """Which weights were in 4 bit, and how.
+    """Quantizes and de-quantizes those weights that were in 4 bit in training.
+
+    Args:
+        record: What training wrote.
+        model: The base model without weights.
 
     Attributes:
-        parameters: Their names in the model; whether each is kept as [in, out].
-        config: The configuration that they were loaded by.
-        block_size: Weights that share a scale.
-        recorded: Whether training said so; else this package's defaults are assumed.
+        recorded: Whether training said how; else this package's defaults are assumed.
+
+    Raises:
+        ValueError: The adapter was trained on a base that was not quantized, or bitsandbytes is missing.
     """
 
-    parameters: dict[str, bool]
-    config: BitsAndBytesConfig
-    block_size: int
-    recorded: bool
+    def __init__(self, record: BaseRecord | None, model: PreTrainedModel):
+        if not is_bitsandbytes_available():
+            raise ValueError("`onto='quantized'` needs bitsandbytes, which is not installed.")
+        config = training_config(record, model, assume=True)
+        if config is None:
+            assert record is not None  # one is assumed where there is none
+            raise ValueError(
+                f"{record.path} says that the adapter was trained on a base that was not quantized, so there are no "
+                "quantized weights to merge onto. Leave out `onto='quantized'` (--onto quantized)."
+            )
+        linear = {
+            f"{name}.weight": isinstance(module, Conv1D)
+            for name, module in model.named_modules()
+            if isinstance(module, Conv1D) or type(module) is nn.Linear
+        }
+        self._config, self._block_size, self.recorded = config, _BLOCK_SIZE, False
+        if record is not None and record.quantization is not None:
+            self._block_size, self.recorded = record.quantization["blocksize"], True
+            names = _quantized(record, model)
+        else:
+            logger.warning(
+                "The adapter does not say how its base was quantized; assumed are this package's own settings "
+                "(`quantization_config`: NF4, double quantization, small and sensitive projections left out)."
+            )
+            kept = config.llm_int8_skip_modules
+            names = {name for name in linear if should_convert_module(name.removesuffix(".weight"), kept)}
+        # Whether each is kept as [in, out].
+        self._transposed = {name: linear.get(name, False) for name in names}
 
     def prepare(self, parameter: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """What makes of a weight what the adapter saw; None where it was not quantized."""
-        if parameter not in self.parameters:
+        if parameter not in self._transposed:
             return None
-        if self.parameters[parameter]:
+        if self._transposed[parameter]:
             return lambda weight: self._as_trained(weight.T).T
         return self._as_trained
 
@@ -52,50 +78,12 @@ class Requantizer:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         codes, state = quantize_4bit(
-            weight.to(self.config.bnb_4bit_compute_dtype).contiguous(),
-            blocksize=self.block_size,
-            compress_statistics=self.config.bnb_4bit_use_double_quant,
-            quant_type=self.config.bnb_4bit_quant_type,
+            weight.to(self._config.bnb_4bit_compute_dtype).contiguous(),
+            blocksize=self._block_size,
+            compress_statistics=self._config.bnb_4bit_use_double_quant,
+            quant_type=self._config.bnb_4bit_quant_type,
         )
         return dequantize_4bit(codes, state)
-
-
-def requantizer(record: BaseRecord | None, model: PreTrainedModel) -> Requantizer:
-    """How the base was quantized in training.
-
-    Args:
-        record: What training wrote.
-        model: The base model without weights.
-
-    Raises:
-        ValueError: The adapter was trained on a base that was not, or bitsandbytes is missing.
-    """
-    if not is_bitsandbytes_available():
-        raise ValueError("`onto='quantized'` needs bitsandbytes, which is not installed.")
-    config = training_config(record, model, assume=True)
-    if config is None:
-        assert record is not None  # one is assumed where there is none
-        raise ValueError(
-            f"{record.path} says that the adapter was trained on a base that was not quantized, so there are no "
-            "quantized weights to merge onto. Leave out `onto='quantized'` (--onto quantized)."
-        )
-    linear = {
-        f"{name}.weight": isinstance(module, Conv1D)
-        for name, module in model.named_modules()
-        if isinstance(module, Conv1D) or type(module) is nn.Linear
-    }
-    how = None if record is None else record.quantization
-    if record is None or how is None:
-        logger.warning(
-            "The adapter does not say how its base was quantized; assumed are this package's own settings "
-            "(`quantization_config`: NF4, double quantization, small and sensitive projections left out)."
-        )
-        kept = config.llm_int8_skip_modules
-        names = {name for name in linear if should_convert_module(name.removesuffix(".weight"), kept)}
-    else:
-        names = _quantized(record, model)
-    block_size = _BLOCK_SIZE if how is None else how["blocksize"]
-    return Requantizer({name: linear.get(name, False) for name in names}, config, block_size, how is not None)
 
 
 def training_config(

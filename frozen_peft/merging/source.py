@@ -4,12 +4,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from frozen_peft.adapters.pickles import require_no_pickle
+from frozen_peft.utils.files import read_json
 
 __all__ = [
     "INDEX",
@@ -20,7 +21,6 @@ __all__ = [
     "TensorEntry",
     "find_folder",
     "open_checkpoint",
-    "read_json",
 ]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -211,24 +211,6 @@ def open_checkpoint(folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
         if (folder / weights).is_file():
             return Checkpoint(folder, [shard_type(folder / weights)], False)
     raise ValueError(f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX} is there.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: There is none, or the file is something else.
-    """
-    # What is no file, such as a pipe, may never end.
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a JSON {type(values).__name__}, not an object.")
-    return values
 
 
 def _indexed_shards(folder: Path, index: str, shard_type: type[Shard]) -> list[Shard]:

@@ -7,12 +7,12 @@ of them with `--rates`.
 """
 
 import difflib
-import json
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from frozen_peft.utils.files import read_json
 from frozen_peft.utils.sizes import parse_size
 
 __all__ = ["CARDS", "Card", "Rates", "find_card", "read_rates"]
@@ -119,17 +119,11 @@ def read_rates(card: Card, path: str | Path) -> Card:
             and `measured` (true or false).
 
     Raises:
-        ValueError: The file is not that.
-        FileNotFoundError: There is no such file.
+        ValueError: There is no such file, or it is not that.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file of rates {path}")
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    given = read_json(Path(path))
     known = [item.name for item in fields(Rates)]
-    if not isinstance(given, dict) or not set(given) <= set(known):
+    if not set(given) <= set(known):
         raise ValueError(f"{path}: rates are a JSON object with some of {', '.join(known)}; found {given!r}")
     for name in ("flops_per_second", "host_bytes_per_second"):
         value = given.get(name, 1)

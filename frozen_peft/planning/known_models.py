@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from frozen_peft.utils.files import read_json
+
 __all__ = ["KNOWN_MODELS", "load_config"]
 
 KNOWN_MODELS: dict[str, dict[str, Any]] = json.loads(
@@ -54,13 +56,8 @@ def load_config(name: str, *, revision: str = "main", trust_remote_code: bool = 
 
 def _read(path: Path, trust_remote_code: bool) -> PretrainedConfig:
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"{path} has no config.json")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(fields, dict) or "model_type" not in fields:
+    fields = read_json(file)
+    if "model_type" not in fields:
         raise ValueError(f"{file} is not the configuration of a model: it has no `model_type`")
     try:
         return AutoConfig.from_pretrained(file, trust_remote_code=trust_remote_code)

@@ -84,7 +84,7 @@ def test_turns_and_a_teacher_of_a_recipe(folder: Path, tmp_path: Path, capsys: p
         (["--model", "Qwen3.5-27B", "--gpu", "banana"], "A size such as 24GB also does"),
         (["--model", "Qwen3.5-27B", "--decision-length", "1"], "`decision_length` must be 2 or more"),
         (["--model", "Qwen3.5-27B", "--preset", "responses"], "Did you mean 'response'"),
-        (["--model", "Qwen3.5-27B", "--gpu", "H100", "--rates", "nowhere.json"], "no file of rates nowhere.json"),
+        (["--model", "Qwen3.5-27B", "--gpu", "H100", "--rates", "nowhere.json"], "There is no file nowhere.json"),
         ([], "--model is needed, or a recipe"),
         (["nowhere.yaml"], "no recipe nowhere.yaml"),
     ],

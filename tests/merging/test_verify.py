@@ -150,5 +150,5 @@ def test_samples_without_tokenizer_or_decision_are_named(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="Samples need a tokenizer"):
         merge_adapter(adapter, tmp_path / "merged", base, samples=SAMPLES)
     with_tokenizer(base)
-    with pytest.raises(ValueError, match="Sample 2 has neither `prompt` and `completion`"):
+    with pytest.raises(ValueError, match="Sample 2: a sample has the column `prompt` or `messages`"):
         merge_adapter(adapter, tmp_path / "merged", base, samples=[SAMPLES[0], {"text": "w1 w2"}])

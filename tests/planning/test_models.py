@@ -91,7 +91,12 @@ def test_a_folder_and_its_file_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "has no config.json"), ("{", "is not JSON"), ("[]", "no `model_type`"), ("{}", "no `model_type`")],
+    [
+        (None, "no file .*config.json"),
+        ("{", "is not JSON"),
+        ("[]", "holds a JSON list, not an object"),
+        ("{}", "no `model_type`"),
+    ],
 )
 def test_a_folder_without_a_configuration(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
