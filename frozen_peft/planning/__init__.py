@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training takes, from the model's configuration alone: memory, time, and the cheapest setting that fits."""
 
-from frozen_peft.planning.cards import CARDS, Card, Rates, find_card, read_rates
 from frozen_peft.planning.contexts import measure_data
 from frozen_peft.planning.known_models import KNOWN_MODELS, load_config
 from frozen_peft.planning.plan import Plan, advise, cheapest_fitting
@@ -9,6 +8,7 @@ from frozen_peft.planning.setting import Setting
 from frozen_peft.planning.terms import TERMS, make_plan, plan_of_weights
 from frozen_peft.planning.tiers import DataFigures, GradientFigures, TierAdvice, advise_tier
 from frozen_peft.planning.time import estimate_time
+from frozen_peft.utils.cards import CARDS, Card, Rates, find_card, read_rates
 
 __all__ = [
     "CARDS",

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
-from frozen_peft.planning.cards import Rates
 from frozen_peft.planning.setting import Setting
 from frozen_peft.planning.shapes import ModelShape
 from frozen_peft.planning.terms import terms_of
+from frozen_peft.utils.cards import Rates
 
 __all__ = ["estimate_time"]
 

@@ -179,3 +179,9 @@ def test_a_layer_that_is_read_as_one_holds_what_it_was_given() -> None:
     keys, values = layer.update(second, second)
     assert torch.equal(keys, torch.cat([first, second], dim=-2))
     assert torch.equal(values, keys)
+
+
+def test_a_card_goes_by_its_name_or_its_compute_capability() -> None:
+    assert kernel_rows("H100") == kernel_rows((9, 0)) != kernel_rows("T4")
+    with pytest.raises(ValueError, match="compute capability of '24GB'"):
+        kernel_rows("24GB")

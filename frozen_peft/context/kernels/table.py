@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from packaging.version import InvalidVersion, Version
 
+from frozen_peft.utils.cards import find_card
 from frozen_peft.utils.installed import module_versions
 
 __all__ = [
@@ -222,14 +223,23 @@ def attention_rows(capabilities: Capabilities, dtype: torch.dtype) -> tuple[Kern
 
 
 def kernel_rows(
-    compute_capability: tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16
+    card: str | tuple[int, int] | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[KernelRow, ...]:
     """What would run on a card, with the packages that are installed here.
 
     Args:
-        compute_capability: Of an NVIDIA card; None: this machine's card, or its CPU.
+        card: An NVIDIA card, by a name such as `H100` or by its compute capability; None: this machine's card, or its
+            CPU.
         dtype: In which the model computes.
+
+    Raises:
+        ValueError: No card of this name is known, or its compute capability is not.
     """
+    compute_capability = find_card(card).architecture if isinstance(card, str) else card
+    if card is not None and compute_capability is None:
+        raise ValueError(
+            f"The compute capability of {card!r} is not known. Pass it, such as (9, 0), or a card's name."
+        )
     if compute_capability is not None:
         return kernel_choices(_with_installed(Capabilities("cuda", compute_capability)), dtype)
     has_card = torch.cuda.is_available()
