@@ -158,7 +158,7 @@ if __name__ == "__main__":
     # What the command imports where it needs it.
     for module in (
         "frozen_peft.cli.train",
-        "frozen_peft.cli.training",
+        "frozen_peft.training",
         "frozen_peft.report",
         "trl.trainer.sft_trainer",
     ):
