@@ -116,9 +116,9 @@ def _merge(options: argparse.Namespace) -> list[tuple[str, str]]:
 def _read_samples(path: Path | None) -> list[dict[str, Any]]:
     if path is None:
         return []
-    from frozen_peft.data import read_rows, sample_problem
+    from frozen_peft.data import read_rows, require_sample
 
-    samples = [row.values for row in read_rows(path, sample_problem)]
+    samples = [row.values for row in read_rows(path, require_sample)]
     if not samples:
         raise ValueError(f"{path} holds no samples")
     return samples

@@ -7,8 +7,8 @@ from frozen_peft.utils.lazy import lazy_package
 _MODULES, __all__, __getattr__, __dir__ = lazy_package(
     __name__,
     {
-        "conversation": ["Split", "message_texts", "sample_problem", "split_sample", "with_context"],
-        "json_text": ["BYTE_ORDER_MARK", "InexactNumber", "JsonTextError", "inexactness", "parse_json"],
+        "conversation": ["Split", "message_texts", "require_sample", "split_sample", "with_context"],
+        "json_text": ["InexactNumber", "JsonTextError", "parse_json"],
         "loading": ["has_split", "load_samples"],
         "marks": ["DEFAULT_MARKS", "Marks"],
         "paraphrases": ["Paraphrases", "read_paraphrases"],

@@ -14,14 +14,14 @@ Other columns are nobody's business here and stay as they are.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from frozen_peft.data.row_checks import form_problem, named, value_problem
+from frozen_peft.data.row_checks import named, require_one_form, require_value
 
 __all__ = [
     "Context",
     "Message",
     "Split",
     "message_texts",
-    "sample_problem",
+    "require_sample",
     "split_sample",
     "with_context",
 ]
@@ -51,9 +51,7 @@ def split_sample(sample: dict[str, Any]) -> Split:
     Raises:
         ValueError: The row has no such form; the message names the column.
     """
-    problem = sample_problem(sample)
-    if problem:
-        raise ValueError(problem)
+    require_sample(sample)
     if sample.get("prompt") is not None:
         return Split("prompt", sample["prompt"], sample.get("completion"))
     return Split("messages", sample["messages"][:-1], sample["messages"][-1:])
@@ -69,23 +67,29 @@ def with_context(sample: dict[str, Any], context: Context) -> dict[str, Any]:
     return {**sample, "messages": [*context, *split.decision]}
 
 
-def sample_problem(sample: dict[str, Any]) -> str | None:
-    """Says what keeps a row from being a sample, None where nothing does."""
+def require_sample(sample: dict[str, Any]) -> None:
+    """Refuses a row of none of these forms.
+
+    Raises:
+        ValueError: It is no sample; the message names the column.
+    """
     if sample.get("prompt") is not None:
         columns = [name for name in ("prompt", "completion") if sample.get(name) is not None]
     elif sample.get("messages") is not None:
         columns = ["messages"]
     else:
-        return f"a sample has the column `prompt` or `messages`; found {named(sample)}"
+        raise ValueError(f"a sample has the column `prompt` or `messages`; found {named(sample)}")
     for name in columns:
-        if problem := value_problem(sample[name], name, empty_text=True):
-            return problem
-    if columns != ["messages"]:
-        return form_problem(sample, columns)
-    *context, decision = sample["messages"]
-    if decision["role"] != "assistant":
-        return f"`messages` ends with role {decision['role']!r}; the decision is its last message, an assistant's"
-    return None if context else "`messages` has nothing before the decision"
+        require_value(sample[name], name, empty_text=True)
+    require_one_form(sample, columns)
+    if columns == ["messages"]:
+        *context, decision = sample["messages"]
+        if decision["role"] != "assistant":
+            raise ValueError(
+                f"`messages` ends with role {decision['role']!r}; the decision is its last message, an assistant's"
+            )
+        if not context:
+            raise ValueError("`messages` has nothing before the decision")
 
 
 def message_texts(message: Message) -> list[tuple[int, str]]:

@@ -16,10 +16,10 @@ __all__ = [
     "InexactNumber",
     "JsonTextError",
     "has_half_pair",
-    "inexactness",
     "numbered_lines",
     "parse_array",
     "parse_json",
+    "require_exact",
 ]
 
 # What editors of some systems put before a text in UTF-8, and no part of it.
@@ -113,35 +113,34 @@ def parse_array(text: bytes) -> Iterator[Any]:
         raise JsonTextError(named.reason, max(named.line, line), named.column) from error
 
 
-def inexactness(value: Any, name: str, *, rounding: bool = True) -> str | None:
-    """Says what of a value would not be trained as it is written.
+def require_exact(value: Any, name: str, *, rounding: bool = True) -> None:
+    """Refuses a value of which something would not be trained as it is written.
 
     Args:
         value: What was read.
         name: What to call it, such as `messages`.
         rounding: Whether a number that is only rounded counts.
 
-    Returns:
-        Field and reason; None where the value is kept as it is.
+    Raises:
+        ValueError: Something would not; the message names the field and the reason.
     """
     stack = [(name, value, 0)]
     while stack:
         path, item, depth = stack.pop()
         if depth > MAX_DEPTH:
-            return f"`{name}` is nested more than {MAX_DEPTH} levels deep"
+            raise ValueError(f"`{name}` is nested more than {MAX_DEPTH} levels deep")
         if isinstance(item, dict):
             for key in item:
                 if has_half_pair(key):
-                    return f"`{path}` has a key with {_HALF_PAIR}: {key!a}"
+                    raise ValueError(f"`{path}` has a key with {_HALF_PAIR}: {key!a}")
             stack += [(f"{path}.{key}", inner, depth + 1) for key, inner in reversed(item.items())]
         elif isinstance(item, list):
             stack += [(f"{path}[{index}]", item[index], depth + 1) for index in reversed(range(len(item)))]
         elif isinstance(item, str):
             if has_half_pair(item):
-                return f"`{path}` has {_HALF_PAIR}, which no text in UTF-8 can hold; remove it"
+                raise ValueError(f"`{path}` has {_HALF_PAIR}, which no text in UTF-8 can hold; remove it")
         elif problem := _number_problem(item, rounding):
-            return f"`{path}` is {problem}; write it as text"
-    return None
+            raise ValueError(f"`{path}` is {problem}; write it as text")
 
 
 _HALF_PAIR = "half a surrogate pair"

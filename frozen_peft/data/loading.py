@@ -210,8 +210,10 @@ def _checked_rows(placed: Iterable[tuple[str, Any]], checks: RowChecks, path: Pa
     """The rows of a file; `ValueError` at the first that is not a sample, or unlike the rows before it."""
     # The delay keeps the bar away from files that are read in a moment.
     for place, row in tqdm(placed, desc=f"Checking {path.name}", unit=" rows", delay=2):
-        if problem := checks.problem(row, place):
-            raise ValueError(f"{place}: {problem}")
+        try:
+            checks.require_sample(row, place)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
         yield row
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from frozen_peft.data.conversation import Context, Message, message_texts
 from frozen_peft.data.marks import Stretch, text_between
-from frozen_peft.data.row_checks import kind_problem
+from frozen_peft.data.row_checks import require_kind
 
 __all__ = [
     "STRIPPED",
@@ -179,8 +179,7 @@ def _checked(stripped: Any) -> list[Piece]:
     """The pieces, each of which has the keys and types of one."""
     if stripped is None:
         return []
-    if problem := kind_problem(stripped, STRIPPED, "a list"):
-        raise ValueError(problem)
+    require_kind(stripped, STRIPPED, "a list")
     for number, piece in enumerate(stripped):
         if not isinstance(piece, dict) or {key: type(value) for key, value in piece.items()} != _TYPES:
             raise ValueError(f"`stripped[{number}]` is not a piece that `strip` wrote: {piece!r}")

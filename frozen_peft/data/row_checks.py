@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a row must hold: text, messages, token ids; what makes it a sample to train on; what all rows must share.
 
-Every check says what is wrong with a value in words, by the name of its field, or None where nothing is.
+Every check raises `ValueError` where something is wrong with a value, in words and by the name of its field.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from frozen_peft.data.json_text import JsonTextError, inexactness, parse_json
+from frozen_peft.data.json_text import JsonTextError, parse_json, require_exact
 
 __all__ = [
     "TRAINED_COLUMNS",
     "RowChecks",
-    "form_problem",
     "kind_of",
-    "kind_problem",
-    "messages_problem",
     "named",
     "no_training_column",
-    "objects_problem",
-    "value_problem",
+    "require_kind",
+    "require_messages",
+    "require_objects",
+    "require_one_form",
+    "require_value",
 ]
 
 # The columns that TRL trains on, by dataset type; `text` can be renamed with `dataset_text_field`.
@@ -51,26 +51,29 @@ def named(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "none"
 
 
-def kind_problem(value: Any, name: str, *kinds: str) -> str | None:
-    """What keeps a value from being of one of these kinds, of those that `kind_of` knows."""
+def require_kind(value: Any, name: str, *kinds: str) -> None:
+    """A value is of one of these kinds, of those that `kind_of` knows."""
     found = kind_of(value)
-    return None if found in kinds else f"`{name}` is {found}, expected {' or '.join(kinds)}"
+    if found not in kinds:
+        raise ValueError(f"`{name}` is {found}, expected {' or '.join(kinds)}")
 
 
-def objects_problem(value: Any, name: str) -> str | None:
-    """What keeps a value from being a list of objects."""
+def require_objects(value: Any, name: str) -> None:
+    """A value is a list of objects."""
     if not isinstance(value, list):
-        return f"`{name}` is {kind_of(value)}, expected a list of objects"
-    return _first(kind_problem(item, f"{name}[{index}]", "an object") for index, item in enumerate(value))
+        raise ValueError(f"`{name}` is {kind_of(value)}, expected a list of objects")
+    for index, item in enumerate(value):
+        require_kind(item, f"{name}[{index}]", "an object")
 
 
-def messages_problem(messages: Sequence[Any], column: str) -> str | None:
-    """What keeps the items of a list from being messages."""
-    return _first(_message_problem(message, f"{column}[{index}]") for index, message in enumerate(messages))
+def require_messages(messages: Sequence[Any], column: str) -> None:
+    """The items of a list are messages."""
+    for index, message in enumerate(messages):
+        _require_message(message, f"{column}[{index}]")
 
 
-def value_problem(value: Any, column: str, *, empty_text: bool = False) -> str | None:
-    """What keeps the value of a training column from being text, messages or token ids, as the column has them.
+def require_value(value: Any, column: str, *, empty_text: bool = False) -> None:
+    """The value of a training column is text, messages or token ids, as the column has them.
 
     Args:
         value: The value.
@@ -78,21 +81,20 @@ def value_problem(value: Any, column: str, *, empty_text: bool = False) -> str |
         empty_text: Whether a text may be empty; a list may not: of no messages, TRL cannot tell what they are.
     """
     if not value and not (empty_text and value == ""):
-        return f"`{column}` is {'null' if value is None else 'empty'}"
-    if problem := kind_problem(value, column, *_KINDS.get(column, ("text",))):
-        return problem
+        raise ValueError(f"`{column}` is {'null' if value is None else 'empty'}")
+    require_kind(value, column, *_KINDS.get(column, ("text",)))
     if column == "input_ids":
-        return _numbers_problem(value, column)
-    return messages_problem(value, column) if isinstance(value, list) else None
+        _require_numbers(value, column)
+    elif isinstance(value, list):
+        require_messages(value, column)
 
 
-def form_problem(row: dict[str, Any], columns: Sequence[str]) -> str | None:
-    """What keeps columns from having one form; what TRL would take such a row for depends on chance."""
+def require_one_form(row: dict[str, Any], columns: Sequence[str]) -> None:
+    """Columns are all text or all lists; what TRL would take another row for depends on chance."""
     for column in columns[1:]:
         if isinstance(row[column], str) != isinstance(row[columns[0]], str):
             kinds = [f"`{name}` is {kind_of(row[name])}" for name in (columns[0], column)]
-            return f"{' and '.join(kinds)}; they have the same form, text or a list of messages"
-    return None
+            raise ValueError(f"{' and '.join(kinds)}; they have the same form, text or a list of messages")
 
 
 def no_training_column(columns: Iterable[str], text_field: str) -> str:
@@ -105,61 +107,57 @@ class RowChecks:
 
     Args:
         text_field: Column that holds the text of plain language modelling samples.
+
+    Attributes:
+        columns: The columns that training depends on.
     """
 
-    def __init__(self, text_field: str = "text"):
+    def __init__(self, text_field: str):
         self._text_field = text_field
+        self.columns = (*TRAINED_COLUMNS, text_field)
         self._first_row: tuple[str, dict[str, str]] | None = None
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that training depends on."""
-        return (*TRAINED_COLUMNS, self._text_field)
+    def require_sample(self, row: Any, place: str) -> None:
+        """A row is a sample, and like the first one.
 
-    def problem(self, row: Any, place: str) -> str | None:
-        """Says what keeps a row from being a sample, or is unlike the first row's; None where nothing is."""
+        Raises:
+            ValueError: It is not; the message does not name the place of this row, which a later one may.
+        """
         if not isinstance(row, dict):
-            return f"a sample is a JSON object, got {kind_of(row)}"
-        return self._inexactness(row) or self._problem(row) or self._difference(row, place)
-
-    def _inexactness(self, row: dict[str, Any]) -> str | None:
+            raise ValueError(f"a sample is a JSON object, got {kind_of(row)}")
         for column, value in row.items():
-            problem = inexactness(value, column, rounding=column in self.columns)
             # Only what is trained on has to be a number: such a margin may be none.
-            if problem and (column in self.columns or not isinstance(value, float)):
-                return problem
-        return None
+            if column in self.columns or not isinstance(value, float):
+                require_exact(value, column, rounding=column in self.columns)
+        self._require_trainable(row)
+        self._require_alike(row, place)
 
-    def _problem(self, row: dict[str, Any]) -> str | None:
+    def _require_trainable(self, row: dict[str, Any]) -> None:
         text_field, present = self._text_field, {*_TRAINING_COLUMNS} & row.keys()
         if not present and text_field not in row:
-            return no_training_column(row, text_field)
+            raise ValueError(no_training_column(row, text_field))
         if "prompt" in row and row["prompt"] is not None and "completion" not in row:
-            return "there is a `prompt` but no `completion`"
+            raise ValueError("there is a `prompt` but no `completion`")
         if "completion" in row and "prompt" not in row and text_field != "completion":
-            return "there is a `completion` but no `prompt`"
+            raise ValueError("there is a `completion` but no `prompt`")
         trained = [name for name in (*_TRAINING_COLUMNS, "completion") if name in row and name != text_field]
         if text_field in row and not present:
             trained.append(text_field)
-        return (
+        for column in trained:
             # An empty prompt is a sample without context.
-            _first(value_problem(row[column], column, empty_text=column == "prompt") for column in trained)
-            or form_problem(row, [name for name in ("prompt", "completion", "messages") if name in row])
-            or self._ambiguity(row)
-            or _token_problem(row)
-            or _side_problem(row)
-        )
-
-    def _ambiguity(self, row: dict[str, Any]) -> str | None:
-        """Which of two texts TRL would train depends on the order of its own cases."""
-        if isinstance(row.get("completion"), str) and self._text_field in row and self._text_field != "completion":
-            return (
-                f"there is `{self._text_field}` beside `prompt` and `completion` of text, and only one of them can be "
+            require_value(row[column], column, empty_text=column == "prompt")
+        require_one_form(row, [name for name in ("prompt", "completion", "messages") if name in row])
+        # Which of two texts TRL would train depends on the order of its own cases.
+        if isinstance(row.get("completion"), str) and text_field in row and text_field != "completion":
+            raise ValueError(
+                f"there is `{text_field}` beside `prompt` and `completion` of text, and only one of them can be "
                 "trained; remove or rename the others"
             )
-        return None
+        if "input_ids" in row:
+            _require_token_columns(row)
+        _require_side_columns(row)
 
-    def _difference(self, row: dict[str, Any], place: str) -> str | None:
+    def _require_alike(self, row: dict[str, Any], place: str) -> None:
         """TRL looks at the first row to say what all of them are."""
         required = (*_TRAINING_COLUMNS, "completion", *_TOKEN_COLUMNS, self._text_field)
         kinds = {name: kind_of(row[name]) for name in required if name in row}
@@ -169,77 +167,60 @@ class RowChecks:
         for column in required:
             if (column in kinds) != (column in first):
                 has, lacks = (place, first_place) if column in kinds else (first_place, place)
-                return f"`{column}` is there in {has} and missing in {lacks}; all rows have one form"
+                raise ValueError(f"`{column}` is there in {has} and missing in {lacks}; all rows have one form")
             if column in kinds and kinds[column] != first[column]:
-                return f"`{column}` is {kinds[column]}, but {first[column]} in {first_place}"
-        return None
+                raise ValueError(f"`{column}` is {kinds[column]}, but {first[column]} in {first_place}")
 
 
-def _first(problems: Iterable[str | None]) -> str | None:
-    return next(filter(None, problems), None)
-
-
-def _message_problem(message: Any, place: str) -> str | None:
+def _require_message(message: Any, place: str) -> None:
     role, content = ("from", "value") if place.startswith("conversations") else ("role", "content")
     if not isinstance(message, dict):
-        return f"`{place}` is {kind_of(message)}, a message is an object with `{role}` and `{content}`"
+        raise ValueError(f"`{place}` is {kind_of(message)}, a message is an object with `{role}` and `{content}`")
     if message.get(role) is None:
-        return f"`{place}` has no `{role}`"
-    if problem := kind_problem(message[role], f"{place}.{role}", "text"):
-        return problem
+        raise ValueError(f"`{place}` has no `{role}`")
+    require_kind(message[role], f"{place}.{role}", "text")
     body, calls = message.get(content), message.get("tool_calls")
     if body is None and calls is None:
-        return f"`{place}` has no `{content}`"
-    problem = _content_problem(body, f"{place}.{content}") if body is not None else None
-    return problem or (objects_problem(calls, f"{place}.tool_calls") if calls is not None else None)
+        raise ValueError(f"`{place}` has no `{content}`")
+    if body is not None:
+        _require_content(body, f"{place}.{content}")
+    if calls is not None:
+        require_objects(calls, f"{place}.tool_calls")
 
 
-def _content_problem(content: Any, name: str) -> str | None:
-    if isinstance(content, str):
-        return None
-    if problem := kind_problem(content, name, "text", "a list"):
-        return problem
-    return objects_problem(content, name) or _first(
-        kind_problem(part.get("text", ""), f"{name}[{index}].text", "text") for index, part in enumerate(content)
-    )
+def _require_content(content: Any, name: str) -> None:
+    require_kind(content, name, "text", "a list")
+    if isinstance(content, list):
+        require_objects(content, name)
+        for index, part in enumerate(content):
+            require_kind(part.get("text", ""), f"{name}[{index}].text", "text")
 
 
-def _token_problem(row: dict[str, Any]) -> str | None:
-    if "input_ids" not in row:
-        return None
+def _require_token_columns(row: dict[str, Any]) -> None:
     for column in _TOKEN_COLUMNS:
         if column in row:
-            problem = _numbers_problem(row[column], column)
-            if problem:
-                return problem
+            _require_numbers(row[column], column)
             if len(row[column]) != len(row["input_ids"]):
-                return f"`{column}` has {len(row[column])} entries, for {len(row['input_ids'])} `input_ids`"
-    return None
+                raise ValueError(f"`{column}` has {len(row[column])} entries, for {len(row['input_ids'])} `input_ids`")
 
 
-def _numbers_problem(value: Any, column: str) -> str | None:
-    if problem := kind_problem(value, column, "a list"):
-        return problem
+def _require_numbers(value: Any, column: str) -> None:
+    require_kind(value, column, "a list")
     for index, number in enumerate(value):
         if type(number) is not int or (number < 0 and column == "input_ids") or abs(number) >= 2**31:
-            return f"`{column}[{index}]` is {_shown(number)}, expected a token's number"
-    return None
+            shown = repr(number) if type(number) in (int, float) else kind_of(number)
+            raise ValueError(f"`{column}[{index}]` is {shown}, expected a token's number")
 
 
-def _side_problem(row: dict[str, Any]) -> str | None:
-    kwargs = row.get("chat_template_kwargs")
-    if kwargs is not None and (problem := kind_problem(kwargs, "chat_template_kwargs", "an object")):
-        return problem
-    tools = row.get("tools")
+def _require_side_columns(row: dict[str, Any]) -> None:
+    kwargs, tools = row.get("chat_template_kwargs"), row.get("tools")
+    if kwargs is not None:
+        require_kind(kwargs, "chat_template_kwargs", "an object")
     if isinstance(tools, str):
         try:
             tools = parse_json(tools.encode())
         except JsonTextError as error:
-            return f"`tools` is text that is not JSON: {error}"
-        if problem := inexactness(tools, "tools"):
-            return problem
-    return None if tools is None else objects_problem(tools, "tools")
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r}" if isinstance(value, int | float) and not isinstance(value, bool) else kind_of(value)
+            raise ValueError(f"`tools` is text that is not JSON: {error}") from error
+        require_exact(tools, "tools")
+    if tools is not None:
+        require_objects(tools, "tools")

@@ -23,7 +23,7 @@ from frozen_peft.data.conversation import Message, split_sample, with_context
 from frozen_peft.data.marks import Marks
 from frozen_peft.data.paraphrases import Paraphrases
 from frozen_peft.data.pieces import STRIPPED, MarkedMessage, marked_context, stripped_context, with_text
-from frozen_peft.data.row_checks import messages_problem, value_problem
+from frozen_peft.data.row_checks import require_messages, require_value
 from frozen_peft.data.rows import read_rows
 
 __all__ = ["DEFAULT_INDEPENDENT", "VariantSettings", "read_units", "vary_context"]
@@ -77,8 +77,8 @@ class VariantSettings:
         for name in ("drop", "keep_instructions"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, expected a probability, from 0 to 1")
-        for problem in filter(None, map(_exchange_problem, self.insert)):
-            raise ValueError(problem)
+        for messages in self.insert:
+            _require_unit(messages)
         if self.independent.reach_into_text:
             raise ValueError("`independent` has a tag or a pattern; it is whole messages that are independent")
         ways = (self.drop, self.shuffle, self.swaps, self.insert, self.paraphrases, self.keep_instructions)
@@ -115,7 +115,7 @@ def read_units(path: Path) -> list[list[Message]]:
         ValueError: A row is neither, an exchange does not begin with a user, or there are no rows.
         FileNotFoundError: There is no such file.
     """
-    units = [row.values.get("messages", [row.values]) for row in read_rows(path, _unit_problem)]
+    units = [row.values.get("messages", [row.values]) for row in read_rows(path, _require_unit_row)]
     if not units:
         raise ValueError(f"{path}: the file has no messages")
     return units
@@ -298,14 +298,15 @@ def _keep_some(marked: Sequence[MarkedMessage], probability: float, dice: _Dice)
     ]
 
 
-def _unit_problem(values: dict[str, Any]) -> str | None:
-    if "messages" not in values:
-        return messages_problem([values], "message")
-    return value_problem(values["messages"], "messages") or _exchange_problem(values["messages"])
+def _require_unit_row(values: dict[str, Any]) -> None:
+    if "messages" in values:
+        require_value(values["messages"], "messages")
+        _require_unit(values["messages"])
+    else:
+        require_messages([values], "message")
 
 
-def _exchange_problem(messages: Sequence[Message]) -> str | None:
-    """What keeps the messages of a unit from being one, or an exchange."""
+def _require_unit(messages: Sequence[Message]) -> None:
+    """The messages of a unit are one, or an exchange."""
     if len(messages) > 1 and messages[0]["role"] != "user":
-        return f"an exchange begins with a user's message, this one with role {messages[0]['role']!r}"
-    return None
+        raise ValueError(f"an exchange begins with a user's message, this one with role {messages[0]['role']!r}")

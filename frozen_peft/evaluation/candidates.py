@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from frozen_peft.data.conversation import Context, Message, sample_problem
+from frozen_peft.data.conversation import Context, Message, require_sample
 from frozen_peft.data.marks import Marks
 from frozen_peft.data.row_checks import named
 from frozen_peft.data.rows import Row, made_of_rows
@@ -19,6 +19,7 @@ from frozen_peft.data.stripping import STRIPPED, restore_instructions, strip_ins
 __all__ = [
     "ADDED_COLUMNS",
     "Candidate",
+    "CandidateKey",
     "PromptRow",
     "SamplingSettings",
     "candidate_seed",
@@ -28,6 +29,8 @@ __all__ = [
 
 # What sampling adds to a row beside its completion.
 ADDED_COLUMNS = ("candidate", "seed", "margin", "retokenized")
+# Index of a prompt, and number of one of its candidates.
+CandidateKey = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Candidate:
     differs: Literal["tokens", "text"] | None = None
 
     @property
-    def key(self) -> tuple[int, int]:
+    def key(self) -> CandidateKey:
         """What tells it from all others."""
         return self.prompt, self.number
 
@@ -158,8 +161,7 @@ def read_prompts(
     indices = itertools.count()
 
     def made(row: Row) -> PromptRow:
-        if problem := _prompt_problem(row.values):
-            raise ValueError(problem)
+        _require_prompt(row.values)
         prompt, stripped = _prompts(row.values, marks)
         if with_stripped and stripped is None:
             raise ValueError(
@@ -198,20 +200,18 @@ def completed(row: PromptRow, candidate: Candidate, margin: float | None = None)
     return made
 
 
-def _prompt_problem(values: dict[str, Any]) -> str | None:
-    if values.get("prompt") is None:
-        return f"a prompt is in the column `prompt`; found {named(values)}"
+def _require_prompt(values: dict[str, Any]) -> None:
+    prompt = values.get("prompt")
+    if prompt is None:
+        raise ValueError(f"a prompt is in the column `prompt`; found {named(values)}")
     taken = [name for name in ("completion", *ADDED_COLUMNS) if values.get(name) is not None]
     if taken:
-        return f"there is a column `{taken[0]}` already, which sampling would write; rename or remove it"
-    if problem := sample_problem(values):
-        return problem
-    prompt = values["prompt"]
+        raise ValueError(f"there is a column `{taken[0]}` already, which sampling would write; rename or remove it")
+    require_sample(values)
     if not prompt:
-        return "`prompt` is empty"
+        raise ValueError("`prompt` is empty")
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-        return "`prompt` ends with an assistant's message, and the decision is the next one"
-    return None
+        raise ValueError("`prompt` ends with an assistant's message, and the decision is the next one")
 
 
 def _prompts(values: dict[str, Any], marks: Marks | None) -> tuple[Context, Context | None]:

@@ -68,7 +68,7 @@ class DecisionScore:
         is_greedy: Whether each token is the most likely one, up to the first that ends the turn: whether greedy
             decoding gives this decision. None where its first token is not predicted.
         kl_to_base: Kullback-Leibler divergence of the distributions that predict its tokens from the base model's,
-            KL(base || adapted) over the whole vocabulary, mean per token, in nats; None where it was not asked for.
+            KL(base || adapted) over the whole vocabulary, mean per token, in nats; None but where both were scored.
     """
 
     logprob: float
@@ -83,7 +83,7 @@ class _Tokens(NamedTuple):
     Attributes:
         logprobs: Log-probability of each, float64.
         is_top: Whether it is the most likely one.
-        kl: KL to the base of the distribution that predicts it, float64; NaN where it was not asked for.
+        kl: KL to the base of the distribution that predicts it, float64; 0 where only one of the two was scored.
     """
 
     logprobs: torch.Tensor
@@ -150,7 +150,7 @@ class DecisionScorer:
         """Scores decisions.
 
         Args:
-            decisions: In any order; equal ones cost once. `with_kl` needs both weights.
+            decisions: In any order; equal ones cost once.
             weights: Which weights to score with, one after the other in each batch.
 
         Returns:
@@ -164,14 +164,8 @@ class DecisionScorer:
         """
         if "base" in weights or self._cut.invocation:
             require_base(self.model, "The base model's figures are wanted")
-        if any(decision.with_kl for decision in decisions) and set(weights) != {"base", "adapted"}:
-            raise ValueError("KL to the base needs both the base's and the adapted weights")
         rows: dict[bytes, _Row] = {}
-        asked = []
-        for decision in decisions:
-            row = rows.setdefault(_key(decision), _Row(self._decision(decision), decision.name))
-            row.with_kl |= decision.with_kl
-            asked.append((row, decision.with_kl))
+        asked = [rows.setdefault(_key(one), _Row(self._decision(one), one.name)) for one in decisions]
         batches = list(self._batches(list(rows.values())))
         for encoder in {self._encoder_of[which] for which in weights}:
             encoder.expect([row.decision.to_encode for row in rows.values()])
@@ -180,10 +174,7 @@ class DecisionScorer:
             for batch in batches:
                 self._score(batch, weights)
                 bar.update(len(batch))
-        return {
-            which: [self._summed(row, which, with_kl=with_kl and which == "adapted") for row, with_kl in asked]
-            for which in weights
-        }
+        return {which: [self._summed(row, which) for row in asked] for which in weights}
 
     def _decision(self, tokenized: TokenizedDecision) -> Decision:
         """The decision, cut off its context where the forward over a frozen context begins."""
@@ -228,14 +219,13 @@ class DecisionScorer:
         is_predicted = split.labels[:, 1:] != IGNORED_LABEL
         row_of, column = is_predicted.nonzero(as_tuple=True)
         targets = split.labels[:, 1:][is_predicted]
-        wants_kl = torch.tensor([row.with_kl for row in batch])[row_of]
         flat = {which: states[row_of.to(states.device), column.to(states.device)] for which, states in hidden.items()}
         parts: dict[Weights, list[_Tokens]] = {which: [] for which in weights}
         size = max(MAX_LOGITS // self._pretrained.config.get_text_config().vocab_size, 1)
         for start in range(0, len(targets), size):
             chunk = slice(start, start + size)
             states = {which: values[chunk] for which, values in flat.items()}
-            for which, tokens in self._token_scores(states, targets[chunk], wants_kl[chunk]).items():
+            for which, tokens in self._token_scores(states, targets[chunk]).items():
                 parts[which].append(tokens)
         for which, chunks in parts.items():
             joined = _Tokens(*(torch.cat(column) for column in zip(*chunks, strict=True)))
@@ -280,19 +270,16 @@ class DecisionScorer:
                 use_cache=False,
             ).last_hidden_state
 
-    def _token_scores(
-        self, states: dict[Weights, torch.Tensor], targets: torch.Tensor, wants_kl: torch.Tensor
-    ) -> dict[Weights, _Tokens]:
+    def _token_scores(self, states: dict[Weights, torch.Tensor], targets: torch.Tensor) -> dict[Weights, _Tokens]:
         """Scores of N tokens from the hidden states `(N, E)` that predict them."""
         logprobs = {}
         for which, hidden in states.items():
             with self._weights(which), without_dropout(self.model):
                 logits = self._logits(hidden)
             logprobs[which] = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        kl = torch.full((len(targets),), float("nan"), dtype=torch.float64)
-        if wants_kl.any():
-            base, adapted = (logprobs[which][wants_kl.to(logprobs[which].device)] for which in ("base", "adapted"))
-            kl[wants_kl] = _divergence(base, adapted).double().cpu()
+        kl = torch.zeros(len(targets), dtype=torch.float64)
+        if len(logprobs) == 2:
+            kl = _divergence(logprobs["base"], logprobs["adapted"]).double().cpu()
         scores: dict[Weights, _Tokens] = {}
         for which, values in logprobs.items():
             goal = targets.to(values.device)
@@ -328,7 +315,7 @@ class DecisionScorer:
         with self._context_weights("adapted"):
             verify_context(self.model, tokens.to(device), len(row.decision.context), chunk_size=self._chunk_size)
 
-    def _summed(self, row: "_Row", which: Weights, *, with_kl: bool) -> DecisionScore:
+    def _summed(self, row: "_Row", which: Weights) -> DecisionScore:
         tokens, labels = row.tokens[which], row.decision.labels
         decision = labels[labels != IGNORED_LABEL].tolist()
         stop = next((place + 1 for place, token in enumerate(decision) if token in self._stop_tokens), len(decision))
@@ -337,7 +324,7 @@ class DecisionScorer:
             logprob=float(tokens.logprobs.sum()),
             num_tokens=len(tokens.logprobs),
             is_greedy=bool(tokens.is_top[:stop].all()) if is_whole else None,
-            kl_to_base=float(tokens.kl.mean()) if with_kl else None,
+            kl_to_base=float(tokens.kl.mean()) if which == "adapted" and "base" in row.tokens else None,
         )
 
 
@@ -346,7 +333,6 @@ class _Row:
 
     def __init__(self, decision: Decision, name: str):
         self.decision, self.name = decision, name
-        self.with_kl = False
         self.tokens: dict[Weights, _Tokens] = {}
 
 
@@ -375,7 +361,7 @@ def _decoder_output(decoder: PreTrainedModel, hidden: torch.Tensor) -> Iterator[
 def _require_finite(row: _Row, which: Weights) -> None:
     """Raises where a NaN or infinite logit, anywhere in the vocabulary, has left its trace."""
     tokens = row.tokens[which]
-    if not tokens.logprobs.isfinite().all() or (row.with_kl and not tokens.kl.isfinite().all()):
+    if not (tokens.logprobs.isfinite().all() and tokens.kl.isfinite().all()):
         raise ValueError(
             f"{row.name}: the {which} model gives its {len(tokens.logprobs)} tokens log-probabilities that are not "
             f"all finite, {tokens.logprobs.tolist()[:8]}. A model with NaN or infinite logits cannot be measured; "

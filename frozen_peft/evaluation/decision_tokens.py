@@ -34,13 +34,11 @@ class TokenizedDecision:
         prompt: Everything before the decision, the assistant's header included, shape `(tokens,)`, int64.
         decision: Its tokens to the end of the turn, as they are trained, shape `(tokens,)`, int64.
         name: How messages name it.
-        with_kl: Whether its KL to the base is wanted.
     """
 
     prompt: torch.Tensor
     decision: torch.Tensor
     name: str = "decision"
-    with_kl: bool = False
 
 
 # What the tokens of a prompt depend on beside it: `tools` and `chat_template_kwargs`, of the row that it is of.

@@ -11,17 +11,15 @@
 """
 
 import asyncio
-import email.utils
 import importlib.util
 import itertools
 import json
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from frozen_peft.data.json_text import JsonTextError, inexactness, parse_json
+from frozen_peft.data.json_text import parse_json, require_exact
 from frozen_peft.evaluation.candidates import Candidate, PromptRow, SamplingSettings
 
 __all__ = ["EndpointError", "EndpointSampler", "RetrySettings"]
@@ -279,22 +277,18 @@ def _call(call: Any) -> Any:
     """A call of a tool; servers have its arguments as text, chat templates as what the text says."""
     try:
         arguments = parse_json(call["function"]["arguments"].encode())
-        whole = isinstance(arguments, dict) and inexactness(arguments, "arguments") is None
-    except (JsonTextError, UnicodeEncodeError, AttributeError, KeyError, TypeError):
+        require_exact(arguments, "arguments")
+    except (ValueError, AttributeError, KeyError, TypeError):
         return call
-    return {**call, "function": {**call["function"], "arguments": arguments}} if whole else call
+    return {**call, "function": {**call["function"], "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds to wait, where the server says so in seconds or as a date."""
-    value = headers.get("retry-after")
-    if value is None:
-        return None
+    """Seconds to wait, where the server says so."""
     try:
-        return max(float(value), 0.0)
-    except ValueError:
-        moment = email.utils.parsedate_tz(value)
-        return None if moment is None else max(email.utils.mktime_tz(moment) - time.time(), 0.0)
+        return max(float(headers["retry-after"]), 0.0)
+    except (KeyError, ValueError):
+        return None
 
 
 def _said(body: object) -> str:

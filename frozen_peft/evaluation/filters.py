@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from frozen_peft.evaluation.candidates import Candidate, PromptRow, completed
+from frozen_peft.evaluation.candidates import Candidate, CandidateKey, PromptRow, completed
 
-__all__ = ["CandidateFilter", "FilterError", "MarginMeasure", "Verdict"]
+__all__ = ["CandidateFilter", "FilterError", "MarginMeasure"]
 
 
 class FilterError(ValueError):
@@ -21,19 +21,6 @@ class MarginMeasure(Protocol):
     def measure(self, rows: Sequence[PromptRow], candidates: Sequence[Candidate]) -> list[float]:
         """One margin for each candidate, given its prompt's row."""
         ...
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What became of a candidate.
-
-    Attributes:
-        rejected: Why it is not kept, in a few words; None: it is kept.
-        margin: Its margin, where that was measured.
-    """
-
-    rejected: str | None
-    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,34 +44,35 @@ class CandidateFilter:
     keep_unfinished: bool = False
 
     def judge(
-        self, rows: Sequence[PromptRow], candidates: Sequence[Candidate], known: Sequence[float | None] | None = None
-    ) -> list[Verdict]:
-        """Judges candidates, one verdict each.
+        self, rows: Sequence[PromptRow], candidates: Sequence[Candidate], margins: dict[CandidateKey, float]
+    ) -> list[str | None]:
+        """Says of each candidate why it is not kept, in a few words; None: it is.
 
         Args:
             rows: The prompt of each candidate.
             candidates: What was sampled.
-            known: Margins of the candidates, None for each that is not known; by default none of them is.
+            margins: Those that are known; what is measured is added.
 
         Raises:
             FilterError: The function fails, or returns something else than True or False.
         """
-        verdicts = [Verdict(self._rejection(row, candidate)) for row, candidate in zip(rows, candidates, strict=True)]
+        rejected = [self._rejection(row, candidate) for row, candidate in zip(rows, candidates, strict=True)]
         if self.margin is None:
-            return verdicts
-        passed = [index for index, verdict in enumerate(verdicts) if verdict.rejected is None]
-        found = list(known or [None] * len(candidates))
-        unknown = [index for index in passed if found[index] is None]
+            return rejected
+        unknown = [
+            index
+            for index, candidate in enumerate(candidates)
+            if rejected[index] is None and candidate.key not in margins
+        ]
         if unknown:
-            measured = self.margin.measure([rows[i] for i in unknown], [candidates[i] for i in unknown])
-            for index, value in zip(unknown, measured, strict=True):
-                found[index] = value
-        for index in passed:
-            margin = found[index]
-            assert margin is not None
-            enough = margin >= self.min_margin
-            verdicts[index] = Verdict(None if enough else f"margin below {self.min_margin:g}", margin)
-        return verdicts
+            asked = [candidates[index] for index in unknown]
+            measured = self.margin.measure([rows[index] for index in unknown], asked)
+            margins.update(zip([candidate.key for candidate in asked], measured, strict=True))
+        too_small = f"margin below {self.min_margin:g}"
+        return [
+            reason if reason is not None or margins[candidate.key] >= self.min_margin else too_small
+            for reason, candidate in zip(rejected, candidates, strict=True)
+        ]
 
     def _rejection(self, row: PromptRow, candidate: Candidate) -> str | None:
         if candidate.finish == "length" and not self.keep_unfinished:

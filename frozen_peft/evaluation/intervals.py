@@ -12,8 +12,8 @@ __all__ = ["CONFIDENCE", "NUM_RESAMPLES", "Mean", "Proportion", "bootstrap_mean"
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000
-# Values drawn at a time while resampling.
-MAX_DRAWN = 2**20
+# Share of what is left out at either end of an interval.
+_TAIL = (1 - CONFIDENCE) / 2
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Mean:
     total: int
 
 
-def wilson_proportion(num: int, total: int, confidence: float = CONFIDENCE) -> Proportion:
+def wilson_proportion(num: int, total: int) -> Proportion:
     """A share and its Wilson score interval: the shares p for which `num` lies within z standard errors of p.
 
     It holds its level for few cases and for shares near 0 and 1 too, where the normal interval does not (Wilson 1927;
@@ -63,7 +63,7 @@ def wilson_proportion(num: int, total: int, confidence: float = CONFIDENCE) -> P
     """
     if not 0 <= num <= total or total < 1:
         raise ValueError(f"a share needs 0 <= num <= total and total >= 1, found {num} of {total}")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf(1 - _TAIL)
     rate, weight = num / total, z * z / total
     centre = (rate + weight / 2) / (1 + weight)
     half = z * math.sqrt(rate * (1 - rate) / total + weight / (4 * total)) / (1 + weight)
@@ -73,13 +73,12 @@ def wilson_proportion(num: int, total: int, confidence: float = CONFIDENCE) -> P
     return Proportion(rate, low, high, num, total)
 
 
-def bootstrap_mean(values: Sequence[float], *, seed: int = 0, confidence: float = CONFIDENCE) -> Mean:
+def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Mean:
     """A mean and its bootstrap percentile interval, from `NUM_RESAMPLES` resamples.
 
     Args:
         values: At least one.
         seed: Decides the resamples.
-        confidence: Share of the resamples' means within the interval.
 
     Raises:
         ValueError: There are no values.
@@ -91,11 +90,6 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0, confidence: float 
     if len(array) == 1:
         return Mean(mean, None, None, 1)
     generator = np.random.default_rng(seed)
-    size = max(MAX_DRAWN // len(array), 1)
-    means = []
-    for start in range(0, NUM_RESAMPLES, size):
-        count = min(size, NUM_RESAMPLES - start)
-        means.append(array[generator.integers(0, len(array), (count, len(array)))].mean(axis=1))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    means = [array[generator.integers(0, len(array), len(array))].mean() for _ in range(NUM_RESAMPLES)]
+    low, high = np.quantile(means, [_TAIL, 1 - _TAIL])
     return Mean(mean, float(low), float(high), len(array))

@@ -8,7 +8,7 @@
 - On control probes, *KL to the base* is that of the preferred decision: the mean over its tokens of KL(base || model).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +31,7 @@ class ProbeScore:
 
     Attributes:
         probe: The probe.
-        preferred: Score of the preferred decision; with `kl_to_base` on a control probe of an adapted model.
+        preferred: Score of the preferred decision.
         rejected: Score of the rejected decision.
         is_exact: Whether greedy decoding gives what the probe expects; None where it expects nothing.
     """
@@ -56,6 +56,11 @@ class ProbeScore:
     def is_preferred(self) -> bool:
         """Whether the preferred decision is the more likely one; a tie is not."""
         return self.margin > 0
+
+    @property
+    def kl_to_base(self) -> float | None:
+        """That of the preferred decision of a control probe; None of others, or where the base was not scored."""
+        return self.preferred.kl_to_base if self.probe.kind == "control" else None
 
 
 @dataclass(frozen=True)
@@ -181,29 +186,27 @@ def compare_probes(
     if any(probe.expected is not None for probe in tokens.probes):
         stops = stop_tokens(tokenizer, getattr(get_pretrained_model(model), "generation_config", None))
     scorer = DecisionScorer(model, batch_size=batch_size, chunk_size=prefill_chunk_size, stop_tokens=stops)
-    asked: list[tuple[Condition, ProbeDecisions]] = []
+    asked: dict[Condition, list[ProbeDecisions]] = {}
     general, notes = tuple(tokens.notes), {}
     for condition in dict.fromkeys(conditions):
         num_notes = len(tokens.notes)
-        asked += [(condition, own) for own in tokens.under(condition, seed=seed)]
+        asked[condition] = tokens.under(condition, seed=seed)
         notes[condition] = (*general, *tokens.notes[num_notes:])
-    if not asked:
-        raise ValueError(f"no probe can be scored. {' '.join(tokens.notes)}")
     decisions = [
-        replace(
-            decision,
-            name=f"{decision.name} ({condition})",
-            with_kl=len(weights) > 1 and name == "preferred" and own.probe.kind == "control",
-        )
-        for condition, own in asked
-        for name, decision in own.decisions.items()
+        replace(decision, name=f"{decision.name} ({condition})")
+        for condition, probes_under in asked.items()
+        for own in probes_under
+        for decision in own.decisions.values()
     ]
-    found = scorer.score(decisions, weights=weights)
-    return [
-        ProbeScores(which, condition, _scores_under(condition, asked, found[which]), notes[condition])
-        for which in weights
-        for condition in notes
-    ]
+    if not decisions:
+        raise ValueError(f"no probe can be scored. {' '.join(tokens.notes)}")
+    results = []
+    for which, found in scorer.score(decisions, weights=weights).items():
+        rest = iter(found)
+        for condition, probes_under in asked.items():
+            scores = tuple(_probe_score(own, rest) for own in probes_under)
+            results.append(ProbeScores(which, condition, scores, notes[condition]))
+    return results
 
 
 def summarize(scores: ProbeScores, *, seed: int = 0) -> dict[ProbeKind, ProbeSummary]:
@@ -219,7 +222,7 @@ def summarize(scores: ProbeScores, *, seed: int = 0) -> dict[ProbeKind, ProbeSum
         if not own:
             continue
         exact = [score.is_exact for score in own if score.is_exact is not None]
-        divergences = [score.preferred.kl_to_base for score in own if score.preferred.kl_to_base is not None]
+        divergences = [score.kl_to_base for score in own if score.kl_to_base is not None]
         summaries[kind] = ProbeSummary(
             preference=wilson_proportion(sum(score.is_preferred for score in own), len(own)),
             margin=bootstrap_mean([score.margin for score in own], seed=seed),
@@ -230,16 +233,8 @@ def summarize(scores: ProbeScores, *, seed: int = 0) -> dict[ProbeKind, ProbeSum
     return summaries
 
 
-def _scores_under(
-    condition: Condition, asked: Sequence[tuple[Condition, ProbeDecisions]], found: Sequence[DecisionScore]
-) -> tuple[ProbeScore, ...]:
-    """What was made of the probes under one condition, of the scores of all decisions that were asked for."""
-    rest = iter(found)
-    scores = []
-    for own_condition, own in asked:
-        score_of = {name: next(rest) for name in own.decisions}
-        if own_condition == condition:
-            expected = score_of.get("expected")
-            is_exact = None if expected is None else expected.is_greedy
-            scores.append(ProbeScore(own.probe, score_of["preferred"], score_of["rejected"], is_exact))
-    return tuple(scores)
+def _probe_score(asked: ProbeDecisions, found: Iterator[DecisionScore]) -> ProbeScore:
+    """What was made of one probe, of the scores of its decisions, which come next."""
+    score_of = {name: next(found) for name in asked.decisions}
+    is_exact = score_of["expected"].is_greedy if "expected" in score_of else None
+    return ProbeScore(asked.probe, score_of["preferred"], score_of["rejected"], is_exact)

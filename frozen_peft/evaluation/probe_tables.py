@@ -112,7 +112,7 @@ def _score_values(score: ProbeScore) -> dict[str, Any]:
         "rejected_tokens": score.rejected.num_tokens,
         "is_preferred": score.is_preferred,
         "is_exact": score.is_exact,
-        "kl_to_base": score.preferred.kl_to_base,
+        "kl_to_base": score.kl_to_base,
     }
 
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from frozen_peft.data.conversation import sample_problem
-from frozen_peft.data.row_checks import kind_problem, named, objects_problem
+from frozen_peft.data.conversation import require_sample
+from frozen_peft.data.row_checks import named, require_kind, require_objects
 from frozen_peft.data.rows import Row, made_of_rows
 
 __all__ = ["CONDITIONS", "KINDS", "Condition", "Probe", "ProbeKind", "read_probes"]
@@ -68,8 +68,7 @@ class Probe:
         Raises:
             ValueError: A field is missing or is not what it should be.
         """
-        if problem := _problem(values):
-            raise ValueError(f"{place}: {problem}")
+        _require_fields(values)
         return cls(
             prompt=values["prompt"],
             preferred=values["preferred"],
@@ -100,8 +99,6 @@ def read_probes(path: Path, on_bad: Callable[[str], None] | None = None) -> list
     places: dict[str, str] = {}
 
     def made(row: Row) -> Probe:
-        if problem := _problem(row.values):
-            raise ValueError(problem)
         probe = Probe.from_row(row.values, row.place, default_id=f"line {row.line}")
         if probe.id in places:
             raise ValueError(f"`id` {probe.id!r} is that of {places[probe.id]}; give each probe its own")
@@ -114,27 +111,24 @@ def read_probes(path: Path, on_bad: Callable[[str], None] | None = None) -> list
     return probes
 
 
-def _problem(values: dict[str, Any]) -> str | None:
-    """What keeps a row from being a probe."""
+def _require_fields(values: dict[str, Any]) -> None:
+    """Refuses a row that is no probe."""
     missing = [name for name in ("prompt", "preferred", "rejected") if values.get(name) is None]
     if missing:
-        return f"a probe needs {named(missing)}; found {named(values)}"
+        raise ValueError(f"a probe needs {named(missing)}; found {named(values)}")
     for name in ("preferred", "rejected", "expected", "id"):
         value = values.get(name)
-        if value is not None and (problem := kind_problem(value, name, "text")):
-            return problem
+        if value is not None:
+            require_kind(value, name, "text")
         if value == "" and name != "id":
-            return f"`{name}` is empty: a decision has at least one token"
+            raise ValueError(f"`{name}` is empty: a decision has at least one token")
     if values["preferred"] == values["rejected"]:
-        return f"`preferred` and `rejected` are equal ({_short(values['preferred'])}): there is nothing to prefer"
+        shown = values["preferred"][:40]
+        raise ValueError(f"`preferred` and `rejected` are equal ({shown!r}): there is nothing to prefer")
     if values.get("kind") not in (None, *KINDS):
-        return f"`kind` is one of {', '.join(KINDS)}; got {values['kind']!r}"
-    if values.get("stripped") and (problem := objects_problem(values["stripped"], "stripped")):
-        return problem
-    prompt = values["prompt"]
+        raise ValueError(f"`kind` is one of {', '.join(KINDS)}; got {values['kind']!r}")
+    if values.get("stripped"):
+        require_objects(values["stripped"], "stripped")
     # No messages are a decision without context, which is no sample to strip but one to score.
-    return None if prompt == [] else sample_problem({"prompt": prompt})
-
-
-def _short(text: str, length: int = 40) -> str:
-    return repr(text if len(text) <= length else text[: length - 1] + "…")
+    if values["prompt"] != []:
+        require_sample({"prompt": values["prompt"]})

@@ -22,16 +22,14 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from frozen_peft.data.rows import dump_row
-from frozen_peft.evaluation.candidates import Candidate, PromptRow, completed
-from frozen_peft.evaluation.filters import CandidateFilter, Verdict
+from frozen_peft.evaluation.candidates import Candidate, CandidateKey, PromptRow, completed
+from frozen_peft.evaluation.filters import CandidateFilter
 from frozen_peft.evaluation.journal import Journal
 from frozen_peft.utils.files import whole_file
 from frozen_peft.utils.tables import aligned
 
 __all__ = ["SampleSummary", "Sampler", "run_sample_job", "work_file"]
 
-# Index of a prompt, and number of one of its candidates.
-_Key = tuple[int, int]
 # Candidates of an earlier run that are judged together.
 _FOUND_BATCH = 64
 
@@ -39,7 +37,7 @@ _FOUND_BATCH = 64
 class Sampler(Protocol):
     """Where candidates come from."""
 
-    def sample(self, rows: Sequence[PromptRow], done: Set[tuple[int, int]]) -> Iterator[list[Candidate]]:
+    def sample(self, rows: Sequence[PromptRow], done: Set[CandidateKey]) -> Iterator[list[Candidate]]:
         """Candidates of these prompts, without those that are done, a few at a time."""
         ...
 
@@ -119,36 +117,31 @@ def run_sample_job(
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {output.absolute().parent} to write {output.name} to")
     with closing(Journal(work_file(output), settings)) as journal:
-        candidates, margins = _found(journal.records)
+        # A record is a candidate, or the margin of one.
+        margins = {(one["prompt"], one["number"]): one["margin"] for one in journal.records if "margin" in one}
+        found = [Candidate(**one) for one in journal.records if "margin" not in one]
+        candidates = {candidate.key: candidate for candidate in found}
         num_found = len(candidates)
-        verdicts = _judged(rows, sampler, keep, candidates, margins, journal)
+        rejected = _judged(rows, sampler, keep, candidates, margins, journal)
         with whole_file(output) as file:
             for row in rows:
-                for number in range(len(row.seeds)):
-                    candidate, verdict = candidates[row.index, number], verdicts[row.index, number]
-                    if verdict.rejected is None:
-                        file.write(dump_row(completed(row, candidate, verdict.margin)))
+                for key in ((row.index, number) for number in range(len(row.seeds))):
+                    if rejected[key] is None:
+                        file.write(dump_row(completed(row, candidates[key], margins.get(key))))
         journal.remove()
-    return _summary(rows, candidates, verdicts, num_found, time.monotonic() - start)
-
-
-def _found(records: Sequence[dict[str, Any]]) -> tuple[dict[_Key, Candidate], dict[_Key, float]]:
-    """The candidates in a work file, and the margins of those whose are known."""
-    margins = {(one["prompt"], one["number"]): one["margin"] for one in records if "margin" in one}
-    candidates = [Candidate(**one) for one in records if "margin" not in one]
-    return {candidate.key: candidate for candidate in candidates}, margins
+    return _summary(rows, candidates, rejected, num_found, time.monotonic() - start)
 
 
 def _judged(
     rows: Sequence[PromptRow],
     sampler: Sampler,
     keep: CandidateFilter,
-    candidates: dict[_Key, Candidate],
-    margins: dict[_Key, float],
+    candidates: dict[CandidateKey, Candidate],
+    margins: dict[CandidateKey, float],
     journal: Journal,
-) -> dict[_Key, Verdict]:
-    """Samples what is missing, and judges all."""
-    verdicts: dict[_Key, Verdict] = {}
+) -> dict[CandidateKey, str | None]:
+    """Samples what is missing, and says of all why they are not kept, None where they are."""
+    rejected: dict[CandidateKey, str | None] = {}
     num_kept = 0
     total = sum(len(row.seeds) for row in rows)
     with (
@@ -158,27 +151,24 @@ def _judged(
         for batch in batches:
             journal.append([asdict(candidate) for candidate in batch if candidate.key not in candidates])
             candidates.update({candidate.key: candidate for candidate in batch})
-            known = [margins.get(candidate.key) for candidate in batch]
-            judged = keep.judge([rows[candidate.prompt] for candidate in batch], batch, known)
-            for candidate, verdict in zip(batch, judged, strict=True):
-                verdicts[candidate.key] = verdict
-                num_kept += verdict.rejected is None
-            measured = {
-                candidate.key: verdict.margin
-                for candidate, verdict in zip(batch, judged, strict=True)
-                if verdict.margin is not None and candidate.key not in margins
-            }
+            unmeasured = [candidate for candidate in batch if candidate.key not in margins]
+            reasons = keep.judge([rows[candidate.prompt] for candidate in batch], batch, margins)
+            rejected.update(zip([candidate.key for candidate in batch], reasons, strict=True))
             journal.append(
-                [{"prompt": prompt, "number": number, "margin": m} for (prompt, number), m in measured.items()]
+                [
+                    {"prompt": one.prompt, "number": one.number, "margin": margins[one.key]}
+                    for one in unmeasured
+                    if one.key in margins
+                ]
             )
-            margins.update(measured)
             bar.update(len(batch))
+            num_kept += reasons.count(None)
             bar.set_postfix(kept=num_kept)
-    return verdicts
+    return rejected
 
 
 def _batches(
-    rows: Sequence[PromptRow], sampler: Sampler, candidates: dict[_Key, Candidate]
+    rows: Sequence[PromptRow], sampler: Sampler, candidates: dict[CandidateKey, Candidate]
 ) -> Generator[list[Candidate], None, None]:
     """What an earlier run sampled, and then the rest."""
     found = list(candidates.values())
@@ -189,13 +179,13 @@ def _batches(
 
 def _summary(
     rows: Sequence[PromptRow],
-    candidates: dict[_Key, Candidate],
-    verdicts: dict[_Key, Verdict],
+    candidates: dict[CandidateKey, Candidate],
+    rejected: dict[CandidateKey, str | None],
     num_found: int,
     seconds: float,
 ) -> SampleSummary:
-    kept = [key for key, verdict in verdicts.items() if verdict.rejected is None]
-    rejected = Counter(verdict.rejected for verdict in verdicts.values() if verdict.rejected is not None)
+    kept = [key for key, reason in rejected.items() if reason is None]
+    reasons = Counter(reason for reason in rejected.values() if reason is not None)
     return SampleSummary(
         num_prompts=len(rows),
         num_without=len(rows) - len({index for index, _ in kept}),
@@ -205,5 +195,5 @@ def _summary(
         num_retokenized=sum(candidates[key].differs == "tokens" for key in kept),
         num_tokens=sum(candidate.num_tokens or 0 for candidate in candidates.values()),
         seconds=seconds,
-        rejected=dict(rejected.most_common()),
+        rejected=dict(reasons.most_common()),
     )

@@ -97,8 +97,8 @@ def test_a_row_trains_as_it_was_generated(
         # Nothing but the template's line break after the end of the turn, and the end once.
         assert tokenizer.decode(rendered[len(generated) :]).strip() == ""
     assert (found.message is not None) == (form == "parts")
-    (verdict,) = CandidateFilter().judge([row], [candidate])
-    assert verdict.rejected == ("would not train as generated" if form == "lost" else None)
+    (reason,) = CandidateFilter().judge([row], [candidate], {})
+    assert reason == ("would not train as generated" if form == "lost" else None)
 
 
 @pytest.mark.parametrize(

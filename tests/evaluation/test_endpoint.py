@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling from servers that answer, and from servers that do not."""
 
-import email.utils
 import time
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ def test_reasoning_and_calls_of_tools_are_kept_apart(name: str) -> None:
     message = {"role": "assistant", "content": "", "reasoning_content": "the book", "tool_calls": [parsed, odd]}
     assert found.message == message
     assert completed(row(0), found)["completion"] == [message]
-    assert CandidateFilter().judge([row(0)], [found])[0].rejected is None
+    assert CandidateFilter().judge([row(0)], [found], {}) == [None]
 
 
 def test_what_is_done_is_not_asked_for() -> None:
@@ -192,12 +191,10 @@ def test_the_server_says_when_to_come_back() -> None:
         assert len(server.requests) == 2
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-def test_a_server_that_wants_more_patience_than_there_is(form: str) -> None:
-    moment = "3600" if form == "seconds" else email.utils.formatdate(time.time() + 3600, usegmt=True)
-    limited = Reply({"error": "tomorrow"}, status=429, headers={"Retry-After": moment})
+def test_a_server_that_wants_more_patience_than_there_is() -> None:
+    limited = Reply({"error": "tomorrow"}, status=429, headers={"Retry-After": "3600"})
     with answering(lambda *_: limited) as server:
-        with pytest.raises(EndpointError, match=r"it wants to be asked again in 3\d\d\d s, and `max_wait` is 0.01"):
+        with pytest.raises(EndpointError, match=r"it wants to be asked again in 3600 s, and `max_wait` is 0.01"):
             sampled(sampler(server, concurrency=1), [row()])
         assert len(server.requests) == 1
 

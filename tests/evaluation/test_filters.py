@@ -13,8 +13,8 @@ ROW = PromptRow(0, "p.jsonl, line 1", {"prompt": "Left?", "topic": "roads"}, "Le
 
 
 def reason(keep: CandidateFilter, text: str = "ok, left", finish: str = "stop") -> str | None:
-    (verdict,) = keep.judge([ROW], [Candidate(0, 0, 5, text, 3, finish)])
-    return verdict.rejected
+    (found,) = keep.judge([ROW], [Candidate(0, 0, 5, text, 3, finish)], {})
+    return found
 
 
 def test_without_a_filter_all_that_is_finished_is_kept() -> None:
@@ -70,11 +70,10 @@ def test_a_margin_is_measured_of_what_is_left() -> None:
     candidates = [
         Candidate(0, number, 5, text, 1, "stop") for number, text in enumerate(["aaa", "bbbb", "aa", "abcd"])
     ]
-    verdicts = keep.judge([ROW] * 4, candidates)
-    assert [(verdict.rejected, verdict.margin) for verdict in verdicts] == [
-        (None, 3.0),
-        ("does not match keep_regex", None),
-        ("margin below 3", 2.0),
-        (None, 4.0),
-    ]
-    assert lengths.measured == ["aaa", "aa", "abcd"]
+    margins: dict[tuple[int, int], float] = {}
+    expected = [None, "does not match keep_regex", "margin below 3", None]
+    for _ in range(2):
+        assert keep.judge([ROW] * 4, candidates, margins) == expected
+        assert margins == {(0, 0): 3.0, (0, 2): 2.0, (0, 3): 4.0}
+        # Those that are known are not measured again.
+        assert lengths.measured == ["aaa", "aa", "abcd"]

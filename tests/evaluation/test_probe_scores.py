@@ -104,7 +104,7 @@ def test_scores_are_those_of_plain_forwards(name: str) -> None:
     for result in results:
         assert [score.probe for score in result.scores] == probes
         assert_as_plain(model, result, {one.id: chat_ids(one.prompt) for one in probes})
-    has_kl = [[score.preferred.kl_to_base is not None for score in result.scores] for result in results]
+    has_kl = [[score.kl_to_base is not None for score in result.scores] for result in results]
     assert has_kl == [[False, False, False], [False, True, False]]
     base, adapted = ([score.margin for score in result.scores] for result in results)
     assert all(abs(one - other) > 100 * TOLERANCE * abs(one) for one, other in zip(base, adapted, strict=True))

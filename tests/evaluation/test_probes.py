@@ -70,5 +70,5 @@ def test_files_without_probes(tmp_path: Path) -> None:
 
 def test_a_row_of_python() -> None:
     assert Probe.from_row(GOOD).preferred == "ok"
-    with pytest.raises(ValueError, match="row 7: a probe needs"):
-        Probe.from_row({"prompt": "x"}, "row 7")
+    with pytest.raises(ValueError, match="a probe needs"):
+        Probe.from_row({"prompt": "x"})
