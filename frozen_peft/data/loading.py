@@ -31,7 +31,7 @@ from datasets import (
 from tqdm import tqdm
 
 from frozen_peft.data.json_text import BYTE_ORDER_MARK, JsonTextError, numbered_lines, parse_array, parse_json
-from frozen_peft.data.row_checks import TRAINED_COLUMNS, RowChecks, no_training_column
+from frozen_peft.data.row_checks import RowChecks, no_training_column
 from frozen_peft.data.stored import ColumnTypes, full_row, stored_row
 
 __all__ = ["has_split", "load_samples"]
@@ -79,12 +79,7 @@ def load_samples(
         return _load_named(name, split, config, streaming, text_field)
     if not path.is_file():
         raise FileNotFoundError(f"no dataset file {name} (looked in {Path.cwd()})")
-    if kind == "json":
-        return _load_json([path], streaming, text_field)
-    _check_parquet(path, text_field)
-    samples = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
-    _check_parquet_rows(samples, path, text_field)
-    return samples
+    return _load_json([path], streaming, text_field) if kind == "json" else _load_parquet(path, streaming, text_field)
 
 
 def has_split(name: str, split: str, config: str | None = None) -> bool:
@@ -194,16 +189,27 @@ def _placed(path: Path, first_line: int = 1) -> Iterator[None]:
         raise ValueError(f"{path}, line {first_line + error.line - 1}{column}: {error.reason}") from error
 
 
-def _check_parquet(path: Path, text_field: str) -> None:
+def _load_parquet(path: Path, streaming: bool, text_field: str) -> Dataset | IterableDataset:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a Parquet file: {error}") from error
     if not file.metadata.num_rows:
         raise ValueError(f"{path}: the file has no samples")
+    checks = RowChecks(text_field)
     columns = file.schema_arrow.names
-    if not {*TRAINED_COLUMNS, text_field} & set(columns):
+    known = [name for name in columns if name in checks.columns]
+    if not known:
         raise ValueError(f"{path}: {no_training_column(columns, text_field)}")
+    samples = load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
+    placed = (
+        # What one row has, the table has as null in all others.
+        (f"{path}, row {number}", {k: value for k, value in row.items() if value is not None or k not in _OPTIONAL})
+        for number, row in enumerate(samples.select_columns(known), start=1)
+    )
+    for _ in _checked_rows(placed, checks, path):
+        pass
+    return samples
 
 
 def _checked_rows(placed: Iterable[tuple[str, Any]], checks: RowChecks, path: Path) -> Iterator[Any]:
@@ -215,16 +221,3 @@ def _checked_rows(placed: Iterable[tuple[str, Any]], checks: RowChecks, path: Pa
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         yield row
-
-
-def _check_parquet_rows(samples: Dataset | IterableDataset, path: Path, text_field: str) -> None:
-    checks = RowChecks(text_field)
-    known = samples.select_columns([name for name in samples.column_names if name in checks.columns])
-    # What one row has, the table has as null in all others.
-    given = (
-        {column: value for column, value in row.items() if value is not None or column not in _OPTIONAL}
-        for row in known
-    )
-    placed = ((f"{path}, row {number}", row) for number, row in enumerate(given, start=1))
-    for _ in _checked_rows(placed, checks, path):
-        pass

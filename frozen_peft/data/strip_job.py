@@ -99,12 +99,7 @@ def strip_file(source: Path, target: Path, settings: StripSettings, measure: Cal
     summary = StripSummary()
 
     def processed(row: Row) -> list[dict[str, Any]]:
-        try:
-            return _processed(row.values, row.place, settings, measure, summary)
-        except QuotedInstructionError as error:
-            summary.num_samples += 1
-            summary.refused.append(f"{row.place}: {error}")
-            return []
+        return _processed(row, settings, measure, summary)
 
     with whole_file(target) as file:
         for samples in made_of_rows(source, processed, summary.bad.append if settings.skip_bad else None):
@@ -127,18 +122,23 @@ def _refuse_marked(marks: Marks, variants: VariantSettings) -> None:
 
 
 def _processed(
-    sample: dict[str, Any], place: str, settings: StripSettings, measure: Callable[[str], int], summary: StripSummary
+    row: Row, settings: StripSettings, measure: Callable[[str], int], summary: StripSummary
 ) -> list[dict[str, Any]]:
     """The rows that a sample becomes; the summary counts it once they are there."""
-    result = sample
+    sample = result = row.values
     if settings.marks is not None:
-        result = strip_instructions(
-            sample,
-            settings.marks,
-            tidy=settings.tidy,
-            allow_quotes=settings.allow_quotes,
-            quote_words=settings.quote_words,
-        )
+        try:
+            result = strip_instructions(
+                sample,
+                settings.marks,
+                tidy=settings.tidy,
+                allow_quotes=settings.allow_quotes,
+                quote_words=settings.quote_words,
+            )
+        except QuotedInstructionError as error:
+            summary.num_samples += 1
+            summary.refused.append(f"{row.place}: {error}")
+            return []
     samples = vary_context(result, settings.variants, settings.seed)
     summary.num_samples += 1
     before = sample.get(STRIPPED) or []
@@ -148,7 +148,7 @@ def _processed(
     if pieces:
         summary.num_stripped += 1
     else:
-        summary.unchanged.append(place)
+        summary.unchanged.append(row.place)
         summary.num_stripped_before += bool(before)
     summary.num_varied += len(samples) > 1
     summary.num_short += len(samples) < settings.variants.num_variants

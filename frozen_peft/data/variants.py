@@ -88,11 +88,6 @@ class VariantSettings:
                 "`paraphrases` or `keep_instructions`"
             )
 
-    @property
-    def need_messages(self) -> bool:
-        """Whether anything is set that text prompts cannot have."""
-        return bool(self.drop or self.shuffle or self.swaps or self.insert)
-
 
 @dataclass(frozen=True)
 class _Unit:
@@ -138,7 +133,7 @@ def vary_context(sample: dict[str, Any], settings: VariantSettings, seed: int = 
     """
     split = split_sample(sample)
     is_text = isinstance(split.context, str)
-    if is_text and settings.need_messages:
+    if is_text and (settings.drop or settings.shuffle or settings.swaps or settings.insert):
         raise ValueError(
             f"`{split.column}` is text: of its variants only `paraphrases` and `keep_instructions` differ, the other "
             "settings need messages"

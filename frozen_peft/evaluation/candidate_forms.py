@@ -13,40 +13,21 @@ What ends the turn is no part of either: the template (or TRL, behind text) puts
 import copy
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from trl import add_response_schema
 from trl.chat_template_utils import parse_response
 
 from frozen_peft.data.conversation import Message
-from frozen_peft.evaluation.candidates import PromptRow
+from frozen_peft.evaluation.candidates import Candidate, Difference, PromptRow
 from frozen_peft.evaluation.decision_tokens import prompt_tokens, row_tools, whole_tokens
 
-__all__ = ["CandidateForm", "CandidateForms"]
-
-Difference = Literal["tokens", "text"]
-
-
-@dataclass(frozen=True)
-class CandidateForm:
-    """How a candidate is written.
-
-    Attributes:
-        text: All that was generated before the end of the turn.
-        message: The assistant's message, where it is more than that text.
-        differs: What it trains as otherwise than it was generated: the same text in other tokens, or another text.
-            None: it trains as it was generated.
-    """
-
-    text: str
-    message: Message | None
-    differs: Difference | None
+__all__ = ["CandidateForms"]
 
 
 class CandidateForms:
-    """Finds the forms of candidates.
+    """Makes candidates of generated tokens.
 
     Args:
         tokenizer: The model's.
@@ -58,20 +39,23 @@ class CandidateForms:
         self._parser = _response_parser(tokenizer)
         self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
-    def find(self, row: PromptRow, tokens: list[int]) -> CandidateForm:
-        """The form of one candidate.
+    def candidate(self, row: PromptRow, number: int, tokens: list[int]) -> Candidate:
+        """One candidate, in the form that trains as it was generated, or is closest to that.
 
         Args:
             row: Its prompt.
+            number: Its number among the prompt's candidates.
             tokens: What was generated, with the token that ended it if one did.
         """
         prompt = prompt_tokens(self._tokenizer, row, row.prompt)
         text = self.text(tokens)
         messages = [] if isinstance(row.prompt, str) else self._parsed(row, prompt, tokens)
-        found: list[CandidateForm] = []
+        finish = "stop" if tokens[-1] in self._stop_tokens else "length"
+        found: list[Candidate] = []
         for message in (*messages, None):
             differs = self._difference(row, prompt, tokens, text if message is None else message)
-            found.append(CandidateForm(text, message, differs))
+            seed = row.seeds[number]
+            found.append(Candidate(row.index, number, seed, text, len(tokens), finish, message, differs))
             if differs is None:
                 break
         # Of two that are as good, the plain one.

@@ -20,6 +20,7 @@ __all__ = [
     "ADDED_COLUMNS",
     "Candidate",
     "CandidateKey",
+    "Difference",
     "PromptRow",
     "SamplingSettings",
     "candidate_seed",
@@ -31,6 +32,7 @@ __all__ = [
 ADDED_COLUMNS = ("candidate", "seed", "margin", "retokenized")
 # Index of a prompt, and number of one of its candidates.
 CandidateKey = tuple[int, int]
+Difference = Literal["tokens", "text"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Candidate:
     num_tokens: int | None
     finish: str
     message: Message | None = None
-    differs: Literal["tokens", "text"] | None = None
+    differs: Difference | None = None
 
     @property
     def key(self) -> CandidateKey:

@@ -43,7 +43,7 @@ from frozen_peft.context.modes import without_dropout
 from frozen_peft.context.prefixes import token_order
 from frozen_peft.context.rope import rows_of_lengths
 from frozen_peft.evaluation.decision_tokens import TokenizedDecision
-from frozen_peft.evaluation.model_limits import num_positions, require_adapters_on_weights
+from frozen_peft.evaluation.model_loading import num_positions, require_adapters_on_weights
 from frozen_peft.utils.cache_argument import as_cache_argument
 
 __all__ = ["DecisionScore", "DecisionScorer", "Weights"]

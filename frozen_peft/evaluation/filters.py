@@ -4,23 +4,18 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from frozen_peft.evaluation.candidates import Candidate, CandidateKey, PromptRow, completed
 
-__all__ = ["CandidateFilter", "FilterError", "MarginMeasure"]
+if TYPE_CHECKING:
+    from frozen_peft.evaluation.margins import DecisionMargin
+
+__all__ = ["CandidateFilter", "FilterError"]
 
 
 class FilterError(ValueError):
     """A function of the user's own failed, or gave no verdict."""
-
-
-class MarginMeasure(Protocol):
-    """Measures margins of candidates; see `evaluation.margins`."""
-
-    def measure(self, rows: Sequence[PromptRow], candidates: Sequence[Candidate]) -> list[float]:
-        """One margin for each candidate, given its prompt's row."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,7 @@ class CandidateFilter:
     pattern: re.Pattern[str] | None = None
     function: Callable[[dict[str, Any]], Any] | None = None
     function_name: str = ""
-    margin: MarginMeasure | None = None
+    margin: "DecisionMargin | None" = None
     min_margin: float = float("-inf")
     keep_unfinished: bool = False
 

@@ -29,7 +29,7 @@ from frozen_peft.context.prefixes import token_order
 from frozen_peft.evaluation.candidate_forms import CandidateForms
 from frozen_peft.evaluation.candidates import Candidate, PromptRow, SamplingSettings
 from frozen_peft.evaluation.decision_tokens import prompt_tokens, stop_tokens
-from frozen_peft.evaluation.model_limits import num_positions, require_adapters_on_weights
+from frozen_peft.evaluation.model_loading import num_positions, require_adapters_on_weights
 
 __all__ = ["LocalSampler"]
 
@@ -141,7 +141,9 @@ class LocalSampler:
             generators = [np.random.default_rng(row.seeds[number]) for row, number in batch]
             draws = np.stack([generator.random(settings.max_new_tokens) for generator in generators])
         outputs = self._generated([self._prompt(row) for row, _ in batch], draws, settings.max_new_tokens)
-        return [self._candidate(row, number, tokens) for (row, number), tokens in zip(batch, outputs, strict=True)]
+        return [
+            self._forms.candidate(row, number, tokens) for (row, number), tokens in zip(batch, outputs, strict=True)
+        ]
 
     def _generated(self, prompts: list[list[int]], draws: np.ndarray | None, max_new_tokens: int) -> list[list[int]]:
         """Candidates of prompts that reach a limit of the rope at the same token, or not at all."""
@@ -170,13 +172,6 @@ class LocalSampler:
         for row, tokens in zip(unfinished, rest, strict=True):
             outputs[row] = outputs[row] + tokens
         return outputs
-
-    def _candidate(self, row: PromptRow, number: int, tokens: list[int]) -> Candidate:
-        finish = "stop" if tokens[-1] in self._stop_tokens else "length"
-        form = self._forms.find(row, tokens)
-        return Candidate(
-            row.index, number, row.seeds[number], form.text, len(tokens), finish, form.message, form.differs
-        )
 
     def _prompt(self, row: PromptRow) -> list[int]:
         key = json.dumps([row.prompt, row.values.get("tools"), row.values.get("chat_template_kwargs")])

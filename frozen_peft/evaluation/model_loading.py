@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a model to measure: a checkpoint as training loads it, with an adapter of which nothing is left behind."""
+"""The model to measure: loaded as training loads it, adapter and all, and what it must be for frozen contexts."""
 
 import warnings
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import create_model_from_path
 
 from frozen_peft.adapters import (
@@ -23,7 +23,7 @@ from frozen_peft.adapters import (
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.merging import find_folder, require_repeatable, require_repeated_change
 
-__all__ = ["load_model", "put_adapter_weights"]
+__all__ = ["load_model", "num_positions", "put_adapter_weights", "require_adapters_on_weights"]
 
 
 def load_model(
@@ -122,3 +122,25 @@ def put_adapter_weights(adapted: PeftModel, adapter: str) -> None:
                 f"adapter {adapter} {problem}: {len(names)} of {len(tensors)}, such as {min(names)}. Was it trained "
                 "on this model?"
             )
+
+
+def require_adapters_on_weights(model: torch.nn.Module) -> None:
+    """Refuses adapters that stand before a context, which would be left out where contexts are encoded below them.
+
+    Raises:
+        ValueError: An active adapter is no change of weights.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"Adapter `{name}` is a {type(config).__name__}, which puts tokens of its own before a context; only "
+                "adapters on weights (LoRA and its kin) can be sampled with or scored over frozen contexts."
+            )
+
+
+def num_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that a model has positions for; None where there is no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

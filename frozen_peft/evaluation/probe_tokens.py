@@ -179,10 +179,7 @@ class ProbeTokens:
         if not self.tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise ValueError(f"{probe.place}: `{name}` is {text!r}, which tokenizes to nothing")
         prompt = _ANY_MESSAGE if probe.prompt == [] else probe.prompt
-        try:
-            found = decision_tokens(self.tokenizer, probe, prompt, text, f"{probe.place}: `{name}`")
-        except ValueError as error:
-            raise ValueError(f"{error} (`{name}`)") from error
+        found = decision_tokens(self.tokenizer, probe, prompt, text, f"{probe.place}: `{name}`")
         if name == "preferred" and len(found.prompt):
             self._num_diverging += len(found.prompt) < len(prompt_tokens(self.tokenizer, probe, prompt))
         return replace(found, prompt=self._shared(found.prompt))

@@ -8,7 +8,7 @@ import pytest
 import trl
 from transformers import PreTrainedTokenizerBase
 
-from frozen_peft.evaluation import Candidate, CandidateFilter, LocalSampler, PromptRow, SamplingSettings
+from frozen_peft.evaluation import CandidateFilter, LocalSampler, PromptRow, SamplingSettings
 from frozen_peft.evaluation.candidate_forms import CandidateForms
 from frozen_peft.evaluation.candidates import completed
 from tests.documentation.tokenizer import train_tokenizer
@@ -86,18 +86,17 @@ def test_a_row_trains_as_it_was_generated(
     tokenizer = with_template(tokenizer, template)
     row = row_of(ASK, tools=[TOOL])
     tokens = [*encoded(tokenizer, text), tokenizer.eos_token_id]
-    found = CandidateForms(tokenizer, [tokenizer.eos_token_id]).find(row, tokens)
-    candidate = Candidate(0, 0, 7, found.text, len(tokens), "stop", found.message, found.differs)
+    found = CandidateForms(tokenizer, [tokenizer.eos_token_id]).candidate(row, 0, tokens)
     generated = prompt_of(tokenizer, row) + tokens
     assert found.text == text
     assert (found.differs == "text") == (form == "lost")
     if form != "lost":
-        rendered = trained(tokenizer, completed(row, candidate))
+        rendered = trained(tokenizer, completed(row, found))
         assert rendered[: len(generated)] == generated
         # Nothing but the template's line break after the end of the turn, and the end once.
         assert tokenizer.decode(rendered[len(generated) :]).strip() == ""
     assert (found.message is not None) == (form == "parts")
-    (reason,) = CandidateFilter().judge([row], [candidate], {})
+    (reason,) = CandidateFilter().judge([row], [found], {})
     assert reason == ("would not train as generated" if form == "lost" else None)
 
 
@@ -125,10 +124,9 @@ def test_what_would_train_otherwise_is_told(
     row = row_of(prompt)
     stops = encoded(tokenizer, "<|im_end|><|endoftext|>")
     tokens = [token for piece in pieces for token in encoded(tokenizer, piece)] + encoded(tokenizer, end)
-    found = CandidateForms(tokenizer, stops).find(row, tokens)
+    found = CandidateForms(tokenizer, stops).candidate(row, 0, tokens)
     assert (found.text, found.differs) == ("".join(pieces), differs)
-    candidate = Candidate(0, 0, 7, found.text, len(tokens), "stop", found.message, found.differs)
-    sample = completed(row, candidate)
+    sample = completed(row, found)
     generated = prompt_of(tokenizer, row) + tokens
     assert (trained(tokenizer, sample)[: len(generated)] == generated) == (differs is None)
     assert sample.get("retokenized", False) == (differs == "tokens")
@@ -143,7 +141,7 @@ def test_a_template_that_drops_reasoning_is_found_out(tokenizer: PreTrainedToken
     )
     row = row_of(ASK)
     tokens = [*encoded(tokenizer, "<think>the book</think>left"), tokenizer.eos_token_id]
-    assert CandidateForms(tokenizer, [tokenizer.eos_token_id]).find(row, tokens).differs == "text"
+    assert CandidateForms(tokenizer, [tokenizer.eos_token_id]).candidate(row, 0, tokens).differs == "text"
 
 
 def test_the_sampler_keeps_special_tokens(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
