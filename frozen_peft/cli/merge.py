@@ -116,12 +116,13 @@ def _merge(options: argparse.Namespace) -> list[tuple[str, str]]:
 def _read_samples(path: Path | None) -> list[dict[str, Any]]:
     if path is None:
         return []
-    from frozen_peft.data import read_rows, require_sample
+    from frozen_peft.data import Row, read_rows, require_sample
 
-    samples = [row.values for row in read_rows(path, require_sample)]
-    if not samples:
-        raise ValueError(f"{path} holds no samples")
-    return samples
+    def sample(row: Row) -> dict[str, Any]:
+        require_sample(row.values)
+        return row.values
+
+    return list(read_rows(path, sample, empty="the file has no samples"))
 
 
 def _read_probes(paths: list[Path]) -> dict[str, Any]:

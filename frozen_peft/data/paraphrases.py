@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from frozen_peft.data.marks import Stretch, text_between
-from frozen_peft.data.rows import Row, made_of_rows
+from frozen_peft.data.rows import Row, read_rows
 
 __all__ = ["Paraphrases", "read_paraphrases"]
 
@@ -98,11 +98,9 @@ def read_paraphrases(path: Path) -> Paraphrases:
         FileNotFoundError: There is no such file.
     """
     alternatives: dict[str, list[str]] = {}
-    for row in made_of_rows(path, _of_row):
+    for row in read_rows(path, _of_row, empty="the file has no paraphrases"):
         for text, others in row.alternatives.items():
             alternatives.setdefault(text, []).extend(others)
-    if not alternatives:
-        raise ValueError(f"{path}: the file has no paraphrases")
     return Paraphrases(alternatives)
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from frozen_peft.data.json_text import has_half_pair, numbered_lines, parse_json
 from frozen_peft.data.row_checks import kind_of
 
-__all__ = ["Row", "dump_row", "made_of_rows", "read_rows"]
+__all__ = ["Row", "dump_row", "read_rows"]
 
 Made = TypeVar("Made")
 
@@ -32,8 +32,12 @@ class Row:
     place: str
 
 
-def made_of_rows(
-    path: Path, make: Callable[[Row], Made], on_bad: Callable[[str], None] | None = None
+def read_rows(
+    path: Path,
+    make: Callable[[Row], Made],
+    on_bad: Callable[[str], None] | None = None,
+    *,
+    empty: str | None = None,
 ) -> Iterator[Made]:
     """Reads a JSON Lines file one row at a time; blank lines are passed over.
 
@@ -41,16 +45,18 @@ def made_of_rows(
         path: The file, in UTF-8.
         make: Makes something of a row; a `ValueError` says what is wrong with it.
         on_bad: Called with the message of a bad line, which is then left out. Without it a bad line is an error.
+        empty: What to say where nothing was made, which then is an error too.
 
     Yields:
         What was made of the rows, in their order.
 
     Raises:
-        ValueError: A line is bad; the message names file, line and reason.
+        ValueError: A line is bad, and the message names file, line and reason; or there is none.
         FileNotFoundError: There is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path} (looked in {Path.cwd()})")
+    is_empty = True
     with path.open("rb") as file:
         # The delay keeps the bar away from files that are read in a moment.
         for line, text in numbered_lines(tqdm(file, desc=f"Reading {path.name}", unit=" rows", delay=2)):
@@ -65,19 +71,10 @@ def made_of_rows(
                     raise ValueError(f"{place}: {error}") from error
                 on_bad(f"{place}: {error}")
             else:
+                is_empty = False
                 yield made
-
-
-def read_rows(
-    path: Path, check: Callable[[dict[str, Any]], None], on_bad: Callable[[str], None] | None = None
-) -> Iterator[Row]:
-    """The rows of a JSON Lines file, where `check` raises `ValueError` for a bad one; else as `made_of_rows`."""
-
-    def checked(row: Row) -> Row:
-        check(row.values)
-        return row
-
-    return made_of_rows(path, checked, on_bad)
+    if is_empty and empty is not None:
+        raise ValueError(f"{path}: {empty}")
 
 
 def dump_row(values: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from frozen_peft.data.conversation import message_texts
 from frozen_peft.data.marks import DEFAULT_MARKS, Marks
 from frozen_peft.data.pieces import STRIPPED, piece_texts
-from frozen_peft.data.rows import Row, dump_row, made_of_rows
+from frozen_peft.data.rows import Row, dump_row, read_rows
 from frozen_peft.data.stripping import QuotedInstructionError, strip_instructions
 from frozen_peft.data.variants import VariantSettings, vary_context
 from frozen_peft.utils.files import whole_file
@@ -102,7 +102,7 @@ def strip_file(source: Path, target: Path, settings: StripSettings, measure: Cal
         return _processed(row, settings, measure, summary)
 
     with whole_file(target) as file:
-        for samples in made_of_rows(source, processed, summary.bad.append if settings.skip_bad else None):
+        for samples in read_rows(source, processed, summary.bad.append if settings.skip_bad else None):
             file.writelines(map(dump_row, samples))
             summary.num_written += len(samples)
         _require_effect(source, settings, summary)

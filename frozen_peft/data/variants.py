@@ -24,7 +24,7 @@ from frozen_peft.data.marks import Marks
 from frozen_peft.data.paraphrases import Paraphrases
 from frozen_peft.data.pieces import STRIPPED, MarkedMessage, marked_context, stripped_context, with_text
 from frozen_peft.data.row_checks import require_messages, require_value
-from frozen_peft.data.rows import read_rows
+from frozen_peft.data.rows import Row, read_rows
 
 __all__ = ["DEFAULT_INDEPENDENT", "VariantSettings", "read_units", "vary_context"]
 
@@ -110,10 +110,7 @@ def read_units(path: Path) -> list[list[Message]]:
         ValueError: A row is neither, an exchange does not begin with a user, or there are no rows.
         FileNotFoundError: There is no such file.
     """
-    units = [row.values.get("messages", [row.values]) for row in read_rows(path, _require_unit_row)]
-    if not units:
-        raise ValueError(f"{path}: the file has no messages")
-    return units
+    return list(read_rows(path, _unit_of_row, empty="the file has no messages"))
 
 
 def vary_context(sample: dict[str, Any], settings: VariantSettings, seed: int = 0) -> list[dict[str, Any]]:
@@ -293,12 +290,14 @@ def _keep_some(marked: Sequence[MarkedMessage], probability: float, dice: _Dice)
     ]
 
 
-def _require_unit_row(values: dict[str, Any]) -> None:
-    if "messages" in values:
-        require_value(values["messages"], "messages")
-        _require_unit(values["messages"])
-    else:
-        require_messages([values], "message")
+def _unit_of_row(row: Row) -> list[Message]:
+    if "messages" not in row.values:
+        require_messages([row.values], "message")
+        return [row.values]
+    messages: list[Message] = row.values["messages"]
+    require_value(messages, "messages")
+    _require_unit(messages)
+    return messages
 
 
 def _require_unit(messages: Sequence[Message]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from frozen_peft.data.conversation import Context, Message, require_sample
 from frozen_peft.data.marks import Marks
 from frozen_peft.data.row_checks import named
-from frozen_peft.data.rows import Row, made_of_rows
+from frozen_peft.data.rows import Row, read_rows
 from frozen_peft.data.stripping import STRIPPED, restore_instructions, strip_instructions
 
 __all__ = [
@@ -176,10 +176,7 @@ def read_prompts(
         occurrences[key] += 1
         return PromptRow(next(indices), row.place, row.values, prompt, stripped, seeds)
 
-    rows = list(made_of_rows(path, made, on_bad))
-    if not rows:
-        raise ValueError(f"{path}: no prompts to sample for")
-    return rows
+    return list(read_rows(path, made, on_bad, empty="no prompts to sample for"))
 
 
 def completed(row: PromptRow, candidate: Candidate, margin: float | None = None) -> dict[str, Any]:

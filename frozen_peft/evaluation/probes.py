@@ -20,7 +20,7 @@ from typing import Any, Literal, cast, get_args
 
 from frozen_peft.data.conversation import require_sample
 from frozen_peft.data.row_checks import named, require_kind, require_objects
-from frozen_peft.data.rows import Row, made_of_rows
+from frozen_peft.data.rows import Row, read_rows
 
 __all__ = ["CONDITIONS", "KINDS", "Condition", "Probe", "ProbeKind", "read_probes"]
 
@@ -105,10 +105,8 @@ def read_probes(path: Path, on_bad: Callable[[str], None] | None = None) -> list
         places[probe.id] = row.place
         return probe
 
-    probes = list(made_of_rows(path, made, on_bad))
-    if not probes:
-        raise ValueError(f"{path}: no probes to score; a line is {{'prompt': ..., 'preferred': ..., 'rejected': ...}}")
-    return probes
+    empty = "no probes to score; a line is {'prompt': ..., 'preferred': ..., 'rejected': ...}"
+    return list(read_rows(path, made, on_bad, empty=empty))
 
 
 def _require_fields(values: dict[str, Any]) -> None:

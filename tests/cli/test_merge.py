@@ -81,4 +81,4 @@ def test_what_cannot_be_used_is_one_message(made, tmp_path: Path, capsys) -> Non
     assert "there is no folder" in capsys.readouterr().err
     empty = write(tmp_path / "empty.jsonl", [])
     assert main(["merge", str(adapter), str(tmp_path / "merged"), "--base", str(base), "--samples", empty]) == 2
-    assert "holds no samples" in capsys.readouterr().err
+    assert "the file has no samples" in capsys.readouterr().err

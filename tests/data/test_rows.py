@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from frozen_peft.data.rows import dump_row, read_rows
+from frozen_peft.data.rows import Row, dump_row, read_rows
 from frozen_peft.utils.files import whole_file
 
 
-def no_problem(values: dict) -> None:
-    return None
+def same(row: Row) -> Row:
+    return row
 
 
 @pytest.mark.parametrize(
@@ -27,10 +27,10 @@ def test_a_bad_line_is_named_and_may_be_left_out(tmp_path: Path, line: bytes, re
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 2}')
     with pytest.raises(ValueError, match=reason) as error:
-        list(read_rows(path, no_problem))
+        list(read_rows(path, same))
     assert f"{path}, line 3: " in str(error.value)
     problems: list[str] = []
-    rows = list(read_rows(path, no_problem, problems.append))
+    rows = list(read_rows(path, same, problems.append))
     assert [(row.line, row.values) for row in rows] == [(1, {"a": 1}), (4, {"a": 2})]
     assert [str(error.value)] == problems
 
@@ -39,8 +39,8 @@ def test_a_row_that_the_check_refuses_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\n')
 
-    def refuse_two(values: dict) -> None:
-        if values["a"] == 2:
+    def refuse_two(row: Row) -> None:
+        if row.values["a"] == 2:
             raise ValueError("`a` is 2")
 
     with pytest.raises(ValueError, match=r"line 2: `a` is 2"):
@@ -49,7 +49,7 @@ def test_a_row_that_the_check_refuses_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
-        list(read_rows(tmp_path / "absent.jsonl", no_problem))
+        list(read_rows(tmp_path / "absent.jsonl", same))
 
 
 def test_rows_survive_writing_and_reading(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_rows_survive_writing_and_reading(tmp_path: Path) -> None:
     rows = [{"text": "a\u2028b\n\r\x85 ü 😀 \ud83d"}, {"text": ""}]
     with whole_file(path) as file:
         file.writelines(map(dump_row, rows))
-    assert [row.values for row in read_rows(path, no_problem)] == rows
+    assert [row.values for row in read_rows(path, same)] == rows
     assert [json.loads(line) for line in path.read_bytes().decode().split("\n")[:-1]] == rows
 
 
