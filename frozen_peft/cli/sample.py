@@ -80,7 +80,6 @@ def run(arguments: Sequence[str]) -> None:
             options.prompts,
             settings,
             (given_marks(options) or DEFAULT_MARKS) if measures else None,
-            with_stripped=measures,
             on_bad=_skip(bad) if options.skip_bad else None,
         )
         sampler, keep = _loaded(options, settings, rows, keep)

@@ -8,7 +8,7 @@ _MODULES, __all__, __getattr__, __dir__ = lazy_package(
     __name__,
     {
         "conversation": ["Split", "message_texts", "require_sample", "split_sample", "with_context"],
-        "json_text": ["InexactNumber", "JsonTextError", "parse_json"],
+        "json_text": ["parse_json"],
         "loading": ["has_split", "load_samples"],
         "marks": ["DEFAULT_MARKS", "Marks"],
         "paraphrases": ["Paraphrases", "read_paraphrases"],

@@ -37,7 +37,8 @@ class InexactNumber(float):
         text: How it is written.
     """
 
-    text: str
+    def __init__(self, text: str):
+        self.text = text
 
 
 class JsonTextError(ValueError):
@@ -195,13 +196,7 @@ def _number(text: str) -> float:
         exact = math.isfinite(value) and Decimal(repr(value)) == Decimal(text)
     except InvalidOperation:
         exact = False
-    return value if exact else _inexact(text)
-
-
-def _inexact(text: str) -> InexactNumber:
-    number = InexactNumber(text)
-    number.text = text
-    return number
+    return value if exact else InexactNumber(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -213,4 +208,4 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_constant=_inexact)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_number, parse_constant=InexactNumber)

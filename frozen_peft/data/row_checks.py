@@ -165,11 +165,9 @@ class RowChecks:
             self._first_row = (place, kinds)
         first_place, first = self._first_row
         for column in required:
-            if (column in kinds) != (column in first):
-                has, lacks = (place, first_place) if column in kinds else (first_place, place)
-                raise ValueError(f"`{column}` is there in {has} and missing in {lacks}; all rows have one form")
-            if column in kinds and kinds[column] != first[column]:
-                raise ValueError(f"`{column}` is {kinds[column]}, but {first[column]} in {first_place}")
+            found, expected = (row_kinds.get(column, "missing") for row_kinds in (kinds, first))
+            if found != expected:
+                raise ValueError(f"`{column}` is {found}, but {expected} in {first_place}; all rows have one form")
 
 
 def _require_message(message: Any, place: str) -> None:

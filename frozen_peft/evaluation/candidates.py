@@ -143,7 +143,6 @@ def read_prompts(
     settings: SamplingSettings,
     marks: Marks | None = None,
     *,
-    with_stripped: bool = False,
     on_bad: Callable[[str], None] | None = None,
 ) -> list[PromptRow]:
     """Reads the prompts of a file.
@@ -151,8 +150,8 @@ def read_prompts(
     Args:
         path: JSON Lines, each row with a `prompt`.
         settings: How many candidates each gets, and the seed.
-        marks: What the instructions are, in rows that have no `stripped`.
-        with_stripped: A row whose instructions are not known is bad.
+        marks: What the instructions are, in rows that have no `stripped`; a row without any is bad then. None: nobody
+            asks for them.
         on_bad: Called with the message of a bad row, which is then left out. Without it a bad row is an error.
 
     Raises:
@@ -165,11 +164,6 @@ def read_prompts(
     def made(row: Row) -> PromptRow:
         _require_prompt(row.values)
         prompt, stripped = _prompts(row.values, marks)
-        if with_stripped and stripped is None:
-            raise ValueError(
-                "there are no instructions to leave out, which a margin needs: no `stripped`, and nothing marked in "
-                "`prompt`"
-            )
         key = json.dumps(prompt, sort_keys=True)
         numbers = range(settings.num_candidates)
         seeds = tuple(candidate_seed(settings.seed, prompt, occurrences[key], number) for number in numbers)
@@ -214,10 +208,15 @@ def _require_prompt(values: dict[str, Any]) -> None:
 
 
 def _prompts(values: dict[str, Any], marks: Marks | None) -> tuple[Context, Context | None]:
-    """The prompt with its instructions and, where something says what they are, without them."""
+    """The prompt with its instructions and, where they are known, without them."""
     if values.get(STRIPPED):
         return restore_instructions(values)["prompt"], values["prompt"]
     if marks is None:
         return values["prompt"], None
     stripped = strip_instructions(values, marks)
-    return values["prompt"], stripped["prompt"] if stripped[STRIPPED] else None
+    if not stripped[STRIPPED]:
+        raise ValueError(
+            "there are no instructions to leave out, which a margin needs: no `stripped`, and nothing marked in "
+            "`prompt`"
+        )
+    return values["prompt"], stripped["prompt"]

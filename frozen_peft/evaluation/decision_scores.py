@@ -164,7 +164,7 @@ class DecisionScorer:
         """
         if "base" in weights or self._cut.invocation:
             require_base(self.model, "The base model's figures are wanted")
-        rows: dict[bytes, _Row] = {}
+        rows: dict[tuple[bytes, bytes], _Row] = {}
         asked = [rows.setdefault(_key(one), _Row(self._decision(one), one.name)) for one in decisions]
         batches = list(self._batches(list(rows.values())))
         for encoder in {self._encoder_of[which] for which in weights}:
@@ -236,24 +236,18 @@ class DecisionScorer:
 
     def _hidden_states(self, batch: Sequence["_Row"], weights: Sequence[Weights]) -> dict[Weights, torch.Tensor]:
         """Last hidden states of a batch's decisions by weights, shape `(rows, tokens, E)`."""
+        contexts = [row.decision.to_encode for row in batch]
         hidden = {}
         encoder, frozen = None, None
         for which in weights:
-            if encoder is not self._encoder_of[which]:
+            if encoder is not self._encoder_of[which] and any(map(len, contexts)):
                 # Let go of before the next are encoded, so that only one set of contexts lives at a time.
                 encoder, frozen = self._encoder_of[which], None
-                frozen = self._encoded(batch, which)
+                with self._context_weights(which):
+                    frozen = encoder.encode(contexts)
             with self._weights(which), without_dropout(self.model):
                 hidden[which] = self._hidden(batch, frozen)
         return hidden
-
-    def _encoded(self, batch: Sequence["_Row"], which: Weights) -> FrozenContext | None:
-        """One row per row of a batch; None where no row has a context."""
-        contexts = [row.decision.to_encode for row in batch]
-        if not any(map(len, contexts)):
-            return None
-        with self._context_weights(which):
-            return self._encoder_of[which].encode(contexts)
 
     def _hidden(self, batch: Sequence["_Row"], frozen: FrozenContext | None) -> torch.Tensor:
         """Last hidden states of a batch's decisions, shape `(rows, tokens, E)`."""
@@ -377,10 +371,9 @@ def _divergence(base: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
     return terms.masked_fill(probabilities == 0, 0.0).sum(-1)
 
 
-def _key(decision: TokenizedDecision) -> bytes:
+def _key(decision: TokenizedDecision) -> tuple[bytes, bytes]:
     """What tells a decision in its context from all others."""
-    length = len(decision.prompt).to_bytes(8, "big")
-    return length + decision.prompt.numpy().tobytes() + decision.decision.numpy().tobytes()
+    return decision.prompt.numpy().tobytes(), decision.decision.numpy().tobytes()
 
 
 def _settle_invocation(model: torch.nn.Module) -> tuple[int, ...]:

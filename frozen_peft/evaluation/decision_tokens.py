@@ -34,11 +34,14 @@ class TokenizedDecision:
         prompt: Everything before the decision, the assistant's header included, shape `(tokens,)`, int64.
         decision: Its tokens to the end of the turn, as they are trained, shape `(tokens,)`, int64.
         name: How messages name it.
+        diverges: Whether the prompt alone has other tokens than before the decision, which then begins where the two
+            part: as it is trained, and not as it is generated.
     """
 
     prompt: torch.Tensor
     decision: torch.Tensor
     name: str = "decision"
+    diverges: bool = False
 
 
 # What the tokens of a prompt depend on beside it: `tools` and `chat_template_kwargs`, of the row that it is of.
@@ -84,7 +87,7 @@ def decision_tokens(
         raise ValueError(
             f"{row.place}: the decision {decision!r} has no tokens after its prompt; see the chat template"
         )
-    return TokenizedDecision(whole[:length], whole[length:].clone(), name)
+    return TokenizedDecision(whole[:length], whole[length:].clone(), name, diverges=length < len(before))
 
 
 def whole_tokens(

@@ -124,14 +124,10 @@ class LocalSampler:
             yield batch
 
     def _go_together(self, one: PromptRow, other: PromptRow) -> bool:
-        max_new_tokens = self._settings.max_new_tokens
+        wanted = self._settings.max_new_tokens
         return one is other or all(
-            self._num_alike(self._prompt(row), max_new_tokens) == max_new_tokens for row in (one, other)
+            tokens_within_rope(self._model, len(self._prompt(row)), wanted) == wanted for row in (one, other)
         )
-
-    def _num_alike(self, prompt: list[int], max_new_tokens: int) -> int:
-        """How many tokens can be decoded before positions are computed in another way."""
-        return tokens_within_rope(self._model, len(prompt), max_new_tokens)
 
     def _decoded(self, batch: list[tuple[PromptRow, int]]) -> list[Candidate]:
         """Candidates of one batch: each the row of its prompt, and its number."""
@@ -147,7 +143,8 @@ class LocalSampler:
 
     def _generated(self, prompts: list[list[int]], draws: np.ndarray | None, max_new_tokens: int) -> list[list[int]]:
         """Candidates of prompts that reach a limit of the rope at the same token, or not at all."""
-        num_alike = min(self._num_alike(prompt, max_new_tokens) for prompt in prompts)
+        # What can be decoded before positions are computed in another way.
+        num_alike = min(tokens_within_rope(self._model, len(prompt), max_new_tokens) for prompt in prompts)
         contexts = [self._context(prompt) for prompt in prompts]
         frozen = self._encoder.encode(contexts) if any(map(len, contexts)) else None
         outputs = generate_over(

@@ -74,9 +74,7 @@ def as_inspected(config: FrozenContextConfig) -> list[str]:
     return notes
 
 
-def inspect_samples(
-    trainer: FrozenContextTrainer, num_samples: int, *, with_horizons: bool = False, progress: bool = True
-) -> GradientFlow:
+def inspect_samples(trainer: FrozenContextTrainer, num_samples: int, *, with_horizons: bool = False) -> GradientFlow:
     """Measures the gradient flow on samples of the training data.
 
     Args:
@@ -85,7 +83,6 @@ def inspect_samples(
             first ones.
         with_horizons: Compare gradients that reach 64, 256, 1,024, ... tokens into the context too, as long
             as the longest is longer.
-        progress: Whether to show a progress bar.
 
     Raises:
         ValueError: Less than one sample is asked for, or the model has no adapters.
@@ -111,7 +108,7 @@ def inspect_samples(
             cut=cut,
             prefill_chunk_size=args.prefill_chunk_size,
             sequence_chunk_size=args.sequence_chunk_size or DEFAULT_STRETCH,
-            progress=progress,
+            progress=True,
         )
 
 

@@ -59,7 +59,7 @@ class DecisionMargin:
 
     def _tokenized(self, row: PromptRow, candidate: Candidate) -> tuple[TokenizedDecision, TokenizedDecision]:
         """A decision with the instructions and without them."""
-        assert row.stripped is not None, "prompts were read `with_stripped`"
+        assert row.stripped is not None, "prompts were read with marks"
         name = f"{row.place}, candidate {candidate.number}"
         instructed, stripped = (
             decision_tokens(self._tokenizer, row, prompt, candidate.decision, name)

@@ -12,12 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from frozen_peft.data.stripping import restore_instructions
-from frozen_peft.evaluation.decision_tokens import (
-    TokenizedDecision,
-    decision_tokens,
-    prompt_tokens,
-    rendered_tokens,
-)
+from frozen_peft.evaluation.decision_tokens import TokenizedDecision, decision_tokens, rendered_tokens
 from frozen_peft.evaluation.probes import CONDITIONS, KINDS, Condition, Probe
 
 __all__ = ["ProbeDecisions", "ProbeTokens"]
@@ -79,7 +74,6 @@ class ProbeTokens:
     ):
         self.tokenizer = tokenizer
         self._prompts: dict[bytes, torch.Tensor] = {}
-        self._num_diverging = 0
         self.notes: list[str] = []
         self._given: list[ProbeDecisions] = []
         # The delay keeps the bar away from what takes a moment.
@@ -91,9 +85,10 @@ class ProbeTokens:
                     raise
                 on_bad(str(error))
         self.probes = [decisions.probe for decisions in self._given]
-        if self._num_diverging:
+        num_diverging = sum(decisions.preferred.diverges for decisions in self._given)
+        if num_diverging:
             self.notes.append(
-                f"{self._num_diverging} of {len(self.probes)} prompts are tokenized differently before a decision "
+                f"{num_diverging} of {len(self.probes)} prompts are tokenized differently before a decision "
                 "than alone: their decisions are scored from where the two diverge, as they are trained, which is not "
                 "what generation begins from."
             )
@@ -180,8 +175,6 @@ class ProbeTokens:
             raise ValueError(f"{probe.place}: `{name}` is {text!r}, which tokenizes to nothing")
         prompt = _ANY_MESSAGE if probe.prompt == [] else probe.prompt
         found = decision_tokens(self.tokenizer, probe, prompt, text, f"{probe.place}: `{name}`")
-        if name == "preferred" and len(found.prompt):
-            self._num_diverging += len(found.prompt) < len(prompt_tokens(self.tokenizer, probe, prompt))
         return replace(found, prompt=self._shared(found.prompt))
 
     def _shared(self, tokens: torch.Tensor) -> torch.Tensor:

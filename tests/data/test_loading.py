@@ -125,7 +125,11 @@ CALL = MESSAGES % '{"role": "assistant", "tool_calls": [{"arguments": %s}]}'
             '{"prompt": [], "completion": [{"role": "assistant", "content": "b"}]}\n',
             ", line 1: `prompt` is e",
         ),
-        ("x.jsonl", '{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', ", line 2: `prompt` is there in "),
+        (
+            "x.jsonl",
+            '{"text": "a"}\n{"prompt": "a", "completion": "b"}\n',
+            ", line 2: `prompt` is text, but missing",
+        ),
         ("x.jsonl", '{"text": "a \\ud83d"}\n', ", line 1: `text` has half a surrogate pair"),
         ("x.jsonl", CALL % '{"\\ud83d": 1}', ", line 1: `messages[1].tool_calls[0].arguments` has a key with half a"),
         (

@@ -97,9 +97,7 @@ def test_a_bad_row_is_named_or_left_out(tmp_path: Path, bad: Any, message: str) 
 def test_a_margin_needs_instructions_to_leave_out(tmp_path: Path) -> None:
     path = written(tmp_path / "p.jsonl", {"prompt": ASKED}, {"prompt": "no marks"})
     with pytest.raises(ValueError, match=r"line 2: there are no instructions to leave out"):
-        read_prompts(path, SETTINGS, DEFAULT_MARKS, with_stripped=True)
-    with pytest.raises(ValueError, match=r"line 1: there are no instructions to leave out"):
-        read_prompts(path, SETTINGS, with_stripped=True)
+        read_prompts(path, SETTINGS, DEFAULT_MARKS)
 
 
 def test_a_file_without_prompts(tmp_path: Path) -> None:
