@@ -4,7 +4,8 @@
 1. One request for each candidate, with a seed of its own, since many servers do not know `n`. Several are under way at
    a time.
 2. What may pass is tried again, later and later: no connection, no answer in time, 408, 409, 425, 429, any 5xx, and
-   answers that are none (no JSON, no choices, nothing in them). Where the server says when to come back, that is when.
+   answers that are none (no JSON, no choices, nothing in them). Where the server says how many
+   seconds to wait, those.
 3. What does not pass, and what does not pass in time, ends sampling with `EndpointError`. What was answered by then
    has been handed out, so the job can go on later.
 4. The key comes from the environment, goes into one header, and is struck out of every message.
