@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration of `FrozenContextTrainer`: `SFTConfig` and what a frozen context adds to it."""
 
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, Self
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 from trl import SFTConfig
 
@@ -36,127 +37,89 @@ class ContextFields(Config):
         ValueError: A field is out of range, or two fields contradict each other.
     """
 
-    tier: int | None = field(
+    tier: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Preset of the fields below. 1: short corrections, full gradient. 2: behaviour, frozen context. "
-            "3: deep changes, full gradient with recomputation. A field that is given wins over its tier.",
-            "choices": [1, 2, 3],
-        },
+        help="Preset of the fields below. 1: short corrections, full gradient. 2: behaviour, frozen context. "
+        "3: deep changes, full gradient with recomputation. A field that is given wins over its tier.",
+        metadata={"choices": [1, 2, 3]},
     )
-    gradient_horizon: int | None = field(
+    gradient_horizon: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Context tokens just before the decision that carry gradient; 0: none, -1: the whole context. "
-            "Defaults to what the tier says, and to 0 without one."
-        },
+        help="Context tokens just before the decision that carry gradient; 0: none, -1: the whole context. "
+        "Defaults to what the tier says, and to 0 without one.",
     )
-    context_adapters: bool = field(
+    context_adapters: bool = HfArg(
         default=True,
-        metadata={
-            "help": "Whether adapters are active while the context is encoded. True: the trained model is the merged "
-            "model. False: the context is encoded by the base model (PEFT's activated LoRA); exact at inference only "
-            "when served the same way."
-        },
+        help="Whether adapters are active while the context is encoded. True: the trained model is the merged "
+        "model. False: the context is encoded by the base model (PEFT's activated LoRA); exact at inference only "
+        "when served the same way.",
     )
-    decision_mode: Literal["tail", "turns"] = field(
+    decision_mode: Literal["tail", "turns"] = HfArg(
         default="tail",
-        metadata={
-            "help": "'tail': everything from the first supervised label on is one decision. 'turns': each supervised "
-            "span of a conversation is a decision of its own, everything before it its context, encoded once.",
-            "choices": ["tail", "turns"],
-        },
+        help="'tail': everything from the first supervised label on is one decision. 'turns': each supervised "
+        "span of a conversation is a decision of its own, everything before it its context, encoded once.",
     )
-    max_decisions_per_forward: int = field(
+    max_decisions_per_forward: int = HfArg(
         default=16,
-        metadata={
-            "help": "Decisions of a micro-batch that run together with `decision_mode='turns'`; bounds memory and "
-            "changes nothing else."
-        },
+        help="Decisions of a micro-batch that run together with `decision_mode='turns'`; bounds memory and "
+        "changes nothing else.",
     )
-    invocation: str | None = field(
+    invocation: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Text whose tokens every decision begins with when `context_adapters=False`: there the adapter is "
-            "switched on. Defaults to the chat template's generation prompt."
-        },
+        help="Text whose tokens every decision begins with when `context_adapters=False`: there the adapter is "
+        "switched on. Defaults to the chat template's generation prompt.",
     )
-    prefill_chunk_size: int = field(
+    prefill_chunk_size: int = HfArg(
         default=2048,
-        metadata={
-            "help": "Context tokens per prefill forward, which bounds the memory of activations; 0: one forward."
-        },
+        help="Context tokens per prefill forward, which bounds the memory of activations; 0: one forward.",
     )
-    max_context_length: int | None = field(
-        default=None,
-        metadata={"help": "Keep this many context tokens, the latest. The decision is never cut."},
+    max_context_length: int | None = HfArg(
+        default=None, help="Keep this many context tokens, the latest. The decision is never cut."
     )
-    keep_context_start: str = field(
+    keep_context_start: str = HfArg(
         default="0",
-        metadata={
-            "help": "What stays of a cut context's start, besides a beginning-of-sequence token: 'system', its system "
-            "message, or so many tokens."
-        },
+        help="What stays of a cut context's start, besides a beginning-of-sequence token: 'system', its system "
+        "message, or so many tokens.",
     )
-    context_cache_size: str = field(
+    context_cache_size: str = HfArg(
         default="0",
-        metadata={
-            "help": "Memory for frozen contexts kept for later steps and epochs, such as '8GiB': on the GPU while it "
-            "has room, else in host memory."
-        },
+        help="Memory for frozen contexts kept for later steps and epochs, such as '8GiB': on the GPU while it "
+        "has room, else in host memory.",
     )
-    context_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Directory for frozen contexts kept for later epochs and other runs."},
+    context_cache_dir: str | None = HfArg(
+        default=None, help="Directory for frozen contexts kept for later epochs and other runs."
     )
-    context_cache_dtype: Literal["auto", "int8"] = field(
+    context_cache_dtype: Literal["auto", "int8"] = HfArg(
         default="auto",
-        metadata={
-            "help": "'auto': contexts are kept as encoded. 'int8': keys and values in 8 bit, about half as large, and "
-            "rounded before use.",
-            "choices": ["auto", "int8"],
-        },
+        help="'auto': contexts are kept as encoded. 'int8': keys and values in 8 bit, about half as large, and "
+        "rounded before use.",
     )
-    max_context_staleness: int = field(
+    max_context_staleness: int = HfArg(
         default=0,
-        metadata={
-            "help": "Optimizer steps for which a frozen context may be reused when `context_adapters=True`, although "
-            "the adapter has moved on since it was encoded; 0 is exact. Evaluation never reuses one."
-        },
+        help="Optimizer steps for which a frozen context may be reused when `context_adapters=True`, although "
+        "the adapter has moved on since it was encoded; 0 is exact. Evaluation never reuses one.",
     )
-    group_by_context: bool = field(
+    group_by_context: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Whether samples whose contexts begin alike come into the same optimizer step, and within it onto "
-            "the same process, where the common part is encoded once. Steps are in random order, but less mixed."
-        },
+        help="Whether samples whose contexts begin alike come into the same optimizer step, and within it onto "
+        "the same process, where the common part is encoded once. Steps are in random order, but less mixed.",
     )
-    sequence_chunk_size: int | None = field(
+    sequence_chunk_size: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "Tokens per stretch of the sequence. What carries gradient (`gradient_horizon`) runs one stretch "
-            "at a time, forward and backward: the exact gradient, with the activations of one stretch in memory. 1 "
-            "means 2."
-        },
+        help="Tokens per stretch of the sequence. What carries gradient (`gradient_horizon`) runs one stretch "
+        "at a time, forward and backward: the exact gradient, with the activations of one stretch in memory. 1 "
+        "means 2.",
     )
-    offload_stretches: bool = field(
+    offload_stretches: bool = HfArg(
         default=False,
-        metadata={
-            "help": "Keep in host memory what the stretches of `sequence_chunk_size` hand on to each other (keys, "
-            "values, their gradients, states), so that it bounds the length of a sequence."
-        },
+        help="Keep in host memory what the stretches of `sequence_chunk_size` hand on to each other (keys, "
+        "values, their gradients, states), so that it bounds the length of a sequence.",
     )
-    checkpoint_every: int = field(
-        default=1,
-        metadata={"help": "Layers per checkpoint, with `gradient_checkpointing`."},
-    )
-    verify_context: str = field(
+    checkpoint_every: int = HfArg(default=1, help="Layers per checkpoint, with `gradient_checkpointing`.")
+    verify_context: Literal["first_batch", "always", "never"] = HfArg(
         default="first_batch",
-        metadata={
-            "help": "When to compare the decision's log-probabilities with a plain full forward, on one sample cut to "
-            "a bounded length. A difference is a `ContextMismatchError`.",
-            "choices": ["first_batch", "always", "never"],
-        },
+        help="When to compare the decision's log-probabilities with a plain full forward, on one sample cut to "
+        "a bounded length. A difference is a `ContextMismatchError`.",
     )
 
     def __post_init__(self) -> None:
@@ -188,12 +151,14 @@ class ContextFields(Config):
 
     def _check_ranges(self) -> None:
         assert self.gradient_horizon is not None
-        _require(self.gradient_horizon >= -1, "gradient_horizon", self.gradient_horizon, "-1, 0 or a number of tokens")
-        _require(self.prefill_chunk_size >= 0, "prefill_chunk_size", self.prefill_chunk_size, "0 or more tokens")
-        _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "1 layer or more")
-        _require(self.max_context_staleness >= 0, "max_context_staleness", self.max_context_staleness, "0 or more")
-        decisions = self.max_decisions_per_forward
-        _require(decisions >= 1, "max_decisions_per_forward", decisions, "1 decision or more")
+        for name, least, expected in (
+            ("gradient_horizon", -1, "-1, 0 or a number of tokens"),
+            ("prefill_chunk_size", 0, "0 or more tokens"),
+            ("checkpoint_every", 1, "1 layer or more"),
+            ("max_context_staleness", 0, "0 or more"),
+            ("max_decisions_per_forward", 1, "1 decision or more"),
+        ):
+            _require(getattr(self, name) >= least, name, getattr(self, name), expected)
         for name in ("max_context_length", "max_length", "sequence_chunk_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "1 token or more, or None")
@@ -218,10 +183,7 @@ class ContextFields(Config):
 
     def _check_store(self) -> None:
         assert self.gradient_horizon is not None
-        try:
-            keeps = parse_size(self.context_cache_size) > 0 or self.context_cache_dir is not None
-        except ValueError as error:
-            raise ValueError(f"`context_cache_size`: {error}") from None
+        keeps = _size(self, "context_cache_size") > 0 or self.context_cache_dir is not None
         if not self.context_adapters and self.gradient_horizon != 0:
             raise ValueError(
                 f"`context_adapters=False` needs `gradient_horizon=0`, found {self.gradient_horizon}: context tokens "
@@ -288,15 +250,12 @@ class ContextFields(Config):
                 f"`sequence_chunk_size={self.sequence_chunk_size}` needs non-reentrant checkpoints; remove "
                 "`use_reentrant` from `gradient_checkpointing_kwargs`."
             )
-        for name in ("packing", "padding_free"):
-            if getattr(self, name, False):
-                raise ValueError(
-                    f"`sequence_chunk_size={self.sequence_chunk_size}` runs through each sample by itself, and "
-                    f"`{name}` puts several into one row. Leave one of the two out."
-                )
+        _require_rows_of_one(
+            self, f"`sequence_chunk_size={self.sequence_chunk_size}` runs through each sample by itself"
+        )
 
     def _check_grouping(self) -> None:
-        default = next(f.default for f in fields(TrainingArguments) if f.name == "train_sampling_strategy")
+        default = TrainingArguments.train_sampling_strategy
         if self.train_sampling_strategy != default:
             raise ValueError(
                 f"`group_by_context=True` and `train_sampling_strategy={str(self.train_sampling_strategy)!r}` both "
@@ -321,63 +280,47 @@ class FrozenContextConfig(ContextFields, SFTConfig):
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS
 
-    loss_type: str = field(
+    loss_type: str = HfArg(
         default="nll",
-        metadata={
-            "help": "'nll': likelihood; 'dft': TRL's; 'distill': what the base says with instructions (`distill_...`)."
-            " There the model learns, without the instructions in its context, the distribution that its base has "
-            "with them; rows need the column `stripped`, and the model adapters.",
-            "choices": ["nll", "dft", "chunked_nll", "distill"],
-        },
+        help="'nll': likelihood; 'dft': TRL's; 'distill': what the base says with instructions (`distill_...`)."
+        " There the model learns, without the instructions in its context, the distribution that its base has "
+        "with them; rows need the column `stripped`, and the model adapters.",
+        metadata={"choices": ["nll", "dft", "chunked_nll", "distill"]},
     )
-    distill_divergence: Literal["forward_kl", "reverse_kl"] = field(
+    distill_divergence: Literal["forward_kl", "reverse_kl"] = HfArg(
         default="forward_kl",
-        metadata={
-            "help": "What `loss_type='distill'` makes small. 'forward_kl': KL(teacher || student), which covers all "
-            "that the teacher might say. 'reverse_kl': KL(student || teacher), which avoids what the teacher would "
-            "not say.",
-            "choices": ["forward_kl", "reverse_kl"],
-        },
+        help="What `loss_type='distill'` makes small. 'forward_kl': KL(teacher || student), which covers all "
+        "that the teacher might say. 'reverse_kl': KL(student || teacher), which avoids what the teacher would "
+        "not say.",
     )
-    distill_likelihood_weight: float = field(
+    distill_likelihood_weight: float = HfArg(
         default=0.0,
-        metadata={
-            "help": "Share of the negative log-likelihood of the decision as it is written in the loss of "
-            "`loss_type='distill'`, from 0 to less than 1."
-        },
+        help="Share of the negative log-likelihood of the decision as it is written in the loss of "
+        "`loss_type='distill'`, from 0 to less than 1.",
     )
-    distill_top_k: int = field(
+    distill_top_k: int = HfArg(
         default=100,
-        metadata={
-            "help": "Most likely tokens of the teacher that are compared one by one, and all others together as one; "
-            "0: the whole vocabulary."
-        },
+        help="Most likely tokens of the teacher that are compared one by one, and all others together as one; "
+        "0: the whole vocabulary.",
     )
-    distill_temperature: float = field(
+    distill_temperature: float = HfArg(
         default=1.0,
-        metadata={
-            "help": "What logits of teacher and student are divided by; the divergence is multiplied by its square, "
-            "which keeps gradients as large."
-        },
+        help="What logits of teacher and student are divided by; the divergence is multiplied by its square, "
+        "which keeps gradients as large.",
     )
-    distill_chunk_size: int = field(
-        default=128,
-        metadata={"help": "Decision tokens whose logits exist at a time in `loss_type='distill'`; bounds memory."},
+    distill_chunk_size: int = HfArg(
+        default=128, help="Decision tokens whose logits exist at a time in `loss_type='distill'`; bounds memory."
     )
-    distill_cache_size: str = field(
-        default="1GiB",
-        metadata={"help": "Host memory for what the teacher said, which later epochs read; '0': it says it again."},
+    distill_cache_size: str = HfArg(
+        default="1GiB", help="Host memory for what the teacher said, which later epochs read; '0': it says it again."
     )
-    distill_cache_dir: str | None = field(
+    distill_cache_dir: str | None = HfArg(
+        default=None, help="Directory for what the teacher said, for later epochs and runs; runs may share it."
+    )
+    max_length: int | None = HfArg(
         default=None,
-        metadata={"help": "Directory for what the teacher said, for later epochs and runs; runs may share it."},
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest sample in tokens. A longer one loses its oldest context tokens, never its decision; one "
-            "without context loses its end."
-        },
+        help="Longest sample in tokens. A longer one loses its oldest context tokens, never its decision; one "
+        "without context loses its end.",
     )
 
     def __post_init__(self) -> None:
@@ -397,7 +340,7 @@ class FrozenContextConfig(ContextFields, SFTConfig):
         for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
             values.pop(name, None)
         if isinstance(args, SFTConfig):
-            default = next(f.default for f in fields(SFTConfig) if f.name == "max_length")
+            default = SFTConfig.max_length
             if values["max_length"] == default:
                 logger.info(
                     f"`max_length={default}` is the default of SFTConfig, where it cuts decisions off; "
@@ -418,21 +361,13 @@ class FrozenContextConfig(ContextFields, SFTConfig):
         temperature, weight = self.distill_temperature, self.distill_likelihood_weight
         _require(0.0 < temperature < float("inf"), "distill_temperature", temperature, "above 0")
         _require(0.0 <= weight < 1.0, "distill_likelihood_weight", weight, "from 0 to less than 1")
-        try:
-            parse_size(self.distill_cache_size)
-        except ValueError as error:
-            raise ValueError(f"`distill_cache_size`: {error}") from None
+        _size(self, "distill_cache_size")
         if self.loss_type != "distill":
             own = [f for f in fields(self) if f.name.startswith("distill_") and getattr(self, f.name) != f.default]
             for given in own:
                 logger.warning(f"No effect of `{given.name}`: it belongs to `loss_type='distill'`.")
             return
-        for name in ("packing", "padding_free"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"`loss_type='distill'` compares each sample with its own teacher, and `{name}` puts several into "
-                    "one row. Leave one of the two out."
-                )
+        _require_rows_of_one(self, "`loss_type='distill'` compares each sample with its own teacher")
         if self.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor={self.label_smoothing_factor}` smooths labels, and `loss_type='distill'` "
@@ -445,6 +380,20 @@ def _require(holds: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"`{name}` must be {expected}, found {value!r}.")
 
 
+def _require_rows_of_one(config: Any, reason: str) -> None:
+    for name in ("packing", "padding_free"):
+        # Not every configuration of TRL has these.
+        if getattr(config, name, False):
+            raise ValueError(f"{reason}, and `{name}` puts several into one row. Leave one of the two out.")
+
+
+def _size(config: Any, name: str) -> int:
+    try:
+        return parse_size(getattr(config, name))
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {error}") from None
+
+
 def _require_choice(config: Any, name: str) -> None:
-    choices = next(f for f in fields(config) if f.name == name).metadata["choices"]
+    choices = get_args(next(f for f in fields(config) if f.name == name).type)
     _require(getattr(config, name) in choices, name, getattr(config, name), f"one of {', '.join(choices)}")

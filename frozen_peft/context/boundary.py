@@ -22,6 +22,8 @@ __all__ = [
     "DecisionMode",
     "SplitBatch",
     "cut_batch",
+    "decision_spans",
+    "decision_start",
     "pad_decisions",
 ]
 
@@ -179,8 +181,8 @@ def pad_decisions(decisions: Sequence[Decision], pad_token_id: int = 0) -> Split
 def _cut_sample(input_ids: torch.Tensor, labels: torch.Tensor, cut: Cut) -> list[Decision]:
     """Decisions of one sample without padding, both shape `(tokens,)`."""
     decisions = []
-    for first, stop in _spans(labels, cut.mode):
-        boundary = _boundary(input_ids, first, stop, cut.invocation)
+    for first, stop in decision_spans(labels, cut.mode):
+        boundary = decision_start(input_ids, first, stop, cut.invocation)
         context = input_ids[:boundary]
         if excess := cut.num_excess(boundary, stop):
             context = torch.from_numpy(cut.kept(context.cpu().numpy(), excess)).to(context.device)
@@ -192,7 +194,7 @@ def _cut_sample(input_ids: torch.Tensor, labels: torch.Tensor, cut: Cut) -> list
     return decisions or [Decision(input_ids[:0], input_ids, labels)]
 
 
-def _spans(labels: torch.Tensor, mode: DecisionMode) -> list[tuple[int, int]]:
+def decision_spans(labels: torch.Tensor, mode: DecisionMode) -> list[tuple[int, int]]:
     """First label and end of each decision; a first token's label is predicted by nothing and begins none."""
     supervised = labels != IGNORED_LABEL
     if mode == "tail":
@@ -203,8 +205,12 @@ def _spans(labels: torch.Tensor, mode: DecisionMode) -> list[tuple[int, int]]:
     return [(start, stop) for start, stop in zip(starts, stops, strict=True) if stop > 1]
 
 
-def _boundary(input_ids: torch.Tensor, first: int, stop: int, invocation: tuple[int, ...]) -> int:
-    """Context tokens before the decision whose first label is at `first`."""
+def decision_start(input_ids: torch.Tensor, first: int, stop: int, invocation: tuple[int, ...]) -> int:
+    """Where the decision begins whose first label is at `first`: the number of its context tokens.
+
+    Raises:
+        ValueError: It does not begin with the invocation tokens, or contains them again.
+    """
     if not invocation:
         return max(first - 1, 0)
     boundary = first - len(invocation)

@@ -6,7 +6,7 @@ at whose supervised tokens the two distributions are compared.
 
 1. *Data* (`dataset`). A row's instructions are put back from its column `stripped`, and TRL's own preparation makes
    token ids of both samples. Their supervised tokens must be the same, one by one.
-2. *Teacher* (`teacher`, `answers`). Its context is encoded and the decision run over it once, without gradient. What
+2. *Teacher* (`teacher`). Its context is encoded and the decision run over it once, without gradient. What
    it says about each supervised token is kept, in memory and on disk, and read in later epochs.
 3. *Loss* (`distiller`, `divergence`). TRL computes its loss from log-probabilities per token; in their place stand the
    negative divergences. So the scaling over accumulated batches and processes, the auxiliary loss of experts and the
@@ -19,11 +19,13 @@ from frozen_peft.distillation.dataset import TEACHER_COLUMNS, TeacherCollator, c
 from frozen_peft.distillation.distiller import Distiller, require_distillable
 from frozen_peft.distillation.divergence import Answers
 from frozen_peft.distillation.head import verify_head
+from frozen_peft.distillation.teacher import Teacher
 
 __all__ = [
     "TEACHER_COLUMNS",
     "Answers",
     "Distiller",
+    "Teacher",
     "TeacherCollator",
     "check_teacher",
     "prepare_with_teacher",

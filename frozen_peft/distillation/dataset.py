@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples with their instructions beside the same samples without, from a row of a dataset to a batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch.nn.utils.rnn import pad_sequence
 
 from frozen_peft.context.boundary import IGNORED_LABEL, DecisionMode
+from frozen_peft.utils.numpy_rows import numpy_rows
 
 __all__ = [
     "TEACHER_COLUMNS",
@@ -31,7 +30,6 @@ TEACHER_COLUMNS = (TEACHER_IDS, TEACHER_LABELS)
 TEACHER_MASK = "teacher_attention_mask"
 TEACHER_KEYS = (*TEACHER_COLUMNS, TEACHER_MASK)
 STRIPPED = "stripped"
-ROWS_PER_BATCH = 1000
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -86,22 +84,16 @@ def check_teacher(dataset: Rows, name: str, mode: DecisionMode, max_positions: i
     Raises:
         ValueError: A decision is another one with its instructions, or the model has too few positions for them.
     """
-    columns = ["input_ids", "labels", *TEACHER_COLUMNS]
+
+    def check_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+        _require_columns(list(row), name)
+        _require_same_decisions(row, f"Sample {index} of the {name} dataset", mode, max_positions)
+        return row
+
     if isinstance(dataset, IterableDataset):
-
-        def check_one(sample: dict[str, Any], index: int) -> dict[str, Any]:
-            _require_columns(list(sample), name)
-            table = pa.table({key: [sample[key]] for key in columns if key in sample})
-            _require_same_decisions(table, index, name, mode, max_positions)
-            return sample
-
-        return dataset.map(check_one, with_indices=True)
-    _require_columns(dataset.column_names, name)
-    present = [column for column in columns if column in dataset.column_names]
-    row = 0
-    for table in dataset.select_columns(present).with_format("arrow").iter(batch_size=ROWS_PER_BATCH):
-        _require_same_decisions(table, row, name, mode, max_positions)
-        row += table.num_rows
+        return dataset.map(check_row, with_indices=True)
+    for index, row in enumerate(numpy_rows(dataset, ("input_ids", "labels", *TEACHER_COLUMNS))):
+        check_row(row, index)
     return dataset
 
 
@@ -171,26 +163,24 @@ def _require_columns(columns: list[str], name: str) -> None:
 
 
 def _require_same_decisions(
-    table: pa.Table, first_row: int, name: str, mode: DecisionMode, max_positions: int | None
+    row: Mapping[str, Any], sample: str, mode: DecisionMode, max_positions: int | None
 ) -> None:
-    own_column = "labels" if "labels" in table.column_names else "input_ids"
-    pairs = zip(_rows(table[own_column]), _rows(table[TEACHER_LABELS]), _rows(table[TEACHER_IDS]), strict=True)
-    for row, (own, theirs, ids) in enumerate(pairs, start=first_row):
-        sample = f"Sample {row} of the {name} dataset"
-        if len(theirs) != len(ids):
-            raise ValueError(f"{sample} has {len(ids)} `{TEACHER_IDS}` and {len(theirs)} `{TEACHER_LABELS}`.")
-        if (difference := _difference(own, theirs, mode)) is not None:
-            raise ValueError(
-                f"{sample} has another decision with its instructions in place, and `loss_type='distill'` compares "
-                f"the same tokens: {difference}. Supervise the decision alone (prompt and completion, or "
-                "`assistant_only_loss`), and let it begin where no token reaches across; a sample without context is "
-                "cut at its end by `max_length`."
-            )
-        if max_positions is not None and len(ids) > max_positions:
-            raise ValueError(
-                f"{sample} has {len(ids)} tokens with its instructions in place, and the model has {max_positions} "
-                "positions. Shorten it; the teacher's context is never cut."
-            )
+    own_labels = "labels" if "labels" in row else "input_ids"
+    own, theirs, ids = (np.asarray(row[column]) for column in (own_labels, TEACHER_LABELS, TEACHER_IDS))
+    if len(theirs) != len(ids):
+        raise ValueError(f"{sample} has {len(ids)} `{TEACHER_IDS}` and {len(theirs)} `{TEACHER_LABELS}`.")
+    if (difference := _difference(own, theirs, mode)) is not None:
+        raise ValueError(
+            f"{sample} has another decision with its instructions in place, and `loss_type='distill'` compares "
+            f"the same tokens: {difference}. Supervise the decision alone (prompt and completion, or "
+            "`assistant_only_loss`), and let it begin where no token reaches across; a sample without context is "
+            "cut at its end by `max_length`."
+        )
+    if max_positions is not None and len(ids) > max_positions:
+        raise ValueError(
+            f"{sample} has {len(ids)} tokens with its instructions in place, and the model has {max_positions} "
+            "positions. Shorten it; the teacher's context is never cut."
+        )
 
 
 def _difference(own: np.ndarray, theirs: np.ndarray, mode: DecisionMode) -> str | None:
@@ -210,11 +200,3 @@ def _difference(own: np.ndarray, theirs: np.ndarray, mode: DecisionMode) -> str 
     if len(places) and other_places[0] == 0 != places[0]:
         return "with them it begins with a supervised token, which nothing predicts"
     return None
-
-
-def _rows(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
-    """The numbers of each row."""
-    flat, lengths = pc.list_flatten(column).to_numpy(), pc.list_value_length(column).to_numpy()
-    stops = np.cumsum(lengths)
-    for start, stop in zip(stops - lengths, stops, strict=True):
-        yield flat[start:stop]

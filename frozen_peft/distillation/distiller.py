@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -13,12 +13,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import ContextFiles, ContextStore, Cut, Decision, cut_batch, trained_base_weights
+from frozen_peft.context.boundary import IGNORED_LABEL
 from frozen_peft.context.models import get_pretrained_model
-from frozen_peft.distillation.answers import AnswerStore
 from frozen_peft.distillation.dataset import TEACHER_IDS, TEACHER_KEYS
-from frozen_peft.distillation.divergence import Answers, Direction, Divergence, join_answers, select_answers
+from frozen_peft.distillation.divergence import Answers, Divergence, join_answers, select_answers
 from frozen_peft.distillation.head import LogitHead
-from frozen_peft.distillation.teacher import Teacher, predicted_labels
+from frozen_peft.distillation.teacher import AnswerStore, Teacher
 from frozen_peft.utils.sizes import parse_size
 from frozen_peft.utils.stopwatch import Mode, Stopwatch
 
@@ -40,7 +40,6 @@ class Distiller:
     def __init__(
         self, model: PeftModel, args: FrozenContextConfig, cut: Cut, check: Callable[[Sequence[Decision]], None]
     ):
-        assert args.distill_divergence in get_args(Direction), "the configuration checks it"
         self._model = model
         self._check = check
         self._likelihood_weight = args.distill_likelihood_weight
@@ -70,22 +69,6 @@ class Distiller:
         samples = cut_batch(input_ids, labels, mask, self._cut)
         return [decision for sample in samples for decision in sample]
 
-    def expect(self, decisions: Sequence[Decision]) -> None:
-        """Announces the decisions of an optimizer step, with their instructions."""
-        self.teacher.expect(decisions)
-
-    def forget(self) -> None:
-        """Drops what is kept in memory alone of earlier steps."""
-        self.teacher.forget()
-
-    def record(self) -> dict[str, Any] | None:
-        """What has to be known to go on from here, see `ContextStore.record`."""
-        return self.teacher.record()
-
-    def restore(self, record: dict[str, Any]) -> None:
-        """Goes on with what `record` gave."""
-        self.teacher.restore(record)
-
     def target(self, teachers: Sequence[Decision], labels: torch.Tensor, mode: Mode) -> Answers | None:
         """What the teacher says about each label that a batch predicts, row by row; None where there is none.
 
@@ -99,7 +82,29 @@ class Distiller:
             ContextMismatchError: The teacher is not what plain forwards give.
         """
         with self._seconds[mode].running():
-            return self._target(teachers, labels)
+            wanted = [_predicted_labels(row) for row in labels]
+            if not any(map(len, wanted)):
+                return None
+            if len(teachers) != len(wanted):
+                raise ValueError(
+                    f"A batch has {len(wanted)} decisions, and {len(teachers)} with their instructions. Do all "
+                    "samples have the columns that `loss_type='distill'` prepares, and does the collator keep their "
+                    "number?"
+                )
+            self._check(teachers)
+            parts = []
+            for decision, answers, own in zip(teachers, self.teacher.answer(teachers), wanted, strict=True):
+                theirs = _predicted_labels(decision.labels)
+                # Behind instructions a first token is predicted that without them is not.
+                start = len(theirs) - len(own)
+                if start < 0 or not torch.equal(theirs[start:], own):
+                    raise ValueError(
+                        f"A decision of {len(own)} supervised tokens is another one with its instructions, of "
+                        f"{len(theirs)}. Let the trainer prepare the dataset, which names the sample."
+                    )
+                shared = select_answers(answers, slice(start, None))
+                parts.append({name: tensor.to(labels.device) for name, tensor in shared.items()})
+            return join_answers(parts)
 
     @contextmanager
     def distilled_loss(self, model: torch.nn.Module, target: Answers | None) -> Iterator[None]:
@@ -152,9 +157,8 @@ class Distiller:
         - `distill/reused`: share of decisions about which the teacher had been asked before.
         """
         assert self._sums is not None, "there was a batch before"
-        counts = self.teacher.counts
-        own = torch.cat([self._sums, self._sums.new_tensor([counts.num_asked, counts.num_computed])])
-        counts.num_asked = counts.num_computed = 0
+        own = torch.cat([self._sums, self._sums.new_tensor([self.teacher.num_asked, self.teacher.num_computed])])
+        self.teacher.num_asked = self.teacher.num_computed = 0
         num_labels, divergence, nll, asked, computed = accelerator.gather_for_metrics(own[None]).sum(0).tolist()
         if num_labels:
             metrics["distill/divergence"].append(divergence / num_labels)
@@ -165,29 +169,6 @@ class Distiller:
     def read_seconds(self, mode: Mode) -> float:
         """Seconds that the teacher took, since the last call."""
         return self._seconds[mode].read()
-
-    def _target(self, teachers: Sequence[Decision], labels: torch.Tensor) -> Answers | None:
-        wanted = [predicted_labels(row) for row in labels]
-        if not any(map(len, wanted)):
-            return None
-        if len(teachers) != len(wanted):
-            raise ValueError(
-                f"A batch has {len(wanted)} decisions, and {len(teachers)} with their instructions. Do all samples "
-                "have the columns that `loss_type='distill'` prepares, and does the collator keep their number?"
-            )
-        self._check(teachers)
-        parts = []
-        for decision, answers, own in zip(teachers, self.teacher.answer(teachers), wanted, strict=True):
-            theirs = predicted_labels(decision.labels)
-            # Behind instructions a first token is predicted that without them is not.
-            start = len(theirs) - len(own)
-            if start < 0 or not torch.equal(theirs[start:], own):
-                raise ValueError(
-                    f"A decision of {len(own)} supervised tokens is another one with its instructions, of "
-                    f"{len(theirs)}. Let the trainer prepare the dataset, which names the sample."
-                )
-            parts.append({name: tensor.to(labels.device) for name, tensor in _from(answers, start).items()})
-        return join_answers(parts)
 
     def _log_probs(self, output: Any, hidden: torch.Tensor, head: LogitHead, target: Answers | None) -> torch.Tensor:
         """What stands for the log-probability of each label, shape `(rows, tokens - 1)`, zero where there is none."""
@@ -242,5 +223,6 @@ def require_distillable(model: torch.nn.Module, accelerator: Accelerator, *, has
         )
 
 
-def _from(answers: Answers, start: int) -> Answers:
-    return select_answers(answers, slice(start, None)) if start else answers
+def _predicted_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Labels of one row `(tokens,)` that an output predicts, in their order."""
+    return labels[1:][labels[1:] != IGNORED_LABEL]

@@ -122,7 +122,6 @@ class BatchCutter:
         max_decisions: Decisions of a conversation's turns in one batch; None: no bound.
         pad_token_id: Token that fills the decisions' padding.
         supervision: Key of a mask that is 1 on supervised tokens, where a batch says it so; None: by `labels`.
-        per_sample: Keys that hold one value per sample, which stay as they are.
         take_teachers: Takes the samples with their instructions out of a collated batch, and gives their decisions.
     """
 
@@ -130,7 +129,6 @@ class BatchCutter:
     max_decisions: int | None
     pad_token_id: int
     supervision: str | None = None
-    per_sample: frozenset[str] = frozenset()
     take_teachers: Callable[[dict[str, Any]], list[Decision]] | None = None
 
     def cut(self, inputs: Mapping[str, Any]) -> SampleBatch:
@@ -198,8 +196,7 @@ class BatchCutter:
         )
 
     def _require_known(self, inputs: dict[str, Any]) -> None:
-        known = {*TOKEN_KEYS, *self.per_sample, *({self.supervision} if self.supervision is not None else ())}
-        if unknown := inputs.keys() - known:
+        if unknown := inputs.keys() - TOKEN_KEYS - {self.supervision}:
             raise ValueError(
                 f"The collator put {', '.join(f'`{key}`' for key in sorted(unknown))} into a batch whose samples have "
                 f"contexts; only {', '.join(f'`{key}`' for key in sorted(TOKEN_KEYS))} can be cut at a boundary. Use "

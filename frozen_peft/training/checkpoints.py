@@ -8,18 +8,21 @@
    to the disk and renames the folder. Only then older checkpoints go.
 3. A folder that lacks a listed file, or has one of another size, is no checkpoint any more: removing one takes many
    steps too, and disks lose what was not synced.
+4. What a trainer keeps of earlier steps, frozen contexts for one, is recorded too (`history_*.json`), so that a run
+   that was killed goes on as if it had not been.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from frozen_peft.utils.files import sync
@@ -29,11 +32,10 @@ __all__ = [
     "MANIFEST",
     "UNFINISHED",
     "checkpoint_to_resume",
-    "clear_unfinished",
     "last_whole_checkpoint",
-    "publish_checkpoint",
+    "read_history",
     "require_no_way_out",
-    "settle_best",
+    "save_whole_checkpoint",
     "whole_files",
     "why_not_whole",
 ]
@@ -45,6 +47,8 @@ AUTO = "auto"
 MANIFEST = "whole.json"
 UNFINISHED = ".unfinished"
 _STATE = "trainer_state.json"
+# What each process kept of earlier steps.
+_HISTORY = "history_{process}.json"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 # What a run writes to under the name that is there, in its folder or in that of one trial of a search: checkpoints in
 # the making, logs, and files that TRL, transformers (5.23) and its callbacks open. All else gets its name by renaming.
@@ -54,7 +58,55 @@ _WRITTEN_IN_PLACE = re.compile(
 )
 
 
-def publish_checkpoint(part: Path, final: Path, *, resumable: bool) -> None:
+def save_whole_checkpoint(trainer: Trainer, save: Callable[[], None], run_dir: Path) -> Path:
+    """Has a checkpoint written in a hidden folder, which gets its name when all processes are done.
+
+    Args:
+        trainer: A `FrozenContextMixin`.
+        save: Writes the checkpoint where `_part_dir` says.
+        run_dir: Folder of the run, or of one trial of a search.
+
+    Returns:
+        Where it is.
+    """
+    args, state, accelerator = trainer.args, trainer.state, trainer.accelerator
+    final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    part = run_dir / UNFINISHED / final.name
+    if args.should_save:
+        _clear_unfinished(run_dir)
+    accelerator.wait_for_everyone()
+    trainer._part_dir = part.parent
+    try:
+        save()
+    finally:
+        trainer._part_dir = None
+    if not args.save_only_model:
+        _write_history(part, args.process_index, trainer._memories)
+    if args.should_save:
+        # The best one, as it will be found.
+        best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if state.best_global_step and (best.is_dir() or best == final):
+            state.best_model_checkpoint = str(best)
+        state.save_to_json(str(part / _STATE))
+    accelerator.wait_for_everyone()
+    if args.should_save:
+        _publish(part, final, resumable=not args.save_only_model)
+    accelerator.wait_for_everyone()
+    # On a disk of its own, a node holds the random states of its processes.
+    if args.local_process_index == 0 and part.is_dir():
+        _publish(part, final, resumable=not args.save_only_model)
+    if args.should_save:
+        _clear_unfinished(run_dir)
+        rotate_checkpoints(
+            output_dir=str(run_dir),
+            save_total_limit=args.save_total_limit,
+            best_model_checkpoint=state.best_model_checkpoint,
+            use_mtime=True,
+        )
+    return final
+
+
+def _publish(part: Path, final: Path, *, resumable: bool) -> None:
     """Gives a checkpoint its name, once all of it is written.
 
     Args:
@@ -84,7 +136,7 @@ def whole_files(folder: Path) -> Iterator[Path]:
     What has a file's name already is replaced, and so is a link in place of its folder, which may lead anywhere.
     Weights come last, after what describes them.
     """
-    clear_unfinished(folder)
+    _clear_unfinished(folder)
     part = folder / UNFINISHED / "files"
     part.mkdir(parents=True)
     try:
@@ -99,10 +151,10 @@ def whole_files(folder: Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
     finally:
-        clear_unfinished(folder)
+        _clear_unfinished(folder)
 
 
-def clear_unfinished(folder: Path) -> None:
+def _clear_unfinished(folder: Path) -> None:
     """Removes what this run, or one that was killed, has begun to write in a folder."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
@@ -200,10 +252,26 @@ def why_not_whole(folder: Path) -> str | None:
     return None if _STATE in sizes else f"its file {_STATE} is missing"
 
 
-def settle_best(state: TrainerState, run_dir: Path) -> None:
-    """Has the state name the best checkpoint as it will be found in `run_dir`."""
-    if not state.best_global_step:
+def _write_history(folder: Path, process: int, memories: Mapping[str, Any]) -> None:
+    records = {name: memory.record() for name, memory in memories.items()}
+    history = {name: record for name, record in records.items() if record is not None}
+    if history:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _HISTORY.format(process=process)
+        path.write_text(json.dumps(history) + "\n", encoding="utf-8")
+
+
+def read_history(folder: Path, process: int, memories: Mapping[str, Any]) -> None:
+    """Has those that keep something of earlier steps go on with what a checkpoint says of it."""
+    path = folder / _HISTORY.format(process=process)
+    if not path.is_file():
         return
-    best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-    if best.is_dir() or state.best_global_step == state.global_step:
-        state.best_model_checkpoint = str(best)
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+        for name, memory in memories.items():
+            if name in history:
+                memory.restore(history[name])
+    except (ValueError, AttributeError, TypeError) as error:
+        logger.warning(
+            f"{path} is passed over ({error}): what the run had kept is encoded anew, and the same up to rounding."
+        )

@@ -146,17 +146,3 @@ class FrozenContexts:
                 "The decisions' model is not the one that encodes their contexts, which is the one that this trainer "
                 "was made with. Make a trainer for the other model."
             )
-
-    def forget(self) -> None:
-        """Drops what goes stale of earlier steps."""
-        if self.encoder is not None:
-            self.encoder.forget()
-
-    def record(self) -> dict[str, Any] | None:
-        """What a run has to know that goes on from here; None: nothing."""
-        return self.encoder.record() if self.encoder is not None else None
-
-    def restore(self, record: dict[str, Any]) -> None:
-        """Goes on with what `record` gave."""
-        if self.encoder is not None:
-            self.encoder.restore(record)

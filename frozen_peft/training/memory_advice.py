@@ -5,7 +5,7 @@ Encoding contexts in smaller chunks changes nothing but the time, so the encoder
 takes is set by fields that change the training or its speed, which are the user's to choose.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -41,19 +41,15 @@ def advice_on_memory(
     """
     try:
         yield
+    except AdvisedOutOfMemoryError:
+        raise
     except torch.OutOfMemoryError as error:
         planned = planned_advice(model, args, batch) if model is not None and batch is not None else []
-        raise _advised(error, args, where, planned) from error
-
-
-def _advised(
-    error: torch.OutOfMemoryError, args: FrozenContextConfig, where: str, planned: Sequence[str] = ()
-) -> torch.OutOfMemoryError:
-    if isinstance(error, AdvisedOutOfMemoryError):
-        return error
-    lines = "\n".join(f"- {line}" for line in (*planned, *memory_advice(args, evaluation=where == "evaluation")))
-    # PyTorch's text comes first: `auto_find_batch_size` looks for it.
-    return AdvisedOutOfMemoryError(f"{error}\nA step of {where} does not fit. What takes less memory:\n{lines}")
+        lines = "\n".join(f"- {line}" for line in (*planned, *memory_advice(args, evaluation=where == "evaluation")))
+        # PyTorch's text comes first: `auto_find_batch_size` looks for it.
+        raise AdvisedOutOfMemoryError(
+            f"{error}\nA step of {where} does not fit. What takes less memory:\n{lines}"
+        ) from error
 
 
 def planned_advice(model: torch.nn.Module, args: FrozenContextConfig, batch: SampleBatch) -> list[str]:

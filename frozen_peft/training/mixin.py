@@ -13,21 +13,27 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 
 from frozen_peft.config import FrozenContextConfig
+from frozen_peft.context import ContextEncoder
 from frozen_peft.context.models import get_decoder, get_pretrained_model
-from frozen_peft.distillation import Answers, Distiller
+from frozen_peft.distillation import Answers, Distiller, Teacher
 from frozen_peft.gradient import finish_stretches, group_checkpoints
 from frozen_peft.merging import require_repeated_change, save_base_record
 from frozen_peft.training.batches import BatchCutter, DecisionBatch, SampleBatch, from_first_label, num_labels
-from frozen_peft.training.checkpoints import checkpoint_to_resume, require_no_way_out, whole_files
+from frozen_peft.training.checkpoints import (
+    checkpoint_to_resume,
+    read_history,
+    require_no_way_out,
+    save_whole_checkpoint,
+    whole_files,
+)
 from frozen_peft.training.checks import BatchChecks
 from frozen_peft.training.engines import adding_up, as_many_everywhere, evaluated_as_trained
 from frozen_peft.training.forwards import DecisionForwards, LiveBatch
 from frozen_peft.training.frozen import FrozenContexts
 from frozen_peft.training.memory_advice import advice_on_memory
+from frozen_peft.training.metrics import Part, StepTimes
 from frozen_peft.training.predictions import Prediction, SampleRows, join_predictions
-from frozen_peft.training.resuming import read_history, save_whole_checkpoint
 from frozen_peft.training.sampling import GroupByContextSampler, make_sampler
-from frozen_peft.training.timing import Part, StepTimes
 from frozen_peft.utils.compat.trl import logged_metrics, micro_batch_size
 from frozen_peft.utils.stopwatch import Mode
 
@@ -71,7 +77,7 @@ class FrozenContextMixin(Trainer):
     _frozen: FrozenContexts
     _forwards: DecisionForwards
     # What is kept of earlier steps, by its name in a checkpoint.
-    _memories: dict[str, Any]
+    _memories: dict[str, ContextEncoder | Teacher]
     # What accelerate was to compile with.
     _compiler: TorchDynamoPlugin
     _context_sampler: GroupByContextSampler | None = None
@@ -94,9 +100,11 @@ class FrozenContextMixin(Trainer):
         self._forwards = DecisionForwards(
             self.model, self.args, checks, self.accelerator, distiller, partial(logged_metrics, self)
         )
-        self._memories = {"contexts": self._frozen}
+        self._memories = {}
+        if self._frozen.encoder is not None:
+            self._memories["contexts"] = self._frozen.encoder
         if distiller is not None:
-            self._memories["teacher"] = distiller
+            self._memories["teacher"] = distiller.teacher
 
     def _target(self, part: DecisionBatch, inputs: dict[str, Any]) -> Answers | None:
         """What a teacher says about a batch, where there is one."""

@@ -98,25 +98,6 @@ def sample_base(model: Model, args: FrozenContextConfig) -> BaseSamples | None:
     return BaseSamples(model) if isinstance(model, PreTrainedModel) and _base_needed_for(args) else None
 
 
-def _require_kept_base(model: torch.nn.Module, args: FrozenContextConfig, before: BaseSamples | None) -> None:
-    """Refuses a model that with its adapters off is not its base, where the configuration needs it to be.
-
-    Args:
-        model: The model with its adapters.
-        args: The configuration.
-        before: What `sample_base` returned before it had them.
-
-    Raises:
-        ValueError: It is another model.
-    """
-    needed_for = _base_needed_for(args)
-    if needed_for is None:
-        return
-    require_base(model, needed_for)
-    if before is not None:
-        before.require_kept(model, needed_for)
-
-
 def given_invocation(model: Model, peft_config: Any, args: FrozenContextConfig) -> tuple[int, ...]:
     """Tokens that the adapter comes with and is switched on by; none where `invocation` says other ones."""
     adapter = model.active_peft_config if isinstance(model, PeftModel) else peft_config
@@ -145,20 +126,6 @@ def make_cut(args: FrozenContextConfig, tokenizer: PreTrainedTokenizerBase, invo
     tokens = () if args.context_adapters else invocation or find_invocation(tokenizer, args.invocation)
     max_length = args.max_length if args.decision_mode == "turns" else None
     return Cut(args.decision_mode, horizon, args.max_context_length, max_length, tokens, start)
-
-
-def _settle_context_adapters(model: torch.nn.Module, *, active: bool, invocation: tuple[int, ...]) -> None:
-    """Makes an adapter that is off in contexts one that is switched on by the invocation tokens.
-
-    Raises:
-        ValueError: The model's adapters cannot be on, or off, in contexts as asked.
-    """
-    if active:
-        require_always_active(model)
-        return
-    _require_adapters(isinstance(model, PeftModel))
-    require_untouched_base(model)
-    activate_at_invocation(model, invocation)
 
 
 def _require_adapters(present: bool) -> None:
@@ -193,9 +160,17 @@ def prepare_model(trainer: Trainer, cut: Cut, base_before: BaseSamples | None) -
     if getattr(pretrained, "is_loaded_in_4bit", False):
         keep_linear4bit_trainable(model)
     choose_kernels(pretrained)
-    if freezes:
-        _settle_context_adapters(model, active=args.context_adapters, invocation=cut.invocation)
-    _require_kept_base(model, args, base_before)
+    if freezes and args.context_adapters:
+        require_always_active(model)
+    elif freezes:
+        _require_adapters(isinstance(model, PeftModel))
+        require_untouched_base(model)
+        activate_at_invocation(model, cut.invocation)
+    # With its adapters off it has to be its base, where the configuration needs that.
+    if needed_for := _base_needed_for(args):
+        require_base(model, needed_for)
+        if base_before is not None:
+            base_before.require_kept(model, needed_for)
     if freezes or args.sequence_chunk_size is not None:
         use_segmented_attention(model)
     compile_as_asked(model, trainer.accelerator, trainer._compiler)

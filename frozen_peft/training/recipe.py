@@ -200,7 +200,17 @@ def build_trainer(
     if config.eval_on_start and eval_dataset is None:
         raise ValueError("`eval_on_start` needs held-out samples: give `eval_dataset_name`, or remove it")
     if peft_config is None and uses_peft:
-        peft_config = _lora_config(base_config, recipe.adapter)
+        adapter = recipe.adapter
+        peft_config = lora_config(
+            base_config,
+            preset=adapter.lora_preset,
+            roles=adapter.lora_roles,
+            r=adapter.lora_r,
+            lora_alpha=adapter.lora_alpha,
+            lora_dropout=adapter.lora_dropout,
+        )
+    # Under FSDP, 4 bit are stored such that they can be in shards, which bytes cannot.
+    storage = {"bnb_4bit_quant_storage": "bfloat16"} if is_sharded_run("FSDP") else {}
     return FrozenContextTrainer(
         model=model.model_name_or_path,
         args=config,
@@ -213,7 +223,7 @@ def build_trainer(
             revision=model.model_revision,
             trust_remote_code=config.trust_remote_code,
         ),
-        quantization_config=_quantization_config(base_config) if model.load_in_4bit else None,
+        quantization_config=quantization_config(base_config, **storage) if model.load_in_4bit else None,
         peft_config=peft_config,
     )
 
@@ -235,23 +245,6 @@ def is_sharded_run(*engines: str) -> bool:
         engines: `FSDP`, `DEEPSPEED`, as accelerate's environment variables name them.
     """
     return any(strtobool(os.environ.get(f"ACCELERATE_USE_{engine}", "false")) for engine in engines)
-
-
-def _quantization_config(base_config: PretrainedConfig) -> Any:
-    """In 4 bit; under FSDP stored such that it can be in shards, which bytes cannot."""
-    storage = {"bnb_4bit_quant_storage": "bfloat16"} if is_sharded_run("FSDP") else {}
-    return quantization_config(base_config, **storage)
-
-
-def _lora_config(base_config: PretrainedConfig, adapter: AdapterArguments) -> PeftConfig:
-    return lora_config(
-        base_config,
-        preset=adapter.lora_preset,
-        roles=adapter.lora_roles,
-        r=adapter.lora_r,
-        lora_alpha=adapter.lora_alpha,
-        lora_dropout=adapter.lora_dropout,
-    )
 
 
 def _load_options(recipe: Recipe) -> dict[str, Any]:

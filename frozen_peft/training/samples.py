@@ -4,55 +4,59 @@
 A prepared dataset has `input_ids` and `labels`, as TRL leaves it.
 """
 
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import torch
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from frozen_peft.context.boundary import IGNORED_LABEL, TAIL, Cut
+from frozen_peft.context.boundary import TAIL, Cut, decision_spans, decision_start
 from frozen_peft.data import require_no_dates
+from frozen_peft.utils.numpy_rows import numpy_rows
 
 __all__ = [
     "SampleLengths",
     "SampleLimits",
     "check_samples",
     "limit_length",
+    "measure_row",
     "measure_samples",
-    "measure_table",
     "require_rows",
 ]
 
 logger = logging.get_logger(__name__)
 
-ROWS_PER_BATCH = 1000
+# What samples are measured by; a row has the last where several are packed into it.
+TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SampleLengths:
-    """Lengths in tokens, one entry per sample, or per decision with the tokens up to its end (`Cut.mode` of `turns`).
+    """Lengths in tokens of a sample, or of a decision with the tokens up to its end (`Cut.mode` of `turns`).
 
     Attributes:
-        rows: Row of the dataset that the sample stands in; packed rows and conversations hold several.
-        totals: Tokens of the sample.
-        boundaries: Context tokens; -1 where no label is supervised.
-        invoked: Whether the decision begins with the invocation tokens.
-        invoked_again: Whether they come again in it.
-        starts: Tokens that stay of the context's beginning, where others are dropped; 0 where none are.
+        row: Row of the dataset that the sample stands in; packed rows and conversations hold several.
+        total: Tokens of the sample.
+        context: Context tokens.
+        has_decision: Whether a label is supervised.
+        start: Tokens that stay of the context's beginning, where others are dropped; 0 where none are.
         dropped: Context tokens that are.
     """
 
-    rows: np.ndarray
-    totals: np.ndarray
-    boundaries: np.ndarray
-    invoked: np.ndarray
-    invoked_again: np.ndarray
-    starts: np.ndarray
-    dropped: np.ndarray
+    row: int
+    total: int
+    context: int = 0
+    has_decision: bool = True
+    start: int = 0
+    dropped: int = 0
+
+    @property
+    def decision(self) -> int:
+        """Decision tokens."""
+        return self.total - self.context
 
 
 def require_rows(dataset: Dataset | IterableDataset | None, name: str) -> None:
@@ -74,47 +78,34 @@ def require_rows(dataset: Dataset | IterableDataset | None, name: str) -> None:
         )
 
 
-def measure_samples(dataset: Dataset, cut: Cut = TAIL) -> SampleLengths:
-    """Lengths and boundaries of every sample of a prepared dataset, packed or not, as `cut` will cut it."""
-    parts, offset = [], 0
-    for table in _tables(dataset):
-        parts.append(measure_table(table, cut, offset))
-        offset += table.num_rows
-    return SampleLengths(*(np.concatenate(arrays) for arrays in zip(*map(astuple, parts), strict=True)))
+def measure_samples(dataset: Dataset, cut: Cut = TAIL, name: str = "train") -> Iterator[SampleLengths]:
+    """Lengths of every sample of a prepared dataset, packed or not, as `cut` will cut it."""
+    for index, row in enumerate(numpy_rows(dataset, TOKEN_COLUMNS)):
+        yield from measure_row(row, index, cut, name)
 
 
-def measure_table(table: pa.Table, cut: Cut, first_row: int = 0) -> SampleLengths:
-    """Lengths of the samples in a table whose first row is `first_row` of the dataset."""
-    labels = table["labels" if "labels" in table.column_names else "input_ids"]
-    supervised = np.not_equal(pc.list_flatten(labels).to_numpy(), IGNORED_LABEL)
-    row_lengths = pc.list_value_length(labels).to_numpy()
-    if "seq_lengths" in table.column_names:
-        totals = pc.list_flatten(table["seq_lengths"]).to_numpy()
-        rows = np.repeat(np.arange(table.num_rows), pc.list_value_length(table["seq_lengths"]).to_numpy())
-    else:
-        totals, rows = row_lengths, np.arange(table.num_rows)
-    starts = np.concatenate([[0], np.cumsum(totals)[:-1]]).astype(np.int64)
-    if cut.mode == "turns":
-        rows, starts, firsts, stops = _turns(supervised, rows, starts, totals)
-    else:
-        places = np.append(np.flatnonzero(supervised), len(supervised))
-        firsts, stops = places[np.searchsorted(places, starts)], starts + totals
-    has_decision = firsts < stops
-    boundaries = np.where(has_decision, np.maximum(firsts - starts - (len(cut.invocation) or 1), 0), -1)
-    invoked, invoked_again = has_decision | True, has_decision & False
-    if cut.invocation:
-        input_ids = pc.list_flatten(table["input_ids"]).to_numpy()
-        invoked, invoked_again = _invocations(input_ids, np.asarray(cut.invocation), starts, firsts, stops)
-    totals = stops - starts
-    kept_starts, dropped = np.zeros_like(totals), np.zeros_like(totals)
-    if cut.max_context_length is not None or cut.max_length is not None:
-        input_ids = pc.list_flatten(table["input_ids"]).to_numpy()
-        for index in np.flatnonzero(boundaries > 0):
-            boundary, place = int(boundaries[index]), int(starts[index])
-            if excess := cut.num_excess(boundary, int(totals[index])):
-                kept_starts[index] = cut.start.length(input_ids[place : place + boundary])
-                dropped[index] = min(excess, boundary - kept_starts[index])
-    return SampleLengths(rows + first_row, totals, boundaries, invoked, invoked_again, kept_starts, dropped)
+def measure_row(row: Mapping[str, Any], index: int, cut: Cut, name: str = "train") -> Iterator[SampleLengths]:
+    """Lengths of the samples in one row of a dataset, which has this index.
+
+    Raises:
+        ValueError: See `decision_start`; the message names the sample and the dataset.
+    """
+    input_ids, labels = (torch.tensor(row[key]) for key in ("input_ids", "labels" if "labels" in row else "input_ids"))
+    stops = np.cumsum(row["seq_lengths"]).tolist() if "seq_lengths" in row else [len(labels)]
+    for start, stop in zip([0, *stops[:-1]], stops, strict=True):
+        spans = decision_spans(labels[start:stop], cut.mode)
+        for first, end in spans:
+            try:
+                context = decision_start(input_ids[start:stop], first, end, cut.invocation)
+            except ValueError as error:
+                raise ValueError(f"Sample {index} of the {name} dataset: {error}") from None
+            num_start = dropped = 0
+            if context and (excess := cut.num_excess(context, end)):
+                num_start = cut.start.length(input_ids[start : start + context].numpy())
+                dropped = min(excess, context - num_start)
+            yield SampleLengths(index, end, context, True, num_start, dropped)
+        if not spans:
+            yield SampleLengths(index, stop - start, has_decision=False)
 
 
 @dataclass(frozen=True)
@@ -135,6 +126,39 @@ class SampleLimits:
     max_length: int | None
     cut: Cut = TAIL
 
+    def require(self, sample: SampleLengths, name: str) -> None:
+        """Refuses a sample that does not, of the dataset of that name."""
+        the_sample = f"Sample {sample.row} of the {name} dataset"
+        if not sample.has_decision:
+            raise ValueError(
+                f"{the_sample} has no supervised label in its {sample.total} tokens, so it has no decision to train. "
+                "Drop it, or check `completion_only_loss`, `assistant_only_loss` and the chat template."
+            )
+        if self.flattened and self.frozen and sample.context:
+            raise ValueError(
+                f"{the_sample} has a context of {sample.context} tokens, and `packing` and `padding_free` put samples "
+                "into one row, where contexts cannot be told apart. Set both to False (decisions are short: little "
+                "is padded), or train with `tier: 1`."
+            )
+        if self.max_length is not None and not self.flattened and sample.decision > self.max_length:
+            raise ValueError(
+                f"{the_sample} has a decision of {sample.decision} tokens, longer than "
+                f"`max_length={self.max_length}`, and a decision is never cut. Raise `max_length` (None: no limit), "
+                "or shorten the sample."
+            )
+        _require_room(sample, name, self.cut)
+        kept = sample.total
+        if self.cut.max_context_length is not None:
+            kept = sample.decision + min(sample.context, self.cut.max_context_length)
+        if self.cut.max_length is not None:
+            kept = min(kept, self.cut.max_length)
+        if self.max_positions is not None and kept > self.max_positions:
+            raise ValueError(
+                f"{the_sample} has {sample.total} tokens, {sample.context} of them context, and the model has "
+                f"{self.max_positions} positions. Set `max_context_length` or `max_length`, or use a model with "
+                "longer contexts."
+            )
+
 
 def check_samples(
     dataset: Dataset | IterableDataset, name: str, limits: SampleLimits, *, says_cuts: bool = False
@@ -154,16 +178,18 @@ def check_samples(
         ValueError: A sample has no supervised label, a decision longer than `max_length`, more tokens than the model
             has positions, or a context although samples are flattened.
     """
+
+    def check_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+        for sample in measure_row(row, index, limits.cut, name):
+            limits.require(sample, name)
+        return row
+
     if isinstance(dataset, IterableDataset):
-
-        def check_one(sample: dict[str, Any], index: int) -> dict[str, Any]:
-            table = pa.table({key: [sample[key]] for key in ("input_ids", "labels", "seq_lengths") if key in sample})
-            _require_sound(measure_table(table, limits.cut, index), name, limits)
-            return sample
-
-        return dataset.map(check_one, with_indices=True)
-    samples = measure_samples(dataset, limits.cut)
-    _require_sound(samples, name, limits)
+        return dataset.map(check_row, with_indices=True)
+    samples = []
+    for sample in measure_samples(dataset, limits.cut, name):
+        limits.require(sample, name)
+        samples.append(sample)
     if says_cuts:
         _say_cuts(samples, name, limits.cut)
     return dataset
@@ -188,156 +214,51 @@ def limit_length(
     """
     cut = Cut(max_length=max_length, invocation=cut.invocation, start=cut.start)
 
-    def limit(sample: dict[str, Any], index: int) -> dict[str, Any]:
-        input_ids, labels = sample["input_ids"], sample["labels"]
-        if len(input_ids) > max_length:
-            first = next((index for index, label in enumerate(labels) if label != IGNORED_LABEL), 0)
-            boundary = max(first - (len(cut.invocation) or 1), 0)
-            if first > 1:
-                start = cut.start.length(np.asarray(input_ids[:boundary]))
-                num_decision = len(input_ids) - boundary
-                if start and num_decision <= max_length < start + num_decision:
-                    raise ValueError(_no_room(index, name, start, "max_length", max_length, start + num_decision))
-                stop = min(start + len(input_ids) - max_length, boundary)
-                input_ids, labels = ([*row[:start], *row[stop:]] for row in (input_ids, labels))
-            else:
-                input_ids, labels = input_ids[:max_length], labels[:max_length]
-        return {"input_ids": input_ids, "labels": labels}
+    def limit(row: dict[str, Any], index: int) -> dict[str, Any]:
+        columns = {key: row[key] for key in ("input_ids", "labels")}
+        (sample,) = measure_row(columns, index, cut, name)
+        if sample.decision <= max_length:
+            _require_room(sample, name, cut)
+        if sample.context or (cut.invocation and sample.has_decision):
+            kept = slice(sample.start + sample.dropped, None)
+        else:
+            kept = slice(0, max_length)
+        return {key: [*tokens[: sample.start], *tokens[kept]] for key, tokens in columns.items()}
 
     if isinstance(dataset, IterableDataset):
         return dataset.map(limit, with_indices=True)
-    _say_cuts(measure_samples(dataset, cut), name, cut)
+    _say_cuts(list(measure_samples(dataset, cut, name)), name, cut)
     desc = f"Limiting {name} dataset to {max_length} tokens"
     return dataset.map(limit, with_indices=True, num_proc=num_proc, desc=desc)
 
 
-def _say_cuts(samples: SampleLengths, name: str, cut: Cut) -> None:
+def _say_cuts(samples: Sequence[SampleLengths], name: str, cut: Cut) -> None:
     """Logs how many contexts lose how much, if any do."""
-    if not samples.dropped.any():
+    shortened = [sample for sample in samples if sample.dropped]
+    if not shortened:
         return
     limits = {"max_context_length": cut.max_context_length, "max_length": cut.max_length}
     given = " and ".join(f"`{limit}={value}`" for limit, value in limits.items() if value is not None)
-    is_cut = samples.dropped > 0
-    num_kept = int(samples.starts[is_cut].max())
+    num_kept = max(sample.start for sample in shortened)
     stays = f"up to {num_kept} tokens of their beginning and the latest stay" if num_kept else "the latest stay"
+    num_shortened, num_rows = (len({sample.row for sample in each}) for each in (shortened, samples))
     logger.warning(
-        f"{given}: of the {name} dataset, {len(set(samples.rows[is_cut]))} of {len(set(samples.rows))} samples lose "
-        f"{int(samples.dropped.sum())} of the {int(samples.boundaries.clip(min=0).sum())} tokens of their contexts; "
-        f"{stays} (`keep_context_start`)."
+        f"{given}: of the {name} dataset, {num_shortened} of {num_rows} samples lose "
+        f"{sum(sample.dropped for sample in samples)} of the {sum(sample.context for sample in samples)} tokens of "
+        f"their contexts; {stays} (`keep_context_start`)."
     )
 
 
-def _tables(dataset: Dataset) -> Iterator[pa.Table]:
-    columns = [column for column in ("input_ids", "labels", "seq_lengths") if column in dataset.column_names]
-    yield from dataset.select_columns(columns).with_format("arrow").iter(batch_size=ROWS_PER_BATCH)
-
-
-def _turns(
-    supervised: np.ndarray, rows: np.ndarray, starts: np.ndarray, totals: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Row, start of the sample, first label and end of each supervised span; a sample without any has one, empty."""
-    # Padded, and with a gap before each sample, so that every span has a place before and one after it.
-    shift = np.repeat(np.arange(1, len(starts) + 1), totals)
-    spread = np.zeros(len(supervised) + len(starts) + 1, dtype=np.int8)
-    spread[np.arange(len(supervised)) + shift] = supervised
-    steps = np.diff(spread)
-    firsts, stops = np.flatnonzero(steps == 1) + 1, np.flatnonzero(steps == -1) + 1
-    spread_starts = starts + np.arange(1, len(starts) + 1)
-    owner = np.searchsorted(spread_starts, firsts, side="right") - 1
-    firsts, stops = firsts - owner - 1, stops - owner - 1
-    # A first token's label is predicted by nothing.
-    predicted = stops - starts[owner] > 1
-    owner, firsts, stops = owner[predicted], firsts[predicted], stops[predicted]
-    without = np.setdiff1d(np.arange(len(starts)), owner)
-    owner = np.concatenate([owner, without])
-    firsts, stops = (np.concatenate([ends, starts[without] + totals[without]]) for ends in (firsts, stops))
-    order = np.lexsort((firsts, owner))
-    return rows[owner[order]], starts[owner[order]], firsts[order], stops[order]
-
-
-def _invocations(
-    input_ids: np.ndarray, invocation: np.ndarray, starts: np.ndarray, firsts: np.ndarray, stops: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each decision begins with the invocation tokens, and whether they come again in it."""
-    length = len(invocation)
-    num_places = max(len(input_ids) - length + 1, 0)
-    matches = [input_ids[offset : offset + num_places] == token for offset, token in enumerate(invocation)]
-    places = np.flatnonzero(np.logical_and.reduce(matches))
-    begins = firsts - length
-    invoked = np.isin(begins, places) & (begins >= starts)
-    num_before = np.searchsorted(places, begins, side="right")
-    return invoked, np.searchsorted(places, stops - length, side="right") > num_before
-
-
-def _require_sound(samples: SampleLengths, name: str, limits: SampleLimits) -> None:
-    contexts, totals = samples.boundaries, samples.totals
-    decisions = totals - np.maximum(contexts, 0)
-    if (found := _first(samples, contexts < 0)) is not None:
-        raise ValueError(
-            f"Sample {samples.rows[found]} of the {name} dataset has no supervised label in its {totals[found]} "
-            "tokens, so it has no decision to train. Drop it, or check `completion_only_loss`, `assistant_only_loss` "
-            "and the chat template."
-        )
-    if limits.flattened and limits.frozen and (found := _first(samples, contexts > 0)) is not None:
-        raise ValueError(
-            f"Sample {samples.rows[found]} of the {name} dataset has a context of {contexts[found]} tokens, and "
-            "`packing` and `padding_free` put samples into one row, where contexts cannot be told apart. Set both to "
-            "False (decisions are short: little is padded), or train with `tier: 1`."
-        )
-    invocation = list(limits.cut.invocation)
-    if (found := _first(samples, ~samples.invoked)) is not None:
-        raise ValueError(
-            f"Sample {samples.rows[found]} of the {name} dataset has a decision that does not begin with the "
-            f"invocation tokens {invocation}, where `context_adapters=False` switches the adapter on. Set "
-            "`invocation` to the text just before every supervised span, or `context_adapters=True`."
-        )
-    if (found := _first(samples, samples.invoked_again)) is not None:
-        raise ValueError(
-            f"Sample {samples.rows[found]} of the {name} dataset has a decision that contains the invocation tokens "
-            f"{invocation} again, and an activated adapter is switched on at their last occurrence only. Set "
-            "`decision_mode='turns'` if it holds several turns, or `context_adapters=True`."
-        )
-    limit = limits.max_length
-    if limit is not None and not limits.flattened and (found := _first(samples, decisions > limit)) is not None:
-        raise ValueError(
-            f"Sample {samples.rows[found]} of the {name} dataset has a decision of {decisions[found]} tokens, "
-            f"longer than `max_length={limit}`, and a decision is never cut. Raise `max_length` (None: no limit), or "
-            "shorten the sample."
-        )
-    _require_room(samples, name, limits.cut)
-    positions, kept = limits.max_positions, totals
-    if limits.cut.max_context_length is not None:
-        kept = decisions + np.clip(contexts, 0, limits.cut.max_context_length)
-    if limits.cut.max_length is not None:
-        kept = np.minimum(kept, limits.cut.max_length)
-    if positions is not None and (found := _first(samples, kept > positions)) is not None:
-        raise ValueError(
-            f"Sample {samples.rows[found]} of the {name} dataset has {totals[found]} tokens, {contexts[found]} "
-            f"of them context, and the model has {positions} positions. Set `max_context_length` or "
-            "`max_length`, or use a model with longer contexts."
-        )
-
-
-def _require_room(samples: SampleLengths, name: str, cut: Cut) -> None:
+def _require_room(sample: SampleLengths, name: str, cut: Cut) -> None:
     """Refuses limits that leave no room for what stays of a context's beginning."""
-    with_decision = samples.totals - samples.boundaries.clip(min=0) + samples.starts
-    for field, needed in (("max_context_length", samples.starts), ("max_length", with_decision)):
-        limit = getattr(cut, field)
-        if limit is not None and (found := _first(samples, (needed > limit) & (samples.starts > 0))) is not None:
+    if not sample.start:
+        return
+    for field, beside in (("max_context_length", 0), ("max_length", sample.decision)):
+        limit, needed = getattr(cut, field), sample.start + beside
+        if limit is not None and needed > limit:
+            with_decision = f", which with the decision are {needed}" if beside else ""
             raise ValueError(
-                _no_room(samples.rows[found], name, int(samples.starts[found]), field, limit, int(needed[found]))
+                f"Sample {sample.row} of the {name} dataset begins with {sample.start} tokens that stay (its "
+                f"beginning-of-sequence token, and what `keep_context_start` says){with_decision}, more than "
+                f"`{field}={limit}`. Raise it, or keep less."
             )
-
-
-def _no_room(row: int, name: str, num_start: int, field: str, limit: int, needed: int) -> str:
-    beside = f", which with the decision are {needed}" if needed > num_start else ""
-    return (
-        f"Sample {row} of the {name} dataset begins with {num_start} tokens that stay (its beginning-of-sequence "
-        f"token, and what `keep_context_start` says){beside}, more than `{field}={limit}`. Raise it, or keep less."
-    )
-
-
-def _first(samples: SampleLengths, matches: np.ndarray) -> int | None:
-    """Index of the first sample that matches."""
-    indices = np.flatnonzero(matches)
-    return int(indices[0]) if len(indices) else None

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from tqdm import tqdm
@@ -24,13 +23,13 @@ from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut
 from frozen_peft.context.boundary import DecisionMode
 from frozen_peft.context.start import NO_START, ContextStart
-from frozen_peft.training.samples import measure_table
+from frozen_peft.training.samples import measure_row
+from frozen_peft.utils.numpy_rows import numpy_rows
 
 __all__ = ["GroupByContextSampler", "group_by_shared_prefix", "make_sampler", "require_groupable"]
 
 logger = logging.get_logger(__name__)
 
-ROWS_PER_BATCH = 256
 # Big-endian, so that comparing bytes compares token ids in order.
 TOKEN_TYPE = np.dtype(">u4")
 # A shorter common prefix, such as the opening of a chat template, is not worth a place in the same step.
@@ -99,22 +98,12 @@ def group_by_shared_prefix(
 
 def _read_contexts(dataset: Dataset, cut: Cut) -> Iterator[bytes]:
     """The context of each row, 4 bytes per token."""
-    columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
-    tables = dataset.select_columns(columns).with_format("arrow").iter(batch_size=ROWS_PER_BATCH)
-    with tqdm(total=len(dataset), desc="Grouping contexts", unit=" rows", delay=2) as bar:
-        for table in tables:
-            ids = pc.list_flatten(table["input_ids"]).to_numpy().astype(TOKEN_TYPE)
-            lengths = pc.list_value_length(table["input_ids"]).to_numpy()
-            starts = np.cumsum(lengths, dtype=np.int64) - lengths
-            decisions = measure_table(table, Cut(cut.mode))
-            # Of several decisions the last one has the longest context.
-            boundaries = np.zeros_like(starts)
-            np.maximum.at(boundaries, decisions.rows, decisions.boundaries)
-            for first, length in zip(starts, boundaries.clip(min=0), strict=True):
-                kept = cut.kept(ids[first : first + length], cut.num_excess(length, length))
-                # What is put together of two parts has the byte order of the machine.
-                yield kept.astype(TOKEN_TYPE, copy=False).tobytes()
-            bar.update(table.num_rows)
+    rows = numpy_rows(dataset, ("input_ids", "labels"))
+    for index, row in enumerate(tqdm(rows, "Grouping contexts", len(dataset), unit=" rows", delay=2)):
+        # Of several decisions the last one has the longest context.
+        length = max(sample.context for sample in measure_row(row, index, Cut(cut.mode)))
+        kept = cut.kept(row["input_ids"][:length], cut.num_excess(length, length))
+        yield kept.astype(TOKEN_TYPE).tobytes()
 
 
 def _runs(rows: list[int], contexts: list[bytes], beyond: int = 0) -> Iterator[list[int]]:

@@ -3,6 +3,7 @@
 
 import copy
 import inspect
+from functools import partial
 from typing import Any, ClassVar
 
 from datasets import Dataset, IterableDataset
@@ -115,10 +116,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
 
     def _make_distiller(self, checks: BatchChecks) -> Distiller:
         require_distillable(self.model, self.accelerator, has_loss_function=self.compute_loss_func is not None)
-
-        def check(decisions: Any) -> None:
-            checks.check_teacher(self.model, decisions, chunk_size=self.args.prefill_chunk_size)
-
+        check = partial(checks.check_teacher, self.model, chunk_size=self.args.prefill_chunk_size)
         return Distiller(self.model, self.args, self._cut, check)
 
     @property
@@ -200,7 +198,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
     def _expect(self, batches: list[SampleBatch]) -> None:
         super()._expect(batches)
         if self._distiller is not None:
-            self._distiller.expect([decision for batch in batches for decision in batch.teachers])
+            self._distiller.teacher.expect([decision for batch in batches for decision in batch.teachers])
 
     def _target(self, part: DecisionBatch, inputs: dict[str, Any]) -> Answers | None:
         if self._distiller is None:

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from frozen_peft import ContextMismatchError, FrozenContextTrainer
 from frozen_peft.context import Decision, FrozenContext, verify
-from frozen_peft.distillation.answers import decision_key
+from frozen_peft.distillation.teacher import decision_key
 from tests.distillation.pairs import Loss, Pair, as_dataset, pairs, sharp
 from tests.reference import IGNORED, Sample
 from tests.training.runs import Run, adapted, config, train

@@ -137,7 +137,7 @@ def test_the_invocation_is_the_generation_prompt_of_the_chat_template(tmp_path: 
     run = train(FrozenContextTrainer, adapted(), arguments(tmp_path, decision_mode="turns", **fields), data)
     prompt = word_tokenizer()("<|im_start|>assistant ")["input_ids"]
     assert run.trainer.model.peft_config["default"].alora_invocation_tokens == prompt
-    with pytest.raises(ValueError, match=r"Sample 0 .* contains the invocation tokens .* again.*'turns'"):
+    with pytest.raises(ValueError, match=r"Sample 0 of .* contains the invocation tokens again.*'turns'"):
         train(FrozenContextTrainer, adapted(), arguments(tmp_path, **fields), data)
 
 
@@ -185,7 +185,7 @@ def test_a_decision_that_does_not_begin_with_the_invocation(tmp_path: Path) -> N
     for stray in strays.values():
         for make in (as_dataset, streamed):
             with pytest.raises(
-                ValueError, match=r"Sample 2 of the train dataset .* does not begin with the invocation"
+                ValueError, match=r"Sample 2 of the train dataset: .* needs it to begin with the invocation"
             ):
                 train(FrozenContextTrainer, adapted(), arguments(tmp_path), make([ROWS[0], ROWS[1], stray, ROWS[2]]))
 

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from frozen_peft import FrozenContextTrainer
-from frozen_peft.training.timing import PARTS, StepTimes
+from frozen_peft.training.metrics import PARTS, StepTimes
 from tests.training.runs import adapted, as_dataset, config, samples, word_tokenizer
 
 # Of a step's time; what the measurements may take.
