@@ -36,24 +36,6 @@ VERSION = "1"
 SEPARATOR = np.array([-1])
 
 
-class _Memory(LRUCache):
-    """Answers within a budget of bytes; says once that it does not hold them all."""
-
-    def __init__(self, max_bytes: int, *, has_files: bool):
-        super().__init__(max_bytes, getsizeof=_num_bytes)
-        self._is_quiet = has_files
-
-    def popitem(self) -> tuple[tuple[str, PrefixKey], Answers]:
-        if not self._is_quiet:
-            self._is_quiet = True
-            logger.warning(
-                f"What the teacher says takes more than `distill_cache_size` ({int(self.maxsize)} bytes): the least "
-                "recently used is dropped, and computed again in the next epoch. Raise it, set `distill_cache_dir`, "
-                "or lower `distill_top_k`."
-            )
-        return super().popitem()
-
-
 class AnswerStore:
     """Keeps the teacher's answers.
 
@@ -63,7 +45,9 @@ class AnswerStore:
     """
 
     def __init__(self, max_bytes: int, files: ContextFiles | None = None):
-        self._memory = _Memory(max_bytes, has_files=files is not None)
+        self._memory: LRUCache[tuple[str, PrefixKey], Answers] = LRUCache(max_bytes, getsizeof=_num_bytes)
+        # That it does not hold them all is said once, and not where files do.
+        self._is_quiet = files is not None
         self._files = files
         self._namespace = ""
         self._base = ""
@@ -101,13 +85,20 @@ class AnswerStore:
     def forget(self) -> None:
         """Drops the answers that are kept in memory alone; those in files are found again as they were."""
         if self._files is None:
-            # `clear` would take them for answers that there is no room for.
-            for entry in list(self._memory):
-                del self._memory[entry]
+            self._memory.clear()
 
     def _remember(self, entry: tuple[str, PrefixKey], answers: Answers | None) -> None:
-        if answers is not None and _num_bytes(answers) <= self._memory.maxsize:
-            self._memory[entry] = answers
+        if answers is None or _num_bytes(answers) > self._memory.maxsize:
+            return
+        num_kept = len(self._memory)
+        self._memory[entry] = answers
+        if len(self._memory) <= num_kept and not self._is_quiet:
+            self._is_quiet = True
+            logger.warning(
+                f"What the teacher says takes more than `distill_cache_size` ({int(self._memory.maxsize)} bytes): the "
+                "least recently used is dropped, and computed again in the next epoch. Raise it, set "
+                "`distill_cache_dir`, or lower `distill_top_k`."
+            )
 
 
 def decision_key(decision: Decision) -> PrefixKey:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from frozen_peft.config import ContextFields
 from frozen_peft.context import ContextTokens, Decision, verify_context, verify_rounding
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.rope import rope_limits
@@ -23,15 +24,16 @@ class BatchChecks:
     """Compares what training computes with plain forwards, once or in every batch.
 
     Args:
-        mode: `"first_batch"` (the first one that has what is checked), `"always"` or `"never"`.
+        args: The configuration, whose `verify_context` says when.
     """
 
-    def __init__(self, mode: str):
-        self._mode = mode
+    def __init__(self, args: ContextFields):
+        self._args = args
         self._verified: set[str] = set()
 
     def _is_due(self, name: str) -> bool:
-        return self._mode == "always" or (self._mode == "first_batch" and name not in self._verified)
+        mode = self._args.verify_context
+        return mode == "always" or (mode == "first_batch" and name not in self._verified)
 
     def _note(self, name: str, what: str, check: object) -> None:
         """Counts a check as made, and logs what it found."""
@@ -44,10 +46,7 @@ class BatchChecks:
         contexts: Sequence[ContextTokens],
         decision: Callable[[int], torch.Tensor],
         *,
-        chunk_size: int,
-        adapters: bool,
-        rounded: bool = False,
-        name: str = "contexts",
+        of_teacher: bool = False,
     ) -> None:
         """Compares the decision with the longest context with a plain forward.
 
@@ -58,14 +57,13 @@ class BatchChecks:
             model: See `verify_context`.
             contexts: Of each decision; without any that is not empty, there is nothing to compare.
             decision: Gives the token ids of a decision, without padding, by its number.
-            chunk_size: See `verify_context`.
-            adapters: See `verify_context`.
-            rounded: Whether contexts are kept in 8 bit, and what that does is to be measured as well.
-            name: What is checked.
+            of_teacher: The contexts are a teacher's, which the base model encodes, and which are never kept in 8 bit.
 
         Raises:
             ContextMismatchError: See `verify_context` and `verify_rounding`.
         """
+        name = "teacher" if of_teacher else "contexts"
+        chunk_size, adapters = self._args.prefill_chunk_size, self._args.context_adapters and not of_teacher
         limits = rope_limits(get_pretrained_model(model))
         names = {limit: f"{name} beyond {limit} tokens" if limit else name for limit in (0, *limits.all)}
         if not any(map(self._is_due, names.values())):
@@ -86,11 +84,11 @@ class BatchChecks:
         check = verify_context(model, input_ids, boundary, chunk_size=chunk_size, adapters=adapters)
         side = names[limits.crossed(len(input_ids))]
         self._note(side, "The decision over a frozen context agrees with a plain forward", check)
-        if rounded:
+        if self._args.context_cache_dtype == "int8" and not of_teacher:
             change = verify_rounding(model, input_ids, boundary, chunk_size=chunk_size, adapters=adapters)
             logger.info(f"What `context_cache_dtype='int8'` changes in it: {change}")
 
-    def check_teacher(self, model: torch.nn.Module, decisions: Sequence[Decision], *, chunk_size: int) -> None:
+    def check_teacher(self, model: torch.nn.Module, decisions: Sequence[Decision]) -> None:
         """Compares the head that a distillation reads beside the model, and the teacher's longest context.
 
         Raises:
@@ -99,14 +97,8 @@ class BatchChecks:
         if self._is_due("head"):
             error = verify_head(model, decisions[0].input_ids)
             self._note("head", "The head gives the model's own log-probabilities, largest error", error)
-        self.check_contexts(
-            model,
-            [decision.to_encode for decision in decisions],
-            lambda row: decisions[row].input_ids,
-            chunk_size=chunk_size,
-            adapters=False,
-            name="teacher",
-        )
+        contexts = [decision.to_encode for decision in decisions]
+        self.check_contexts(model, contexts, lambda row: decisions[row].input_ids, of_teacher=True)
 
     def check_stretches(self, model: torch.nn.Module, inputs: dict[str, Any], stretch_size: int) -> None:
         """Compares the longest sample of a batch, where one is long enough, with a plain forward and backward.

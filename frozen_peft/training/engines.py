@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin, gather_object
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -34,26 +34,10 @@ __all__ = [
     "describe_machine",
     "evaluated_as_trained",
     "require_same",
-    "require_same_machines",
 ]
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 MISSING = "not installed"
-
-
-def require_same_machines(accelerator: Accelerator, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuses processes that would not compute the same; to be called by all of them, and raised by all of them.
-
-    Args:
-        accelerator: Of the training.
-        device: Where this process computes.
-        dtype: In which its model computes.
-
-    Raises:
-        ValueError: See `require_same`.
-    """
-    if accelerator.num_processes > 1:
-        require_same(gather_object([describe_machine(device, dtype)]))
 
 
 def check_engine(accelerator: Accelerator, model: torch.nn.Module, config: FrozenContextConfig) -> None:

@@ -121,9 +121,6 @@ class FrozenContexts:
                 self.encoder.model,
                 part.contexts,
                 lambda row: part["input_ids"][row][part["attention_mask"][row].bool()],
-                chunk_size=self._args.prefill_chunk_size,
-                adapters=self._args.context_adapters,
-                rounded=self._args.context_cache_dtype == "int8",
             )
         with self.metrics.prefill(mode), self._accelerator.autocast():
             if not part.contexts:

@@ -7,34 +7,22 @@ takes is set by fields that change the training or its speed, which are the user
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
-from peft import PeftModel
 
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context.halving import AdvisedOutOfMemoryError
-from frozen_peft.context.models import get_pretrained_model
-from frozen_peft.context.sharding import are_sharded
-from frozen_peft.training.batches import SampleBatch
 
-__all__ = ["advice_on_memory", "memory_advice", "planned_advice"]
+__all__ = ["advice_on_memory", "memory_advice"]
 
 
 @contextmanager
-def advice_on_memory(
-    args: FrozenContextConfig,
-    where: Literal["training", "evaluation"],
-    model: torch.nn.Module | None = None,
-    batch: SampleBatch | None = None,
-) -> Iterator[None]:
+def advice_on_memory(args: FrozenContextConfig, *, evaluation: bool = False) -> Iterator[None]:
     """Has running out of memory inside name the fields to change.
 
     Args:
         args: The settings.
-        where: Which step it is.
-        model: The model, where the planner is to say what a batch takes.
-        batch: That batch.
+        evaluation: It is a step of an evaluation.
 
     Raises:
         AdvisedOutOfMemoryError: In place of the error.
@@ -44,53 +32,12 @@ def advice_on_memory(
     except AdvisedOutOfMemoryError:
         raise
     except torch.OutOfMemoryError as error:
-        planned = planned_advice(model, args, batch) if model is not None and batch is not None else []
-        lines = "\n".join(f"- {line}" for line in (*planned, *memory_advice(args, evaluation=where == "evaluation")))
+        step = "evaluation" if evaluation else "training"
+        lines = "\n".join(f"- {line}" for line in memory_advice(args, evaluation=evaluation))
         # PyTorch's text comes first: `auto_find_batch_size` looks for it.
         raise AdvisedOutOfMemoryError(
-            f"{error}\nA step of {where} does not fit. What takes less memory:\n{lines}"
+            f"{error}\nA step of {step} does not fit. What takes less memory:\n{lines}"
         ) from error
-
-
-def planned_advice(model: torch.nn.Module, args: FrozenContextConfig, batch: SampleBatch) -> list[str]:
-    """What the planner says of a batch that did not fit; nothing where it thinks that it fits, or cannot know.
-
-    Args:
-        model: The model.
-        args: The settings.
-        batch: The batch.
-    """
-    limit = _device_memory()
-    # A plan is of one device, and knows nothing of shards.
-    if limit is None or are_sharded(model):
-        return []
-    # Here and not above: it takes a while to import, and most trainings never need it.
-    from frozen_peft.planning import Setting, advise, make_plan
-
-    pretrained = get_pretrained_model(model)
-    # Where nothing is cut, the batch is its samples.
-    num_tokens = max((len(decision.input_ids) for decision in batch.decisions), default=None)
-    contexts = list(map(len, batch.contexts))
-    dtype = str(pretrained.dtype).removeprefix("torch.")
-    try:
-        setting = Setting.from_config(
-            args,
-            context_length=max(contexts, default=0),
-            decision_length=batch["input_ids"].shape[1] if num_tokens is None else num_tokens,
-            load_in_4bit=getattr(pretrained, "is_loaded_in_4bit", False),
-            use_peft=isinstance(model, PeftModel),
-            **({"dtype": dtype} if dtype in ("float32", "float16", "bfloat16") else {}),
-        )
-        plan = make_plan(pretrained.config, setting, limit)
-    except ValueError:
-        # It has no plan for this model: the advice below it holds all the same.
-        return []
-    return [] if plan.fits is not False else [f"planned: {sentence}" for sentence in advise(plan)]
-
-
-def _device_memory() -> int | None:
-    """Bytes that the GPU has; None without one."""
-    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
 
 
 def memory_advice(args: FrozenContextConfig, *, evaluation: bool = False) -> list[str]:

@@ -157,8 +157,7 @@ class FrozenContextMixin(Trainer):
             # They exist from the first step on.
             group_checkpoints(get_decoder(get_pretrained_model(self.model)), self.args.checkpoint_every)
         batch = self._frozen.cutter.cut(inputs)
-        advice = advice_on_memory(self.args, "training", self.model, batch)
-        with self._timed("compute"), self._frozen.timed("train"), advice:
+        with self._timed("compute"), self._frozen.timed("train"), advice_on_memory(self.args):
             self._frozen.read_ahead()
             parts = self._frozen.cutter.parts(batch)
             parts = as_many_everywhere(self.accelerator, parts, self._frozen.cutter.cut_at)
@@ -202,7 +201,7 @@ class FrozenContextMixin(Trainer):
         if len(own) > 1:
             self._frozen.expect([batch], step=self.state.global_step)
         steps = []
-        with advice_on_memory(self.args, "evaluation"), self._frozen.timed("eval"):
+        with advice_on_memory(self.args, evaluation=True), self._frozen.timed("eval"):
             for part in as_many_everywhere(self.accelerator, own, self._frozen.cutter.cut_at):
                 steps.append(super().prediction_step(model, part, prediction_loss_only, ignore_keys=ignore_keys))
         if not batch.samples:

@@ -4,6 +4,7 @@
 from typing import Any, TypeAlias
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -23,7 +24,7 @@ from frozen_peft.context.dropout import require_all_layers
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_pretrained_model, require_exact_continuation
 from frozen_peft.context.start import NO_START, find_start
-from frozen_peft.training.engines import check_engine, compile_as_asked, require_same_machines
+from frozen_peft.training.engines import check_engine, compile_as_asked, describe_machine, require_same
 from frozen_peft.utils.compat.trl import complete_head, has_auxiliary_loss
 
 __all__ = [
@@ -151,7 +152,9 @@ def prepare_model(trainer: Trainer, cut: Cut, base_before: BaseSamples | None) -
     model, args, pretrained = trainer.model, trainer.args, get_pretrained_model(trainer.model)
     freezes = args.gradient_horizon != -1
     complete_head(model, pretrained)
-    require_same_machines(trainer.accelerator, args.device, pretrained.dtype)
+    if trainer.accelerator.num_processes > 1:
+        # All of them compare, and refuse together.
+        require_same(gather_object([describe_machine(args.device, pretrained.dtype)]))
     check_engine(trainer.accelerator, model, args)
     check_parts(model, args)
     if trainer.aux_loss_enabled:

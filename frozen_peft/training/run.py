@@ -141,7 +141,11 @@ class MemoryCheck:
             plan = plan_of_weights(self._base, setting, self._limit)
         advice = advise(plan)
         if trainer.is_world_process_zero():
-            self._write(plan, advice)
+            folder = Path(self._config.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            record = plan.as_dict(advice) | {"model": self._recipe.model.model_name_or_path}
+            with whole_file(folder / "plan.json") as file:
+                file.write(json.dumps(record, indent=2) + "\n")
         self._require(plan, advice)
 
     def _setting_of(self, trainer: FrozenContextTrainer) -> Setting:
@@ -180,13 +184,6 @@ class MemoryCheck:
             **self._recipe.planned_fields(),
             **rest,
         )
-
-    def _write(self, plan: Plan, advice: Sequence[str]) -> None:
-        folder = Path(self._config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        record = plan.as_dict(advice) | {"model": self._recipe.model.model_name_or_path}
-        with whole_file(folder / "plan.json") as file:
-            file.write(json.dumps(record, indent=2) + "\n")
 
     def _require(self, plan: Plan, advice: Sequence[str] = ()) -> None:
         if plan.fits is not False:

@@ -102,7 +102,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
         self._own_components()
 
     def _own_components(self) -> None:
-        checks = BatchChecks(self.args.verify_context)
+        checks = BatchChecks(self.args)
         self._distiller = self._make_distiller(checks) if self._distills else None
         cutter = BatchCutter(
             self._cut,
@@ -116,8 +116,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
 
     def _make_distiller(self, checks: BatchChecks) -> Distiller:
         require_distillable(self.model, self.accelerator, has_loss_function=self.compute_loss_func is not None)
-        check = partial(checks.check_teacher, self.model, chunk_size=self.args.prefill_chunk_size)
-        return Distiller(self.model, self.args, self._cut, check)
+        return Distiller(self.model, self.args, self._cut, partial(checks.check_teacher, self.model))
 
     @property
     def cut(self) -> Cut:

@@ -6,19 +6,19 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-__all__ = ["untested_versions", "warn_of_untested_versions"]
+__all__ = ["warn_of_untested_versions"]
 
 # Built on beyond what they promise, so each of their minor releases is run before the bounds let it in.
 BOUNDED = ("transformers", "trl", "peft", "accelerate")
 
 
-def untested_versions() -> list[str]:
-    """What is installed outside of this package's own bounds, a text for each; none where nothing is known."""
+def warn_of_untested_versions() -> None:
+    """Warns, once, of all that is installed outside of this package's own bounds."""
     try:
         bounds = {own.name: own.specifier for own in map(Requirement, requires("frozen-peft") or ())}
     except PackageNotFoundError:
         # A checkout that was never installed.
-        return []
+        return
     found = []
     for name in BOUNDED:
         try:
@@ -27,12 +27,7 @@ def untested_versions() -> list[str]:
             continue
         if not bounds[name].contains(installed, prereleases=True):
             found.append(f"{name} {installed} (tested: {bounds[name]})")
-    return found
-
-
-def warn_of_untested_versions() -> None:
-    """Warns, once, of all that is installed and was never tested."""
-    if found := untested_versions():
+    if found:
         warnings.warn(
             f"frozen_peft was not tested with {', '.join(found)}. What it cannot rely on there, it may refuse. "
             "Install versions within these bounds (`pip install frozen-peft` does), or keep `verify_context` on: it "

@@ -8,7 +8,7 @@ import pytest
 
 from frozen_peft.cli import main
 from frozen_peft.demo import CHECKPOINT
-from frozen_peft.training import memory_check
+from frozen_peft.training import run
 from frozen_peft.training.recipe import is_sharded_run
 
 
@@ -34,7 +34,7 @@ def arguments(tmp_path: Path) -> list[str]:
 
 
 def limit(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    monkeypatch.setattr(memory_check, "memory_limit", lambda device: num_bytes)
+    monkeypatch.setattr(run, "memory_limit", lambda device: num_bytes)
 
 
 def test_a_run_that_fits_leaves_its_plan(arguments: list[str], tmp_path: Path) -> None:

@@ -10,10 +10,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from frozen_peft import FrozenContextTrainer
-from frozen_peft.context import Decision
 from frozen_peft.context.halving import AdvisedOutOfMemoryError
-from frozen_peft.training.batches import SampleBatch
-from frozen_peft.training.memory_advice import memory_advice, planned_advice
+from frozen_peft.training.memory_advice import memory_advice
 from tests.training.runs import adapted, as_dataset, config, samples, train
 
 ROWS = samples([(140, 7), (90, 5)])
@@ -56,22 +54,6 @@ def test_a_decision_ends_with_what_to_change(tier: int, tmp_path: Path) -> None:
     assert ("`max_context_length`" in text) is (tier == 2)
     # `auto_find_batch_size` still sees what it is.
     assert should_reduce_batch_size(caught.value)
-
-
-def test_the_planner_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device of 1 GiB, all of which the plan sets aside for the driver, and on one that has room."""
-    tokens = torch.zeros(48, dtype=torch.long)
-    decisions = [Decision(tokens[:length], tokens[:8], tokens[:8]) for length in (40, 9)]
-    batch = SampleBatch({}, [[decision] for decision in decisions])
-    args = config(tmp_path)
-    for limit, count in ((None, 0), (1 << 30, 1), (1 << 34, 0)):
-        monkeypatch.setattr("frozen_peft.training.memory_advice._device_memory", lambda limit=limit: limit)
-        lines = planned_advice(adapted(), args, batch)
-        assert len(lines) >= count
-        assert bool(lines) is bool(count)
-        assert all(line.startswith("planned: ") for line in lines)
-    monkeypatch.setattr("frozen_peft.training.memory_advice._device_memory", lambda: 1 << 30)
-    assert "It does not fit: " in planned_advice(adapted(), args, batch)[0]
 
 
 def test_advice_names_what_is_set(tmp_path: Path) -> None:

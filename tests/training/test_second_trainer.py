@@ -43,7 +43,7 @@ class PairTrainer(FrozenContextMixin, DPOTrainer):
         cut = make_cut(args, trainer_tokenizer(self), ())
         prepare_model(self, cut, None)
         cutter = BatchCutter(cut, None, trainer_tokenizer(self).pad_token_id, supervision="completion_mask")
-        self._train_over(cutter, BatchChecks(args.verify_context))
+        self._train_over(cutter, BatchChecks(args))
 
 
 class PlainTrainer(DPOTrainer):
