@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+from tqdm import tqdm
 from transformers.utils import logging
 
 from frozen_peft.context.boundary import TAIL, Cut, decision_spans, decision_start
@@ -80,7 +81,10 @@ def require_rows(dataset: Dataset | IterableDataset | None, name: str) -> None:
 
 def measure_samples(dataset: Dataset, cut: Cut = TAIL, name: str = "train") -> Iterator[SampleLengths]:
     """Lengths of every sample of a prepared dataset, packed or not, as `cut` will cut it."""
-    for index, row in enumerate(numpy_rows(dataset, TOKEN_COLUMNS)):
+    rows = numpy_rows(dataset, TOKEN_COLUMNS)
+    # The delay keeps the bar away from datasets that are measured in a moment.
+    bar = tqdm(rows, desc=f"Measuring {name} dataset", total=len(dataset), unit=" rows", delay=2)
+    for index, row in enumerate(bar):
         yield from measure_row(row, index, cut, name)
 
 
