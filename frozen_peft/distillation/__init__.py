@@ -15,7 +15,13 @@ at whose supervised tokens the two distributions are compared.
    the backward pass.
 """
 
-from frozen_peft.distillation.dataset import TEACHER_COLUMNS, TeacherCollator, check_teacher, prepare_with_teacher
+from frozen_peft.distillation.dataset import (
+    TEACHER_COLUMNS,
+    TeacherCollator,
+    check_teacher,
+    prepare_with_teacher,
+    take_decisions,
+)
 from frozen_peft.distillation.distiller import Distiller, require_distillable
 from frozen_peft.distillation.divergence import Answers
 from frozen_peft.distillation.head import verify_head
@@ -30,5 +36,6 @@ __all__ = [
     "check_teacher",
     "prepare_with_teacher",
     "require_distillable",
+    "take_decisions",
     "verify_head",
 ]

@@ -9,7 +9,9 @@ import torch
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch.nn.utils.rnn import pad_sequence
 
+from frozen_peft.context import Cut, Decision, cut_batch
 from frozen_peft.context.boundary import IGNORED_LABEL, DecisionMode
+from frozen_peft.data.stripping import restore_instructions
 from frozen_peft.utils.numpy_rows import numpy_rows
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "TeacherCollator",
     "check_teacher",
     "prepare_with_teacher",
+    "take_decisions",
 ]
 
 # Columns of a prepared dataset: token ids and labels of the sample with its instructions.
@@ -118,10 +121,20 @@ class TeacherCollator:
         }
 
 
+def take_decisions(inputs: dict[str, Any], mode: DecisionMode) -> list[Decision]:
+    """Takes the samples with their instructions out of a collated batch, and cuts them to decisions.
+
+    The teacher has no horizon, and its context is never cut: the instructions may stand at its start.
+    """
+    if TEACHER_IDS not in inputs:
+        return []
+    input_ids, labels, mask = (inputs.pop(name) for name in TEACHER_KEYS)
+    samples = cut_batch(input_ids, labels, mask, Cut(mode))
+    return [decision for sample in samples for decision in sample]
+
+
 def _restored(dataset: Rows, name: str, num_proc: int | None) -> Rows:
     """The rows with their instructions in place."""
-    # Behaviour is above the trainer, and its package imports more than this.
-    from frozen_peft.data.stripping import restore_instructions
 
     def restore(sample: dict[str, Any], index: int) -> dict[str, Any]:
         if sample[STRIPPED] is None:

@@ -12,10 +12,9 @@ from peft import PeftModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from frozen_peft.config import FrozenContextConfig
-from frozen_peft.context import ContextFiles, ContextStore, Cut, Decision, cut_batch, trained_base_weights
+from frozen_peft.context import ContextFiles, ContextStore, Decision, trained_base_weights
 from frozen_peft.context.boundary import IGNORED_LABEL
 from frozen_peft.context.models import get_pretrained_model
-from frozen_peft.distillation.dataset import TEACHER_IDS, TEACHER_KEYS
 from frozen_peft.distillation.divergence import Answers, Divergence, join_answers, select_answers
 from frozen_peft.distillation.head import LogitHead
 from frozen_peft.distillation.teacher import AnswerStore, Teacher
@@ -33,13 +32,10 @@ class Distiller:
     Args:
         model: The student, a `PeftModel`; the teacher is the same with its adapters off.
         args: The configuration.
-        cut: Where the student's samples are cut.
         check: Compares the teacher with plain forwards, for decisions that it is asked about.
     """
 
-    def __init__(
-        self, model: PeftModel, args: FrozenContextConfig, cut: Cut, check: Callable[[Sequence[Decision]], None]
-    ):
+    def __init__(self, model: PeftModel, args: FrozenContextConfig, check: Callable[[Sequence[Decision]], None]):
         self._model = model
         self._check = check
         self._likelihood_weight = args.distill_likelihood_weight
@@ -56,18 +52,8 @@ class Distiller:
             # Not on disk as well: what is said over a context is kept, and takes a thousandth of it.
             store=ContextStore(max_bytes) if (max_bytes := parse_size(args.context_cache_size)) else None,
         )
-        # The teacher has no horizon, and its context is never cut: the instructions may stand at its start.
-        self._cut = Cut(cut.mode)
         self._seconds: dict[Mode, Stopwatch] = {"train": Stopwatch(args.device), "eval": Stopwatch(args.device)}
         self._sums: torch.Tensor | None = None
-
-    def take_decisions(self, inputs: Batch) -> list[Decision]:
-        """Takes the samples with their instructions out of a collated batch, and cuts them to decisions."""
-        if TEACHER_IDS not in inputs:
-            return []
-        input_ids, labels, mask = (inputs.pop(name) for name in TEACHER_KEYS)
-        samples = cut_batch(input_ids, labels, mask, self._cut)
-        return [decision for sample in samples for decision in sample]
 
     def target(self, teachers: Sequence[Decision], labels: torch.Tensor, mode: Mode) -> Answers | None:
         """What the teacher says about each label that a batch predicts, row by row; None where there is none.

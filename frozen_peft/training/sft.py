@@ -23,6 +23,7 @@ from frozen_peft.distillation import (
     check_teacher,
     prepare_with_teacher,
     require_distillable,
+    take_decisions,
 )
 from frozen_peft.training.batches import BatchCutter, DecisionBatch, SampleBatch
 from frozen_peft.training.checks import BatchChecks
@@ -108,7 +109,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
             self._cut,
             self.args.max_decisions_per_forward if self._cut.mode == "turns" else None,
             trainer_tokenizer(self).pad_token_id or 0,
-            take_teachers=self._distiller.take_decisions if self._distiller is not None else None,
+            take_teachers=partial(take_decisions, mode=self._cut.mode) if self._distills else None,
         )
         self._train_over(cutter, checks, self._distiller)
         if self._distiller is not None:
@@ -116,7 +117,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
 
     def _make_distiller(self, checks: BatchChecks) -> Distiller:
         require_distillable(self.model, self.accelerator, has_loss_function=self.compute_loss_func is not None)
-        return Distiller(self.model, self.args, self._cut, partial(checks.check_teacher, self.model))
+        return Distiller(self.model, self.args, partial(checks.check_teacher, self.model))
 
     @property
     def cut(self) -> Cut:

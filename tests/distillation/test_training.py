@@ -2,6 +2,7 @@
 """Training with `loss_type="distill"` has the loss and the gradient of plain forwards over whole sequences."""
 
 import copy
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,14 @@ def distil(model: PeftModel, folder: Path, rows: Sequence[Pair], loss: Loss, **f
 def assert_first_step(run: Run, model: PeftModel, expected: torch.Tensor) -> None:
     assert run.losses[0] == pytest.approx(expected.item(), rel=TOLERANCE, abs=TOLERANCE)
     assert worst_gradient_error(run.gradients[0], gradients_of(expected, model)) <= TOLERANCE
+
+
+def test_what_worker_processes_of_a_dataloader_get_holds_no_model(tmp_path: Path) -> None:
+    """Where processes are not forked, it is pickled."""
+    run = distil(fresh_lora(tiny_model("llama")), tmp_path, ROWS, Loss())
+    collator = run.trainer.get_train_dataloader().collate_fn
+    assert len(pickle.dumps(collator)) < 100_000
+    assert pickle.loads(pickle.dumps(collator))([run.trainer.train_dataset[0]]).teachers
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
