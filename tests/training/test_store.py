@@ -274,7 +274,7 @@ def test_worker_processes_load_the_data(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_loses_no_step(
     after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write, calls = files.write_entry, []
+    write, calls = files._write_entry, []
 
     def filling_up(*args: Any) -> None:
         calls.append(args)
@@ -282,7 +282,7 @@ def test_a_disk_that_fills_up_loses_no_step(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(*args)
 
-    monkeypatch.setattr(files, "write_entry", filling_up)
+    monkeypatch.setattr(files, "_write_entry", filling_up)
     run = off(tmp_path, context_cache_dir=str(tmp_path / "contexts"))
     assert len(calls) == after + 1
     assert len([record for record in caplog.records if "No space left on device" in record.getMessage()]) == 1
