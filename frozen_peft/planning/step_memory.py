@@ -33,8 +33,8 @@ nothing is kept.
 
 *The loss* is computed in tiles of logits. A GPU's kernel has one tile in place; PyTorch's reference eight in float32.
 
-Factors that are not whole (of the reference of the delta rule, the scan and the divergence) sum up many small tensors:
-they were fitted to counts of every allocation of one step, of models from 32 to 5120 wide.
+Factors that are not whole (of the reference of the delta rule, the scan, the divergence, and the head on a CPU) sum up
+many small tensors: they were fitted to counts of every allocation of one step, of models from 32 to 5120 wide.
 """
 
 import math
