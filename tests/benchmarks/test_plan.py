@@ -26,6 +26,7 @@ def test_a_frozen_context_of_a_hybrid_takes_what_its_plan_says() -> None:
     assert_planned("hybrid", tier=2, context=1024)
 
 
+@pytest.mark.long  # every cell of what was measured before is held without measuring, in `tests/planning`
 @pytest.mark.parametrize("kind", KINDS)
 def test_turns_and_a_teacher_of_a_hybrid_take_what_their_plan_says(kind: str) -> None:
     assert_planned("hybrid", kind=kind, context=1024)
