@@ -48,7 +48,7 @@ class MemoryLevel:
     Attributes:
         max_bytes: The budget.
         num_bytes: Bytes of all entries.
-        entries: The least recently used first. To look at them here is no use.
+        entries: The least recently used first. Looking at them here does not count as use.
 
     Args:
         max_bytes: The budget.
