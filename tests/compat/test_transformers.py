@@ -108,9 +108,9 @@ def test_kernel_functions_are_found_with_their_reference() -> None:
 
     file = ModuleType("modeling_of_a_test")
     vars(file).update(kernel=chunk_gated_delta_rule, other=inspect.getsource)
-    made: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
-    replace_kernels(file, lambda bound, reference: made.append((bound, reference)) or reference)
-    assert made == [(chunk_gated_delta_rule, chunk_gated_delta_rule.__wrapped__)]
+    made: list[tuple[Any, ...]] = []
+    replace_kernels(file, lambda bound, reference, *names: made.append((bound, reference, *names)) or reference)
+    assert made == [(chunk_gated_delta_rule, chunk_gated_delta_rule.__wrapped__, "chunk_gated_delta_rule", "fla")]
     assert file.kernel is chunk_gated_delta_rule.__wrapped__
     # It is bound once, at import, and modeling files do it so.
     assert "device" not in inspect.getsource(use_kernel_func_from_hub_with_fallback)

@@ -2,10 +2,14 @@
 """The table of kernels: total, right where kernels are known to be wrong, and what the stand-in functions follow."""
 
 import itertools
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from packaging.version import Version
 
 from frozen_peft.context.capability import use_segmented_attention
@@ -87,23 +91,54 @@ def test_the_gated_backward(capability: tuple[int, int], triton: str, accelerate
     assert not is_accelerated("one step", True, machine)[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "operation"),
-    [
-        ("torch_chunk_gated_delta_rule", "gated delta rule"),
-        ("chunk_kda", "gated delta rule"),
-        ("torch_recurrent_gated_delta_rule", "one step"),
-        ("fused_recurrent_kda", "one step"),
-        ("causal_conv1d_update", "one step"),
-        ("selective_state_update", "one step"),
-        ("causal_conv1d_fn", "short convolution"),
-        ("mamba_chunk_scan_combined", "state-space scan"),
-        ("mamba_split_conv1d_scan_combined", "state-space scan"),
-        ("selective_scan_fn", "state-space scan"),
-    ],
-)
-def test_what_a_function_of_transformers_does(name: str, operation: str) -> None:
-    assert operation_of(name) == operation
+# What each kernel does that transformers binds.
+OPERATIONS = {
+    ("chunk_gated_delta_rule", "fla"): "gated delta rule",
+    ("chunk_kda", "fla"): "gated delta rule",
+    ("fused_recurrent_gated_delta_rule", "fla"): "one step",
+    ("fused_recurrent_kda", "fla"): "one step",
+    ("causal_conv1d_update", "causal_conv1d"): "one step",
+    ("selective_state_update", "mamba_ssm"): "one step",
+    ("causal_conv1d_fn", "causal_conv1d"): "short convolution",
+    ("mamba_chunk_scan_combined", "mamba_ssm"): "state-space scan",
+    ("mamba_split_conv1d_scan_combined", "mamba_ssm"): "state-space scan",
+    ("mamba_inner_fn", "mamba_ssm"): "state-space scan",
+    ("selective_scan_fn", "mamba_ssm"): "state-space scan",
+}
+
+
+def test_what_every_kernel_of_transformers_does() -> None:
+    """Of all modeling files, also those that no test has a model of."""
+    folder = Path(transformers.__file__).parent / "models"
+    texts = [path.read_text() for path in folder.glob("*/modeling_*.py")]
+    decorator = re.compile(r'^@use_kernel_func_from_hub_with_fallback\(\s*"(\w+)",\s*"?(\w+)"?', re.MULTILINE)
+    found = {match for text in texts for match in decorator.findall(text)}
+    assert found == set(OPERATIONS)
+    for (kernel, package), operation in OPERATIONS.items():
+        assert operation_of(kernel, package) == operation
+    assert operation_of("chunk_kda", "another_package") is None
+
+
+def test_kimi_delta_attention_runs_where_its_package_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its references are called `chunk_kimi_delta_attention` and the like, which says nothing of the kernel."""
+    asked: list[tuple[str, bool]] = []
+
+    def answer(operation: str, gradient: bool, machine: Capabilities) -> tuple[bool, str]:
+        asked.append((operation, gradient))
+        return False, "it is not installed"
+
+    monkeypatch.setattr(kernels, "is_accelerated", answer)
+    kernels._is_accelerated.cache_clear()
+    model = tiny_model("kimi_linear")
+    modeling = vars(sys.modules[type(model).__module__])
+    before = dict(modeling)
+    try:
+        kernels.choose_kernels(model, always=True)
+        model(input_ids=torch.arange(3, 30)[None])
+    finally:
+        modeling.update(before)
+        kernels._is_accelerated.cache_clear()
+    assert set(asked) == {("gated delta rule", True), ("short convolution", True)}
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -117,7 +152,9 @@ def test_a_stand_in_follows_the_table(monkeypatch: pytest.MonkeyPatch, gradient:
     def chunk_gated_delta_rule(query: torch.Tensor) -> str:
         return "reference"
 
-    stand_in = kernels.kernel_choice(lambda query: "accelerated", chunk_gated_delta_rule)
+    stand_in = kernels.kernel_choice(
+        lambda query: "accelerated", chunk_gated_delta_rule, "chunk_gated_delta_rule", "fla"
+    )
     with torch.set_grad_enabled(gradient):
         chosen = stand_in(torch.zeros(1))
     kernels._is_accelerated.cache_clear()

@@ -51,14 +51,18 @@ def choose_kernels(model: torch.nn.Module, *, always: bool = False) -> None:
                 replace_kernels(sys.modules[name], kernel_choice)
 
 
-def kernel_choice(accelerated: Kernel, reference: Kernel) -> Kernel:
+def kernel_choice(accelerated: Kernel, reference: Kernel, kernel: str, package: str) -> Kernel:
     """A function that runs the accelerated kernel or the PyTorch reference, as the table says.
 
     Args:
         accelerated: What transformers bound.
         reference: The PyTorch function it wraps.
+        kernel: Name of the kernel, such as `chunk_kda`.
+        package: Module that it is of, such as `fla`. Of another than the table knows the reference runs.
     """
-    operation = operation_of(reference.__name__)
+    operation = operation_of(kernel, package)
+    if operation is None:
+        return reference
     parameters = inspect.signature(reference).parameters
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
 

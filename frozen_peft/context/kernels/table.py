@@ -117,6 +117,13 @@ _CONVOLUTION: tuple[Operation, ...] = ("short convolution",)
 _SCAN: tuple[Operation, ...] = ("state-space scan",)
 _STEP: tuple[Operation, ...] = ("one step",)
 
+# What the kernels of a package do that are not for one token.
+_OPERATIONS: dict[str, Operation] = {
+    "fla": "gated delta rule",
+    "causal_conv1d": "short convolution",
+    "mamba_ssm": "state-space scan",
+}
+
 RULES = (
     _Rule(_ALL, None, lambda c: c.device_type not in ("cuda", "xpu"), "the kernels need a GPU"),
     _Rule(_DELTA, None, lambda c: c.fla is None, "flash-linear-attention is not installed"),
@@ -158,13 +165,12 @@ def is_accelerated(operation: Operation, gradient: bool, capabilities: Capabilit
     return True, "supported"
 
 
-def operation_of(name: str) -> Operation:
-    """What a kernel function of this name does."""
-    if "recurrent" in name or "state_update" in name or "conv1d_update" in name:
-        return "one step"
-    if "gated_delta_rule" in name or "kda" in name:
-        return "gated delta rule"
-    return "short convolution" if name.endswith("causal_conv1d_fn") else "state-space scan"
+def operation_of(kernel: str, package: str) -> Operation | None:
+    """What a kernel does, by its name in its package; None for one of another package than `KERNEL_MODULES`."""
+    if package not in _OPERATIONS:
+        return None
+    is_step = any(part in kernel for part in ("recurrent", "state_update", "conv1d_update"))
+    return "one step" if is_step else _OPERATIONS[package]
 
 
 def has_flash_prefill(capabilities: Capabilities, dtype: torch.dtype, head_dim: int, value_dim: int) -> bool:

@@ -134,15 +134,22 @@ def keeping_cache_under_checkpointing(layers: Iterable[GradientCheckpointingLaye
 
 
 # PRIVATE: functions of modeling files made by `use_kernel_func_from_hub_with_fallback` (known by the file of their
-# code, with the reference as `__wrapped__`), transformers 5.23 and 5.24.
+# code, with the reference as `__wrapped__`, and name and package of the kernel among what they close over),
+# transformers 5.23 and 5.24.
 # Why: flash-linear-attention, causal-conv1d and mamba-ssm are bound when a modeling file is imported, whatever device
 # the tensors will be on and whether gradient is asked for. Goes when: transformers chooses at each call.
-def replace_kernels(
-    modeling_file: ModuleType, make: Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]]
-) -> None:
-    """Puts `make(bound, reference)` in the place of every kernel function of a modeling file."""
+def replace_kernels(modeling_file: ModuleType, make: Callable[..., Callable[..., Any]]) -> None:
+    """Puts `make(bound, reference, kernel, package)` in the place of every kernel function of a modeling file.
+
+    Args:
+        modeling_file: An imported module `modeling_*` of transformers.
+        make: Gets what is bound, the PyTorch function it stands for, and the names of the kernel and of its package,
+            such as `chunk_kda` and `fla`. The reference may have any name.
+    """
     for name, function in list(vars(modeling_file).items()):
         if inspect.isfunction(function) and function.__code__.co_filename.endswith("hub_kernels.py"):
             reference = getattr(function, "__wrapped__", None)
             if reference is not None:
-                setattr(modeling_file, name, make(function, reference))
+                enclosed = inspect.getclosurevars(function).nonlocals
+                replaced = make(function, reference, enclosed["func_name"], enclosed["package"])
+                setattr(modeling_file, name, replaced)
