@@ -11,7 +11,7 @@ WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast newest oldest check format bench bench-gpu clean
+.PHONY: help demo test fast newest oldest kernels check format bench bench-gpu clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -31,6 +31,11 @@ fast: $(STAMP)  ## The tests that take seconds
 newest oldest: %: .venv-%/.installed  ## The same with the newest and oldest releases that the bounds allow
 	@.venv-$@/bin/python -c 'from importlib.metadata import version; print("==", *(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")))'
 	$(TEST_ENV) .venv-$@/bin/python -m pytest -m "not gpu and not slow and not benchmark and not long" $(PARALLEL)
+
+# Which of them: -m "kernels and not slow" are those of a minute or two.
+KERNELS ?= kernels
+kernels: .venv-kernels/.installed  ## What only a GPU runs of Triton, in Triton's interpreter
+	TRITON_INTERPRET=1 $(TEST_ENV) PYTHONPATH=. .venv-kernels/bin/python -m pytest -m "$(KERNELS)" $(PARALLEL) tests/kernels
 
 check: $(STAMP)  ## Style, spelling, types
 	@echo "== ruff"
@@ -56,7 +61,7 @@ bench-gpu: $(STAMP)  ## Models of true shape on one GPU, in under eight minutes,
 	$(BIN)/python -m tests.benchmarks.gpu
 
 clean:  ## Remove the environment, caches and outputs
-	rm -rf $(VENV) .venv-newest .venv-oldest build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-kernels build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment of its own, since the two ends cannot stand in one. constraints.txt may be older than what they hold.
@@ -66,6 +71,18 @@ clean:  ## Remove the environment, caches and outputs
 	.venv-$*/bin/python tests/bounds.py $* > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install --progress-bar off --disable-pip-version-check --upgrade \
 	  -c .venv-$*/constraints.txt -e '.[dev]'
+	@touch $@
+
+# An environment of its own, as flash-linear-attention breaks models where there is no driver: what .venv has, and beside
+# it what a GPU adds.
+.venv-kernels/.installed: $(STAMP) tests/kernels/sources.py
+	@echo "== installing into .venv-kernels"
+	$(PYTHON) -m venv .venv-kernels
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$(.venv-kernels/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/what_venv_has.pth"
+	.venv-kernels/bin/python -m pip install --progress-bar off --disable-pip-version-check --no-deps \
+	  'flash-linear-attention>=0.6' 'fla-core>=0.6' einops 'triton>=3.7' wheel
+	PYTHONPATH=. .venv-kernels/bin/python -m tests.kernels.sources
 	@touch $@
 
 # The stamp is newer than both files exactly while the environment matches them.

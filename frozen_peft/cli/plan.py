@@ -239,5 +239,5 @@ def _about_card(plans: Sequence["Plan"], advice: Sequence[Sequence[str]], card: 
     if card.architecture is not None:
         rows = kernel_rows(card.architecture)
         lines += ["", "kernels there, with the packages that are installed here"]
-        lines += aligned([(row.purpose, row.kernel, row.reason) for row in rows])
+        lines += aligned([(row.purpose, row.kernel, row.reason, f"proven: {row.proven}") for row in rows])
     return lines

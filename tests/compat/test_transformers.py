@@ -2,7 +2,6 @@
 """What of transformers is used beyond what it promises is there, does what it is used for, and is still needed."""
 
 import inspect
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 

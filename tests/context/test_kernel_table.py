@@ -25,6 +25,7 @@ from frozen_peft.context.kernels.table import (
     operation_of,
 )
 from frozen_peft.context.writable import _BufferedLayer
+from tests.kernels.machines import table_of_kernels
 from tests.reference import random_sample
 from tests.tiny_models import tiny_model
 
@@ -46,7 +47,7 @@ def test_every_machine_gets_a_choice_that_can_run_there() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             rows = {row.purpose: row for row in kernel_choices(machine, dtype)}
             count += 1
-            assert all(row.kernel and row.reason for row in rows.values())
+            assert all(row.kernel and row.reason and row.proven for row in rows.values())
             used = " ".join(row.kernel for row in rows.values())
             for package, version in (("flash-linear-attention", fla), ("causal-conv1d", conv), ("mamba-ssm", scan)):
                 assert package not in used or version is not None
@@ -159,6 +160,11 @@ def test_a_stand_in_follows_the_table(monkeypatch: pytest.MonkeyPatch, gradient:
         chosen = stand_in(torch.zeros(1))
     kernels._is_accelerated.cache_clear()
     assert chosen == ("reference" if gradient and triton == "3.5" else "accelerated")
+
+
+def test_the_page_on_kernels_has_todays_table() -> None:
+    page = Path(__file__).parents[2] / "docs" / "benchmarks" / "kernels.md"
+    assert table_of_kernels() in page.read_text()
 
 
 def test_rows_of_this_machine() -> None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton's interpreter, mended where the kernels that training on a GPU runs meet its limits.
 
-`TRITON_INTERPRET=1` has to stand in the environment before Triton is imported; `tests.conftest` sees to it. Nothing here
-touches a kernel. Four things stand in the way (Triton 3.7 to 3.9), each with its remedy:
+`TRITON_INTERPRET=1` has to stand in the environment before Triton is imported; `tests.conftest` sees to it. Nothing
+here touches a kernel. Four things stand in the way (Triton 3.7 to 3.9), each with its remedy:
 
 1. The autotuner asks a driver for its timer: the first configuration of each kernel is taken.
-2. `range` gives Python's numbers, which have none of the methods of Triton's scalars (`i.to(tl.int64)`): kernels get one
-   that gives Triton's.
+2. `range` gives Python's numbers, which have none of the methods of Triton's scalars (`i.to(tl.int64)`): kernels get
+   one that gives Triton's.
 3. bfloat16 is kept as the bits of a uint16, and sums and products of the bits are taken for those of the numbers: one
    matrix product gives 1e11. Here operands are widened to float32, which holds them and their products exactly, and
    results are rounded once.
@@ -20,10 +20,12 @@ runs one after another, shared memory, and whatever a compiler makes wrong, such
 import builtins
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import triton.language as tl
+from triton.runtime import autotuner, interpreter
 
 __all__ = ["PACKAGES", "mend_interpreter"]
 
@@ -37,12 +39,10 @@ PACKAGES = {
 
 def mend_interpreter() -> None:
     """Applies the remedies; again, to what has been imported since. Imports nothing that is not installed."""
-    from triton.runtime import autotuner, interpreter
-
     autotuner.Autotuner._bench = lambda self, *args, **kwargs: [0.0, 0.0, 0.0]
     builder = interpreter.InterpreterBuilder
     if not hasattr(builder, "mended"):
-        _mend_bfloat16(builder, interpreter)
+        _mend_bfloat16(builder)
         builder.mended = True
     for package, modules in PACKAGES.items():
         if importlib.util.find_spec(package) is not None:
@@ -53,11 +53,11 @@ def mend_interpreter() -> None:
             vars(module)["range"] = _range
 
 
-def _range(*bounds: Any) -> Iterator[Any]:
-    from triton.runtime.interpreter import _implicit_cvt
-
-    for index in builtins.range(*map(_as_int, bounds)):
-        yield _implicit_cvt(index)
+def _range(*bounds: Any) -> Iterable[Any]:
+    """Python's own, but of Triton's numbers where a bound is one: other functions of a module are not kernels."""
+    if not any(isinstance(bound, (tl.tensor, tl.constexpr)) for bound in bounds):
+        return builtins.range(*bounds)
+    return map(interpreter._implicit_cvt, builtins.range(*map(_as_int, bounds)))
 
 
 def _as_int(value: Any) -> int:
@@ -76,10 +76,8 @@ def rounded(numbers: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(numbers), 0x7FC0, nearest).astype(np.uint16)
 
 
-def _mend_bfloat16(builder: Any, interpreter: Any) -> None:
+def _mend_bfloat16(builder: Any) -> None:
     """Gives the interpreter arithmetic on bfloat16."""
-    import triton.language as tl
-
     handle = interpreter.TensorHandle
 
     def is_bfloat16(value: Any) -> bool:

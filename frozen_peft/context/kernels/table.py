@@ -95,11 +95,15 @@ class KernelRow:
         purpose: Where in a step.
         kernel: What runs there.
         reason: Why that one.
+        proven: Where its figures were held to those of plain forwards: `on a CPU`, `in Triton's interpreter` (what the
+            kernel says, but not what a compiler makes of it), `its call alone` (the package's compiled part stood in
+            for), or `not`. None was run on a card.
     """
 
     purpose: str
     kernel: str
     reason: str
+    proven: str
 
 
 class _Rule(NamedTuple):
@@ -143,6 +147,15 @@ RULES = (
     _Rule(_STEP, None, lambda c: c.is_blackwell,
           "on Blackwell the kernel for one token is reported to read out of bounds"),
 )  # fmt: skip
+
+# `docs/benchmarks/kernels.md` has the figures.
+_CPU = "on a CPU"
+_PROVEN = {
+    "flash-linear-attention": "in Triton's interpreter",
+    "causal-conv1d": "its call alone",
+    "mamba-ssm": "in Triton's interpreter",
+    "the packages above": "in Triton's interpreter",
+}
 
 # Rows of `kernel_choices` for linear attention: purpose, operation, with gradient, what is accelerated, what is not.
 _CHUNKED = "PyTorch, in chunks of 64 tokens"
@@ -207,7 +220,9 @@ def kernel_choices(capabilities: Capabilities, dtype: torch.dtype = torch.bfloat
     rows = []
     for purpose, operation, gradient, kernel, reference in _LINEAR_ROWS:
         accelerated, reason = is_accelerated(operation, gradient, capabilities)
-        rows.append(KernelRow(purpose, kernel if accelerated else reference, reason))
+        rows.append(
+            KernelRow(purpose, kernel if accelerated else reference, reason, _PROVEN[kernel] if accelerated else _CPU)
+        )
     return (*rows, *attention_rows(capabilities, dtype))
 
 
@@ -222,9 +237,10 @@ def attention_rows(capabilities: Capabilities, dtype: torch.dtype) -> tuple[Kern
         kernel, reason = blocks, "flash attention needs 16 bit and compute capability 8.0"
     else:
         kernel, reason = blocks, "it is off"
+    is_cpu = capabilities.device_type == "cpu"
     return (
-        KernelRow("prefill, attention", kernel, reason),
-        KernelRow("decision, attention", blocks, "no gradient of frozen keys and values, and no copy"),
+        KernelRow("prefill, attention", kernel, reason, _CPU if is_cpu or kernel == blocks else "not"),
+        KernelRow("decision, attention", blocks, "no gradient of frozen keys and values, and no copy", _CPU),
     )
 
 
