@@ -317,6 +317,13 @@ class FrozenContextConfig(ContextFields, SFTConfig):
     distill_cache_dir: str | None = HfArg(
         default=None, help="Directory for what the teacher said, for later epochs and runs; runs may share it."
     )
+    turn_contexts: Literal["training", "inference"] = HfArg(
+        default="training",
+        help="What a turn stands behind with `decision_mode='turns'`. 'training': the conversation, rendered once. "
+        "'inference': what the chat template shows a model that is about to write this turn, which for most reasoning "
+        "models is without earlier reasoning; every assistant message trains, but for those with `train: false` or "
+        "`weight: 0`.",
+    )
     max_length: int | None = HfArg(
         default=None,
         help="Longest sample in tokens. A longer one loses its oldest context tokens, never its decision; one "
@@ -326,6 +333,7 @@ class FrozenContextConfig(ContextFields, SFTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_distillation()
+        self._check_turns()
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments) -> Self:
@@ -373,6 +381,22 @@ class FrozenContextConfig(ContextFields, SFTConfig):
                 f"`label_smoothing_factor={self.label_smoothing_factor}` smooths labels, and `loss_type='distill'` "
                 "learns from the teacher's distribution instead. Leave one of the two out."
             )
+
+    def _check_turns(self) -> None:
+        _require_choice(self, "turn_contexts")
+        if self.turn_contexts == "training":
+            return
+        if self.decision_mode != "turns":
+            raise ValueError(
+                f"`turn_contexts='inference'` makes each turn a decision, and `decision_mode={self.decision_mode!r}` "
+                "does not. Set `decision_mode='turns'`."
+            )
+        if self.loss_type == "distill":
+            raise ValueError(
+                "`turn_contexts='inference'` renders each turn by itself, and `loss_type='distill'` compares with a "
+                "teacher's rendering of the whole conversation. Leave one of the two out."
+            )
+        _require_rows_of_one(self, "`turn_contexts='inference'` keeps a conversation's turns in a row of their own")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from frozen_peft.context.branches import unfold_branches
 from frozen_peft.context.start import NO_START, ContextStart
 
 __all__ = [
@@ -137,7 +138,11 @@ class SplitBatch:
 
 
 def cut_batch(
-    input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None, cut: Cut
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cut: Cut,
+    branches: torch.Tensor | None = None,
 ) -> list[list[Decision]]:
     """Cuts a padded batch at each sample's boundaries.
 
@@ -146,6 +151,7 @@ def cut_batch(
         labels: Labels, shape `(B, S)`. A row in which no label is predicted is one decision without context.
         attention_mask: 1 on tokens and 0 on padding, shape `(B, S)`; None means no padding.
         cut: Where to cut.
+        branches: Of each row, where it holds branches (see `branches`), shape `(B, 2 * branches)`.
 
     Returns:
         The decisions of each sample, in their order.
@@ -155,9 +161,15 @@ def cut_batch(
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    return [
-        _cut_sample(row_ids[mask], row_labels[mask], cut)
+    rows = [
+        (row_ids[mask], row_labels[mask])
         for row_ids, row_labels, mask in zip(input_ids, labels, attention_mask.bool(), strict=True)
+    ]
+    if branches is None:
+        return [_cut_sample(*row, cut) for row in rows]
+    return [
+        [decision for sequence in unfold_branches(*row, own) for decision in _cut_sample(*sequence, cut)]
+        for row, own in zip(rows, branches, strict=True)
     ]
 
 

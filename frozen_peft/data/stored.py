@@ -95,18 +95,19 @@ def needs_python_rows(dataset: Any) -> bool:
     return has_json_columns(dataset) or "chat_template_kwargs" in dataset.column_names
 
 
-def python_rows(dataset: Dataset, num_shards: int | None = None) -> IterableDataset:
+def python_rows(dataset: Dataset, num_shards: int | None = None, number: str | None = None) -> IterableDataset:
     """A dataset's rows as a stream of Python's own objects, what is kept as JSON decoded exactly.
 
     Args:
         dataset: Has JSON columns.
-        num_shards: Parts that the stream can be computed in.
+        num_shards: Parts that the stream can be computed in, each of which counts its rows from 0.
+        number: Column that gets each row's number in the dataset; None: none does.
     """
     num_shards = max(min(num_shards or 1, len(dataset)), 1)
     bounds = [len(dataset) * index // num_shards for index in range(num_shards + 1)]
     ranges = list(itertools.pairwise(bounds))
     return IterableDataset.from_generator(
-        _decoded_rows, gen_kwargs={"dataset": dataset.with_format(None), "ranges": ranges}
+        _decoded_rows, gen_kwargs={"dataset": dataset.with_format(None), "ranges": ranges, "number": number}
     )
 
 
@@ -154,15 +155,17 @@ def require_no_dates(dataset: Dataset | IterableDataset, name: str) -> None:
                 )
 
 
-def _decoded_rows(dataset: Dataset, ranges: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+def _decoded_rows(
+    dataset: Dataset, ranges: list[tuple[int, int]], number: str | None = None
+) -> Iterator[dict[str, Any]]:
     json_columns = [column for column, kind in dataset.features.items() if _holds_json(kind)]
     for first, stop in ranges:
         for start in range(first, stop, _ROWS_PER_BATCH):
             batch = range(start, min(start + _ROWS_PER_BATCH, stop))
             # As Arrow stores them: `datasets` itself would read JSON with pandas.
-            for row in dataset.select(batch).with_format("arrow")[:].to_pylist():
+            for index, row in zip(batch, dataset.select(batch).with_format("arrow")[:].to_pylist(), strict=True):
                 row |= {column: _decoded(row[column], dataset.features[column]) for column in json_columns}
-                yield full_row(row, dataset.features)
+                yield full_row(row, dataset.features) | ({number: index} if number is not None else {})
 
 
 def _prepared_rows(prepared: IterableDataset, shards: list[int], columns: tuple[str, ...]) -> Iterator[dict[str, Any]]:

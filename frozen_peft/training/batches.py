@@ -10,18 +10,23 @@
 What a batch is, its type says; no key of it is looked at to find out.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from frozen_peft.context import ContextTokens, Cut, Decision, cut_batch, pad_decisions
 from frozen_peft.context.boundary import IGNORED_LABEL
+from frozen_peft.context.branches import BRANCHES
+from frozen_peft.context.prefixes import num_shared
 from frozen_peft.utils.compat.torch import num_writes
 
 __all__ = [
     "BatchCutter",
+    "BranchCollator",
     "CuttingCollator",
     "DecisionBatch",
     "SampleBatch",
@@ -31,7 +36,7 @@ __all__ = [
 ]
 
 # What a collator may put into a batch for samples that have a context.
-TOKEN_KEYS = {"input_ids", "labels", "attention_mask"}
+TOKEN_KEYS = {"input_ids", "labels", "attention_mask", BRANCHES}
 # What a collator adds that flattens samples into one row.
 FLATTENED_KEYS = {"position_ids", "cu_seq_lens_q", "seq_idx"}
 
@@ -165,19 +170,22 @@ class BatchCutter:
         size = self.max_decisions or len(decisions)
         groups = [slice(start, start + size) for start in range(0, len(decisions), size)]
         parts = [self._padded(batch, decisions[group], batch.teachers[group]) for group in groups]
-        parts[0].num_context_tokens = sum(map(_num_context_tokens, batch.samples))
+        are_branches = BRANCHES in batch
+        counts = [_num_context_tokens(sample, are_branches=are_branches) for sample in batch.samples]
+        parts[0].num_context_tokens = sum(counts)
         return parts
 
     def _samples(self, inputs: dict[str, Any]) -> list[list[Decision]]:
         """Decisions of each sample; none where there is nothing to cut."""
-        cuts = self.cut_at.gradient_horizon != -1 or self.cut_at.max_context_length is not None
+        branches = inputs.get(BRANCHES)
+        cuts = self.cut_at.gradient_horizon != -1 or self.cut_at.max_context_length is not None or branches is not None
         labels = self._labels(inputs)
         if not cuts or labels is None:
             return []
         if FLATTENED_KEYS & inputs.keys():
             _require_no_context(inputs)
             return []
-        return cut_batch(inputs["input_ids"], labels, inputs.get("attention_mask"), self.cut_at)
+        return cut_batch(inputs["input_ids"], labels, inputs.get("attention_mask"), self.cut_at, branches)
 
     def _labels(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         if self.supervision is None:
@@ -187,7 +195,7 @@ class BatchCutter:
     def _is_whole(self, inputs: dict[str, Any], samples: list[list[Decision]]) -> bool:
         """Whether the decisions are the samples, so that the batch can stay as the collator made it."""
         decisions = [decision for sample in samples for decision in sample]
-        if any(len(decision.context) for decision in decisions):
+        if BRANCHES in inputs or any(len(decision.context) for decision in decisions):
             return False
         num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         return not decisions or (
@@ -206,6 +214,7 @@ class BatchCutter:
     def _padded(self, batch: SampleBatch, decisions: list[Decision], teachers: Sequence[Decision]) -> DecisionBatch:
         padded = pad_decisions(decisions, self.pad_token_id)
         inputs = {**batch, "input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
+        inputs.pop(BRANCHES, None)
         if self.supervision is None:
             inputs["labels"] = padded.labels
         else:
@@ -236,6 +245,22 @@ class CuttingCollator:
         return self.last
 
 
+class BranchCollator:
+    """A collator that leaves a batch's rows to another one, and adds which branches they hold.
+
+    Args:
+        collator: Gets the rows without `branches`.
+    """
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self._collator = collator
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [torch.as_tensor(sample[BRANCHES]) for sample in samples]
+        own = [{key: value for key, value in sample.items() if key != BRANCHES} for sample in samples]
+        return {**self._collator(own), BRANCHES: pad_sequence(rows, batch_first=True)}
+
+
 def num_labels(batch: Mapping[str, Any]) -> int:
     """Labels that a batch predicts."""
     return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
@@ -260,9 +285,13 @@ def without_labels(batch: DecisionBatch) -> DecisionBatch:
     return DecisionBatch({**tokens, "labels": torch.full_like(tokens["input_ids"], IGNORED_LABEL)})
 
 
-def _num_context_tokens(decisions: Sequence[Decision]) -> int:
+def _num_context_tokens(decisions: Sequence[Decision], *, are_branches: bool) -> int:
     """Tokens of a sample that are kept and belong to no decision; those that decisions share count once."""
-    num_kept = max(len(decision.context) + len(decision.input_ids) for decision in decisions)
+    lengths = [len(decision.context) + len(decision.input_ids) for decision in decisions]
+    num_kept = max(lengths)
+    if are_branches:
+        sequences = [torch.cat([decision.context, decision.input_ids]).cpu().numpy() for decision in decisions]
+        num_kept = sum(lengths) - sum(itertools.starmap(num_shared, itertools.pairwise(sequences)))
     return max(num_kept - sum(len(decision.input_ids) for decision in decisions), 0)
 
 

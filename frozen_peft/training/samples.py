@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from frozen_peft.context.boundary import TAIL, Cut, decision_spans, decision_start
+from frozen_peft.context.branches import BRANCHES, unfold_branches
 from frozen_peft.data import require_no_dates
 from frozen_peft.utils.numpy_rows import numpy_rows
 
@@ -26,12 +27,13 @@ __all__ = [
     "measure_row",
     "measure_samples",
     "require_rows",
+    "row_sequences",
 ]
 
 logger = logging.get_logger(__name__)
 
-# What samples are measured by; a row has the last where several are packed into it.
-TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths")
+# What samples are measured by; a row has one of the last where several are packed into it, or are branches of it.
+TOKEN_COLUMNS = ("input_ids", "labels", "seq_lengths", BRANCHES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +96,31 @@ def measure_row(row: Mapping[str, Any], index: int, cut: Cut, name: str = "train
     Raises:
         ValueError: See `decision_start`; the message names the sample and the dataset.
     """
-    input_ids, labels = (torch.tensor(row[key]) for key in ("input_ids", "labels" if "labels" in row else "input_ids"))
-    stops = np.cumsum(row["seq_lengths"]).tolist() if "seq_lengths" in row else [len(labels)]
-    for start, stop in zip([0, *stops[:-1]], stops, strict=True):
-        spans = decision_spans(labels[start:stop], cut.mode)
+    for input_ids, labels in row_sequences(row):
+        spans = decision_spans(labels, cut.mode)
         for first, end in spans:
             try:
-                context = decision_start(input_ids[start:stop], first, end, cut.invocation)
+                context = decision_start(input_ids, first, end, cut.invocation)
             except ValueError as error:
                 raise ValueError(f"Sample {index} of the {name} dataset: {error}") from None
             num_start = dropped = 0
             if context and (excess := cut.num_excess(context, end)):
-                num_start = cut.start.length(input_ids[start : start + context].numpy())
+                num_start = cut.start.length(input_ids[:context].numpy())
                 dropped = min(excess, context - num_start)
             yield SampleLengths(index, end, context, True, num_start, dropped)
         if not spans:
-            yield SampleLengths(index, stop - start, has_decision=False)
+            yield SampleLengths(index, len(labels), has_decision=False)
+
+
+def row_sequences(row: Mapping[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and labels of what stands in a row: one sample, several packed ones, or branches."""
+    input_ids, labels = (torch.tensor(row[key]) for key in ("input_ids", "labels" if "labels" in row else "input_ids"))
+    if BRANCHES in row:
+        return unfold_branches(input_ids, labels, torch.tensor(row[BRANCHES]))
+    if "seq_lengths" in row:
+        lengths = np.asarray(row["seq_lengths"]).tolist()
+        return list(zip(input_ids.split(lengths), labels.split(lengths), strict=True))
+    return [(input_ids, labels)]
 
 
 @dataclass(frozen=True)

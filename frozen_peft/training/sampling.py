@@ -22,8 +22,9 @@ from transformers.utils import logging
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut
 from frozen_peft.context.boundary import DecisionMode
+from frozen_peft.context.branches import BRANCHES
 from frozen_peft.context.start import NO_START, ContextStart
-from frozen_peft.training.samples import measure_row
+from frozen_peft.training.samples import measure_row, row_sequences
 from frozen_peft.utils.numpy_rows import numpy_rows
 
 __all__ = ["GroupByContextSampler", "group_by_shared_prefix", "make_sampler", "require_groupable"]
@@ -98,11 +99,15 @@ def group_by_shared_prefix(
 
 def _read_contexts(dataset: Dataset, cut: Cut) -> Iterator[bytes]:
     """The context of each row, 4 bytes per token."""
-    rows = numpy_rows(dataset, ("input_ids", "labels"))
+    rows = numpy_rows(dataset, ("input_ids", "labels", BRANCHES))
     for index, row in enumerate(tqdm(rows, "Grouping contexts", len(dataset), unit=" rows", delay=2)):
-        # Of several decisions the last one has the longest context.
-        length = max(sample.context for sample in measure_row(row, index, Cut(cut.mode)))
-        kept = cut.kept(row["input_ids"][:length], cut.num_excess(length, length))
+        # Of several decisions, the one with the longest context.
+        lengths = [sample.context for sample in measure_row(row, index, Cut(cut.mode))]
+        longest = int(np.argmax(lengths))
+        tokens, length = row["input_ids"], lengths[longest]
+        if BRANCHES in row:
+            tokens = row_sequences(row)[longest][0].numpy()
+        kept = cut.kept(tokens[:length], cut.num_excess(length, length))
         yield kept.astype(TOKEN_TYPE).tobytes()
 
 

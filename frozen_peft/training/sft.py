@@ -13,6 +13,7 @@ from trl import SFTTrainer
 
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import TAIL, Cut
+from frozen_peft.context.branches import BRANCHES
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.data import as_table, needs_python_rows, python_rows
 from frozen_peft.distillation import (
@@ -25,7 +26,7 @@ from frozen_peft.distillation import (
     require_distillable,
     take_decisions,
 )
-from frozen_peft.training.batches import BatchCutter, DecisionBatch, SampleBatch
+from frozen_peft.training.batches import BatchCutter, BranchCollator, DecisionBatch, SampleBatch
 from frozen_peft.training.checks import BatchChecks
 from frozen_peft.training.mixin import FrozenContextMixin
 from frozen_peft.training.model_setup import (
@@ -39,6 +40,7 @@ from frozen_peft.training.model_setup import (
 )
 from frozen_peft.training.samples import SampleLimits, check_samples, limit_length, require_rows
 from frozen_peft.training.sampling import require_groupable
+from frozen_peft.training.turn_contexts import ROW_NUMBER, TurnRenderer, render_turns
 from frozen_peft.utils.compat.trl import count_tokens, passing_loss_type, trainer_tokenizer
 
 __all__ = ["FrozenContextTrainer"]
@@ -51,8 +53,9 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
     `TrainingArguments`, which is converted. Everything is inherited but the hooks of `FrozenContextMixin` and these,
     which add to the parent's:
 
-    - `_prepare_dataset` cuts contexts where TRL would cut decisions, and checks every sample.
-    - `_set_signature_columns_if_needed` keeps the teacher's columns with `loss_type="distill"`.
+    - `_prepare_dataset` cuts contexts where TRL would cut decisions, and checks every sample. With
+      `turn_contexts="inference"` it renders conversations turn by turn before.
+    - `_set_signature_columns_if_needed` keeps the teacher's columns with `loss_type="distill"`, and `branches`.
 
     A sample without context is a plain SFT sample. With `gradient_horizon=-1` (tiers 1 and 3) nothing is frozen, and
     every batch goes to TRL as it is.
@@ -112,6 +115,8 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
             take_teachers=partial(take_decisions, mode=self._cut.mode) if self._distills else None,
         )
         self._train_over(cutter, checks, self._distiller)
+        if self.args.turn_contexts == "inference":
+            self.data_collator = BranchCollator(self.data_collator)
         if self._distiller is not None:
             self.data_collator = TeacherCollator(self.data_collator)
 
@@ -142,8 +147,12 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
         tokens_only = copy.copy(uncut)
         tokens_only.max_length, tokens_only.shuffle_dataset = None, False
         exactly = needs_python_rows(dataset)
+        renderer = TurnRenderer(processing_class) if args.turn_contexts == "inference" else None
 
         def prepare(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+            if renderer is not None:
+                num_proc = args.dataset_num_proc
+                rows = render_turns(rows, renderer, dataset_name, num_proc)
             first = exactly and isinstance(rows, IterableDataset)
             return super(FrozenContextTrainer, self)._prepare_dataset(
                 rows,
@@ -156,9 +165,9 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
 
         if exactly:
             # Rows that no table holds as they are written become token ids first, and are a table from there on.
-            rows = python_rows(dataset, args.dataset_num_proc)
+            rows = python_rows(dataset, args.dataset_num_proc, ROW_NUMBER if renderer is not None else None)
             tokens = prepare_with_teacher(rows, prepare, dataset_name, None) if self._distills else prepare(rows)
-            dataset = as_table(tokens, dataset, ("input_ids", "labels", *TEACHER_COLUMNS))
+            dataset = as_table(tokens, dataset, ("input_ids", "labels", BRANCHES, *TEACHER_COLUMNS))
         if self._distills:
             dataset = prepare_with_teacher(dataset, prepare, dataset_name, args.dataset_num_proc)
         else:
@@ -190,8 +199,8 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self._distills:
-            self._signature_columns = list({*(self._signature_columns or ()), *TEACHER_COLUMNS})
+        own = TEACHER_COLUMNS if self._distills else ()
+        self._signature_columns = list({*(self._signature_columns or ()), BRANCHES, *own})
 
     # What TRL and the mixin leave to a trainer
 

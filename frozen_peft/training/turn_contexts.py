@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns as inference shows them (`turn_contexts="inference"`): each behind what the chat template renders before it.
+
+1. The *context* of an assistant's message is what a model is given that is about to write it: the messages before it,
+   rendered with the generation prompt. Most templates of reasoning models leave out the reasoning of earlier turns
+   there, each by its own rule; no rule is known here, the template is asked.
+2. The *decision* is what the template adds for the message: reasoning, calls, answer and end of turn.
+3. Where the rendering with the message does not begin with the tokens of the one before it, the decision begins where
+   the two part, if that is within the generation prompt (which some templates end otherwise where the message has no
+   reasoning). Before that, no cut would give both what inference shows and what the message is: the turn is refused.
+4. The turns of a conversation are the branches of one row (see `context.branches`); what they share is encoded once.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
+from trl import maybe_convert_to_chatml
+from trl.data_utils import common_prefix_length, prepare_multimodal_messages
+
+from frozen_peft.context.branches import BRANCHES, fold_branches
+from frozen_peft.data.conversation import Message
+from frozen_peft.data.traces import REASONING_FIELDS, Trace, read_trace, reasoning_of
+
+__all__ = ["ROW_NUMBER", "Turn", "TurnRenderer", "render_turns"]
+
+logger = logging.get_logger(__name__)
+
+# Column of the number that a row has in its dataset, where a part of that counts from 0.
+ROW_NUMBER = "row_number"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn, rendered.
+
+    Attributes:
+        message: Number of the message.
+        input_ids: Token ids of context and decision.
+        first: Where the decision's supervised tokens begin.
+    """
+
+    message: int
+    input_ids: list[int]
+    first: int
+
+
+class TurnRenderer:
+    """Renders conversations turn by turn.
+
+    Args:
+        processing_class: A tokenizer with a chat template, or a processor that has both.
+    """
+
+    def __init__(self, processing_class: PreTrainedTokenizerBase | ProcessorMixin):
+        self._renderer = processing_class
+        self._is_processor = isinstance(processing_class, ProcessorMixin)
+        self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+
+    def turns(self, row: Mapping[str, Any]) -> list[Turn]:
+        """The turns of a row that train.
+
+        Raises:
+            ValueError: The row is no such conversation, or a turn cannot be rendered; the message names it.
+        """
+        row = maybe_convert_to_chatml(dict(row))
+        trace, options = read_trace(row), _template_options(row)
+        shown = [self._shown(trace, index, options) for index in trace.trained]
+        wholes = [self._with(trace, index, options) for index in trace.trained]
+        tokens = self._tokens([*shown, *wholes])
+        turns = []
+        for place, index in enumerate(trace.trained):
+            before, whole = tokens[place], tokens[place + len(shown)]
+            first = common_prefix_length(before, whole)
+            if first < len(before):
+                self._require_in_generation_prompt(trace, index, options, before, first)
+            if first == len(whole):
+                raise ValueError(f"`{trace.places[index]}` is to train, and the chat template adds nothing for it")
+            self._say_dropped(trace, index, wholes[place])
+            turns.append(Turn(index, whole, first))
+        return turns
+
+    def _shown(self, trace: Trace, index: int, options: dict[str, Any]) -> str:
+        """What a model is shown that is about to write a message."""
+        return self._text(trace.messages[:index], trace.places[index], "what stands before it", options, prompts=True)
+
+    def _with(self, trace: Trace, index: int, options: dict[str, Any]) -> str:
+        """The same with the message."""
+        return self._text(trace.messages[: index + 1], trace.places[index], "it", options)
+
+    def _text(
+        self, messages: list[Message], place: str, what: str, options: dict[str, Any], *, prompts: bool = False
+    ) -> str:
+        """What the template makes of messages, with the generation prompt where it `prompts`."""
+        if self._is_processor:
+            # As TRL does, for templates that know content in parts alone.
+            messages = prepare_multimodal_messages(messages)
+        try:
+            text = self._renderer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompts, **options
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ValueError(f"`{place}`: the chat template does not render {what}: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `apply_chat_template` makes them; in one call, which tokenizers spread over threads."""
+        tokens: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return tokens
+
+    def _require_in_generation_prompt(
+        self, trace: Trace, index: int, options: dict[str, Any], before: list[int], first: int
+    ) -> None:
+        """Refuses a turn whose rendering leaves the one before it at a token before the generation prompt."""
+        place = trace.places[index]
+        (without,) = self._tokens([self._text(trace.messages[:index], place, "what stands before it", options)])
+        ending = self._tokenizer.decode(before[first:][:20])
+        if first < common_prefix_length(without, before):
+            raise ValueError(
+                f"`{place}` is to train, and with it the chat template renders what stands before it in another way, "
+                f"from token {first} of {len(before)} on ({ending!r}), before the generation prompt. So nothing that "
+                'inference shows is followed by it. Say `"train": false` in it, use another chat template, or set '
+                "`turn_contexts='training'`."
+            )
+        logger.warning_once(
+            f"The generation prompt ends in {ending!r}, and the chat template does not render that in `{place}`, whose "
+            "decision begins before it. Inference shows it, unless `chat_template_kwargs` say otherwise "
+            "(`enable_thinking`, for many templates). This is said once and may hold for other turns."
+        )
+
+    def _say_dropped(self, trace: Trace, index: int, whole: str) -> None:
+        """Warns where not even the turn itself has its reasoning."""
+        reasoning = reasoning_of(trace.messages[index])
+        if reasoning is None or reasoning[1] in whole:
+            return
+        template = str(self._renderer.chat_template)
+        read = ", ".join(f"`{name}`" for name in REASONING_FIELDS if name in template) or "no such field"
+        logger.warning_once(
+            f"The chat template does not render the `{reasoning[0]}` of `{trace.places[index]}`, not even in the turn "
+            f"that trains it: the model learns to answer without. The template reads {read}. This is said once and "
+            "may hold for other turns."
+        )
+
+
+def render_turns(
+    dataset: Dataset | IterableDataset,
+    renderer: TurnRenderer,
+    name: str,
+    num_proc: int | None,
+) -> Dataset | IterableDataset:
+    """Conversations as rows of branches; a dataset that is one of those already stays as it is.
+
+    Args:
+        dataset: Rows of messages.
+        renderer: Renders them.
+        name: What to call the dataset in messages.
+        num_proc: Processes to render with.
+
+    Returns:
+        The dataset with `input_ids`, `labels` and `branches`.
+
+    Raises:
+        ValueError: A row cannot be rendered; the message names row and message.
+    """
+    columns: Iterable[str] = dataset.column_names or next(iter(dataset))
+    if BRANCHES in columns:
+        return dataset
+    if "input_ids" in columns:
+        raise ValueError(
+            f"The {name} dataset is tokenized, and `turn_contexts='inference'` renders messages. Give it rows of "
+            "`messages`, or set `turn_contexts='training'`."
+        )
+
+    def render(row: dict[str, Any], index: int) -> dict[str, Any]:
+        index = row.get(ROW_NUMBER, index)
+        try:
+            turns = renderer.turns(row)
+        except ValueError as error:
+            raise ValueError(f"Sample {index} of the {name} dataset: {error}") from error
+        return fold_branches([turn.input_ids for turn in turns], [turn.first for turn in turns])
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(render, with_indices=True)
+    return dataset.map(render, with_indices=True, num_proc=num_proc, desc=f"Rendering turns of {name} dataset")
+
+
+def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chat template gets of a row beside its messages."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Traces of an agent, the chat templates that TRL ships, and each turn rendered by itself."""
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.reference import IGNORED, Sample
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+# Of which no length of a sample is one.
+TRACE_VOCABULARY = 640
+# What templates write that a tokenizer of their models has as one token.
+MARKERS = re.compile(r"<[|｜][^<>\s{}'\"]*[|｜]>|</?(?:think|tool_call|tool_response|start_of_turn)>")
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "search",
+            "description": "Looks.",
+            "parameters": {"type": "object", "properties": {"q": {"type": "string", "description": "what"}}},
+        },
+    }
+]
+
+
+@lru_cache
+def template_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that is trained on a template's own text, with the template and its markers as tokens."""
+    template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+    markers = sorted(set(MARKERS.findall(template)))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TRACE_VOCABULARY,
+        special_tokens=["<pad>", "<bos>", "<eos>", *markers],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([template], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    fast.chat_template = template
+    return fast
+
+
+def called(number: int, query: str) -> list[dict[str, Any]]:
+    """One call of the tool."""
+    function = {"name": "search", "arguments": {"q": query}}
+    return [{"id": f"call{number:05d}", "type": "function", "function": function}]
+
+
+def trace(*, reasoning: str | None = "reasoning_content", tools: bool = True, system: bool = True) -> dict[str, Any]:
+    """A row of messages: two calls of a tool and an answer, another question and its answer.
+
+    Args:
+        reasoning: The field that the assistant's messages have their reasoning in; None: they have none.
+        tools: Whether tools are called.
+        system: Whether it begins with a system message.
+    """
+
+    def assistant(thought: str, content: str, **rest: Any) -> dict[str, Any]:
+        own = {reasoning: thought} if reasoning is not None else {}
+        return {"role": "assistant", "content": content, **own, **rest}
+
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}] if system else []
+    messages.append({"role": "user", "content": "Which red one?"})
+    if tools:
+        for number, colour in enumerate(("red", "blue")):
+            messages.append(assistant(f"look up {colour}", "", tool_calls=called(number, colour)))
+            result = {"role": "tool", "content": f"{colour} seven", "tool_call_id": f"call{number:05d}"}
+            messages.append({**result, "name": "search"})
+    messages.append(assistant("so it is seven", "It is seven."))
+    messages.append({"role": "user", "content": "And now?"})
+    messages.append(assistant("eight comes next", "Eight."))
+    messages.append({"role": "user", "content": "Sure?"})
+    messages.append({"role": "assistant", "content": "Yes."})
+    return {"messages": messages} | ({"tools": TOOLS} if tools else {})
+
+
+def rendered_turns(tokenizer: PreTrainedTokenizerFast, row: Mapping[str, Any]) -> list[Sample]:
+    """One sample per assistant message: the template's prompt for it, and what the template has with it.
+
+    Supervised is what follows on what the two have in common.
+    """
+    options = {"tools": row.get("tools"), "return_dict": False, **row.get("chat_template_kwargs", {})}
+    made = []
+    for index, message in enumerate(row["messages"]):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(row["messages"][:index], add_generation_prompt=True, **options)
+        whole = tokenizer.apply_chat_template(row["messages"][: index + 1], **options)
+        common = 0
+        while common < min(len(before), len(whole)) and before[common] == whole[common]:
+            common += 1
+        labels = torch.tensor(whole)
+        labels[:common] = IGNORED
+        made.append(Sample(torch.tensor(whole), labels))
+    return made
