@@ -69,6 +69,8 @@ def _parser() -> CommandParser:
     parser.option("context_length", "context tokens of a sample", 32768)
     parser.option("decision_length", "tokens of its decision", 1024)
     parser.option("turns", "decisions of a sample, --context-length before the last; decision_mode: turns", 1)
+    text = "context tokens encoded beside the longest context of a sample; turn_contexts: inference"
+    parser.option("branch_length", text, 0)
     text = "of a distillation, before the teacher's last decision (loss_type: distill)"
     parser.option("teacher_length", text, metavar="TOKENS", type=int)
     parser.option("batch", "samples per forward", 1)
@@ -101,6 +103,7 @@ def _of_model(options: argparse.Namespace) -> tuple[Any, list["Setting"]]:
         decision_length=options.decision_length,
         batch=options.batch,
         turns=options.turns,
+        branch_length=options.branch_length,
         teacher_length=options.teacher_length,
         load_in_4bit=not options.no_4bit,
         lora_preset=options.preset,
@@ -138,6 +141,11 @@ def _of_recipe(options: argparse.Namespace) -> tuple[Any, list["Setting"]]:
     resolve_names(recipe.model, recipe.data)
     if options.turns > 1 and config.decision_mode != "turns":
         raise ValueError(f"--turns {options.turns}: {options.recipe} has `decision_mode: {config.decision_mode}`")
+    if options.branch_length and config.turn_contexts != "inference":
+        raise ValueError(
+            f"--branch-length {options.branch_length}: {options.recipe} has `turn_contexts: {config.turn_contexts}`, "
+            "where a conversation is rendered once"
+        )
     teacher_length = options.teacher_length
     if teacher_length is not None and config.loss_type != "distill":
         raise ValueError(f"--teacher-length: {options.recipe} has `loss_type: {config.loss_type}`, without a teacher")
@@ -148,6 +156,7 @@ def _of_recipe(options: argparse.Namespace) -> tuple[Any, list["Setting"]]:
     setting = Setting.from_config(
         config,
         turns=options.turns,
+        branch_length=options.branch_length,
         teacher_length=teacher_length,
         context_length=config.max_context_length or options.context_length,
         decision_length=options.decision_length,
@@ -180,9 +189,12 @@ def _heading(plans: Sequence["Plan"], card: "Card | None") -> list[str]:
     cache = "cache unknown" if size is None else f"{size / 1024:g} KiB of cache per context token"
     longest = max(plan.setting.context_length for plan in plans)
     decisions = f"{setting.turns} decisions" if setting.turns > 1 else "decisions"
+    contexts = f"contexts of {longest:,} tokens"
+    if setting.branch_length:
+        contexts += f" and {setting.branch_length:,} of branches"
     lines = [
         f"{first.model}: {parameters}, {cache}",
-        f"contexts of {longest:,} tokens, {decisions} of {setting.decision_length:,}, {setting.batch} per forward",
+        f"{contexts}, {decisions} of {setting.decision_length:,}, {setting.batch} per forward",
     ]
     return lines if card is None else [*lines, f"on {card.name}: {format_size(card.memory_bytes)}"]
 

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from frozen_peft.adapters import ROLES
 from frozen_peft.config import FrozenContextConfig
 from frozen_peft.context import Cut, Decision, cut_batch
+from frozen_peft.context.branches import BRANCHES
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.gradient import GradientFlow, gradient_flow
 from frozen_peft.gradient.flow import GradientShare, pooled
@@ -174,7 +175,8 @@ def advice_text(advice: TierAdvice) -> str:
 
 def _decisions(batch: Mapping[str, torch.Tensor], cut: Cut) -> list[Decision]:
     """The decisions of a batch of one sample."""
-    (decisions,) = cut_batch(batch["input_ids"], batch["labels"], batch.get("attention_mask"), cut)
+    mask, branches = batch.get("attention_mask"), batch.get(BRANCHES)
+    (decisions,) = cut_batch(batch["input_ids"], batch["labels"], mask, cut, branches)
     return decisions
 
 

@@ -27,6 +27,7 @@ from frozen_peft.context import (
     use_segmented_attention,
 )
 from frozen_peft.context.boundary import IGNORED_LABEL
+from frozen_peft.context.branches import BRANCHES
 from frozen_peft.context.dropout import has_dropout
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.modes import without_dropout
@@ -106,6 +107,7 @@ class FlowMeter:
             batch["labels"].to(device),
             None if mask is None else mask.to(device),
             replace(cut, gradient_horizon=0),
+            batch.get(BRANCHES),
         )
         for index, sample in enumerate(samples):
             if not all(map(_num_labels, sample)):

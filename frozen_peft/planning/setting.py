@@ -39,6 +39,8 @@ class Setting:
         turns: Decisions of a sample, each behind everything before it (`decision_mode: turns`). `context_length` is
             that of the last one, and `decision_length` that of each. Where nothing is frozen they are one.
         turn_length: Most context tokens from one decision to the next, or before the first; None: as many for each.
+        branch_length: Context tokens of a sample that are encoded beside its longest context, since inference shows an
+            earlier turn what it does not show a later one (`turn_contexts: inference`).
         max_decisions_per_forward: Decisions that run together, of several turns.
         teacher_length: Tokens of a distillation's teacher before the last decision; None: nothing is distilled.
         distill_top_k: Tokens of the teacher's that are compared one by one; 0: all.
@@ -68,6 +70,7 @@ class Setting:
     batch: int = 1
     turns: int = 1
     turn_length: int | None = None
+    branch_length: int = 0
     max_decisions_per_forward: int = 16
     teacher_length: int | None = None
     distill_top_k: int = 100
@@ -103,6 +106,7 @@ class Setting:
             ("prefill_chunk_size", 0),
             ("sequence_chunk_size", 1),
             ("turn_length", 0),
+            ("branch_length", 0),
             ("teacher_length", 0),
             ("checkpoint_every", 1),
             ("lora_r", 1),
@@ -158,6 +162,11 @@ class Setting:
         if self.tier != 2 or self.gradient_horizon == -1:
             return 0
         return max(self.context_length - self.gradient_horizon, 0)
+
+    @property
+    def num_encoded(self) -> int:
+        """Tokens that are encoded for the contexts of a sample, what they share once."""
+        return self.num_frozen + self.branch_length if self.num_frozen else 0
 
     @property
     def num_boundaries(self) -> int:

@@ -234,7 +234,7 @@ def _adapted(shape: ModelShape, preset: str | None, roles: tuple[str, ...] | Non
 
 def _frozen_bytes(cache: Cache, setting: Setting) -> int:
     """What is kept of the contexts that are at hand together."""
-    return setting.samples_at_a_time * cache.num_bytes(setting.num_frozen, setting.num_boundaries)
+    return setting.samples_at_a_time * cache.num_bytes(setting.num_encoded, setting.num_boundaries)
 
 
 def _teacher(setting: Setting) -> Setting | None:

@@ -42,7 +42,9 @@ def estimate_time(config: PretrainedConfig, setting: Setting, rates: Rates) -> f
 
     passes = 2 + setting.gradient_checkpointing + setting.in_stretches + (not setting.use_peft)
     turns, decision = setting.num_boundaries, setting.decision_length
-    flops = forward(frozen, 0) + turns * (passes * forward(graded, frozen) + 3 * decision * head_flops)
+    # A branch leaves the longest context somewhere; on average half of that lies before it.
+    encoded = forward(frozen, 0) + forward(setting.num_encoded - frozen, frozen // 2)
+    flops = encoded + turns * (passes * forward(graded, frozen) + 3 * decision * head_flops)
     if setting.teacher_length is not None and setting.tier is not None:
         # What it says is kept for later epochs; this is the first.
         before = setting.teacher_length

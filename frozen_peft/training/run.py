@@ -4,7 +4,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from frozen_peft.distillation import TEACHER_COLUMNS
 from frozen_peft.planning import Plan, Setting, advise, make_plan, plan_of_weights
 from frozen_peft.training.checkpoints import checkpoint_to_resume, require_no_way_out
 from frozen_peft.training.recipe import Recipe, build_trainer, is_sharded_run, load_base_config
-from frozen_peft.training.samples import measure_samples
+from frozen_peft.training.samples import SampleLengths, measure_samples
 from frozen_peft.training.sft import FrozenContextTrainer
 from frozen_peft.utils.files import whole_file
 
@@ -152,18 +152,18 @@ class MemoryCheck:
         """The setting of the longest of its samples, as they are cut."""
         cut = trainer.cut
         rows = [list(row) for _, row in groupby(measure_samples(trainer.train_dataset, cut), attrgetter("row"))]
-        # A row begins with nothing before its first decision.
-        pieces = [[0, *(sample.context for sample in row)] for row in rows]
+        branches = [sum(sample.context - sample.shared for sample in row) - _longest_context(row) for row in rows]
         teacher_length = None
         if self._config.loss_type == "distill":
             names = dict(zip(TEACHER_COLUMNS, ("input_ids", "labels"), strict=True))
             columns = trainer.train_dataset.select_columns(list(names)).rename_columns(names)
             teacher_length = max(sample.context for sample in measure_samples(columns, Cut(cut.mode)))
         return self._setting(
-            max(sample.context for row in rows for sample in row),
+            max(map(_longest_context, rows)),
             max(sample.decision for row in rows for sample in row),
             turns=max(map(len, rows)) if cut.mode == "turns" else 1,
-            turn_length=max(after - before for row in pieces for before, after in pairwise(row)),
+            turn_length=max(sample.context - sample.shared for row in rows for sample in row),
+            branch_length=max(branches) if self._config.turn_contexts == "inference" else 0,
             teacher_length=teacher_length,
         )
 
@@ -195,6 +195,10 @@ class MemoryCheck:
             f"the run cannot fit on {where}. {sentences} Planned, in GiB: {terms}. `check_memory: never` runs it all "
             "the same."
         )
+
+
+def _longest_context(samples: Sequence[SampleLengths]) -> int:
+    return max(sample.context for sample in samples)
 
 
 def memory_limit(device: torch.device) -> int:

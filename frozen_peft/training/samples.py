@@ -4,6 +4,7 @@
 A prepared dataset has `input_ids` and `labels`, as TRL leaves it.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,7 @@ class SampleLengths:
         has_decision: Whether a label is supervised.
         start: Tokens that stay of the context's beginning, where others are dropped; 0 where none are.
         dropped: Context tokens that are.
+        shared: Context tokens that the context before it in the row has too.
     """
 
     row: int
@@ -55,6 +57,7 @@ class SampleLengths:
     has_decision: bool = True
     start: int = 0
     dropped: int = 0
+    shared: int = 0
 
     @property
     def decision(self) -> int:
@@ -96,8 +99,10 @@ def measure_row(row: Mapping[str, Any], index: int, cut: Cut, name: str = "train
     Raises:
         ValueError: See `decision_start`; the message names the sample and the dataset.
     """
-    for input_ids, labels in row_sequences(row):
-        spans = decision_spans(labels, cut.mode)
+    branches = row[BRANCHES][::2] if BRANCHES in row else itertools.repeat(0)
+    before = 0
+    for (input_ids, labels), shared in zip(row_sequences(row), branches, strict=False):
+        spans, before = decision_spans(labels, cut.mode), min(before, int(shared))
         for first, end in spans:
             try:
                 context = decision_start(input_ids, first, end, cut.invocation)
@@ -107,7 +112,8 @@ def measure_row(row: Mapping[str, Any], index: int, cut: Cut, name: str = "train
             if context and (excess := cut.num_excess(context, end)):
                 num_start = cut.start.length(input_ids[:context].numpy())
                 dropped = min(excess, context - num_start)
-            yield SampleLengths(index, end, context, True, num_start, dropped)
+            yield SampleLengths(index, end, context, True, num_start, dropped, before)
+            before = context
         if not spans:
             yield SampleLengths(index, len(labels), has_decision=False)
 

@@ -40,7 +40,7 @@ from frozen_peft.training.model_setup import (
 )
 from frozen_peft.training.samples import SampleLimits, check_samples, limit_length, require_rows
 from frozen_peft.training.sampling import require_groupable
-from frozen_peft.training.turn_contexts import ROW_NUMBER, TurnRenderer, render_turns
+from frozen_peft.training.turn_contexts import ROW_NUMBER, TurnRenderer, render_turns, say_dropped_reasoning
 from frozen_peft.utils.compat.trl import count_tokens, passing_loss_type, trainer_tokenizer
 
 __all__ = ["FrozenContextTrainer"]
@@ -163,6 +163,9 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
                 dataset_name,
             )
 
+        if renderer is None and args.decision_mode == "turns":
+            rows = python_rows(dataset) if exactly else dataset
+            say_dropped_reasoning(rows, processing_class, self.chat_template, dataset_name)
         if exactly:
             # Rows that no table holds as they are written become token ids first, and are a table from there on.
             rows = python_rows(dataset, args.dataset_num_proc, ROW_NUMBER if renderer is not None else None)

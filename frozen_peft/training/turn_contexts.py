@@ -14,6 +14,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -22,15 +23,19 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 from trl import maybe_convert_to_chatml
 from trl.data_utils import common_prefix_length, prepare_multimodal_messages
+from trl.trainer.utils import remove_none_values
 
 from frozen_peft.context.branches import BRANCHES, fold_branches
 from frozen_peft.data.conversation import Message
 from frozen_peft.data.traces import REASONING_FIELDS, Trace, read_trace, reasoning_of
 
-__all__ = ["ROW_NUMBER", "Turn", "TurnRenderer", "render_turns"]
+__all__ = ["ROW_NUMBER", "Turn", "TurnRenderer", "render_turns", "say_dropped_reasoning"]
 
 logger = logging.get_logger(__name__)
 
+_MESSAGE_COLUMNS = ("messages", "prompt", "completion")
+# Rows of a dataset that are looked at for reasoning.
+_NUM_LOOKED_AT = 100
 # Column of the number that a row has in its dataset, where a part of that counts from 0.
 ROW_NUMBER = "row_number"
 
@@ -129,7 +134,7 @@ class TurnRenderer:
                 "`turn_contexts='training'`."
             )
         logger.warning_once(
-            f"The generation prompt ends in {ending!r}, and the chat template does not render that in `{place}`, whose "
+            f"The generation prompt ends in {ending!r}, and the chat template does not render that in `{place}`: the "
             "decision begins before it. Inference shows it, unless `chat_template_kwargs` say otherwise "
             "(`enable_thinking`, for many templates). This is said once and may hold for other turns."
         )
@@ -177,10 +182,12 @@ def render_turns(
             "`messages`, or set `turn_contexts='training'`."
         )
 
+    is_typed = dataset.features is not None
+
     def render(row: dict[str, Any], index: int) -> dict[str, Any]:
         index = row.get(ROW_NUMBER, index)
         try:
-            turns = renderer.turns(row)
+            turns = renderer.turns(_as_written(row) if is_typed else row)
         except ValueError as error:
             raise ValueError(f"Sample {index} of the {name} dataset: {error}") from error
         return fold_branches([turn.input_ids for turn in turns], [turn.first for turn in turns])
@@ -188,6 +195,54 @@ def render_turns(
     if isinstance(dataset, IterableDataset):
         return dataset.map(render, with_indices=True)
     return dataset.map(render, with_indices=True, num_proc=num_proc, desc=f"Rendering turns of {name} dataset")
+
+
+def say_dropped_reasoning(
+    rows: Iterable[Mapping[str, Any]], processing_class: Any, chat_template: str | None, name: str
+) -> None:
+    """Warns where a conversation that is rendered once leaves out reasoning that it has.
+
+    Args:
+        rows: Rows of a dataset, of which the first are looked at.
+        processing_class: What renders them.
+        chat_template: What it renders them by; None: its own.
+        name: What to call the dataset in messages.
+    """
+    for index, row in enumerate(islice(rows, _NUM_LOOKED_AT)):
+        messages = [message for column in _MESSAGE_COLUMNS for message in _objects(row.get(column))]
+        reasons = [(place, found) for place, message in enumerate(messages) if (found := reasoning_of(message))]
+        if not reasons:
+            continue
+        try:
+            text = processing_class.apply_chat_template(
+                messages, tokenize=False, chat_template=chat_template, **_template_options(row)
+            )
+        except (TemplateError, TypeError, ValueError):
+            # TRL renders it next, and says what is wrong with it.
+            return
+        for place, (field, reasoning) in reasons:
+            if reasoning not in text:
+                logger.warning(
+                    f"The chat template leaves the `{field}` of message {place} out of sample {index} of the {name} "
+                    "dataset, so that turn trains without it; it may do so with others. "
+                    "`turn_contexts='inference'` trains each turn with its own reasoning, behind what inference shows."
+                )
+                return
+
+
+def _as_written(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what a table with types fills in: it gives every object the keys that any row's has."""
+    written: dict[str, Any] = remove_none_values(row)
+    for column in _MESSAGE_COLUMNS:
+        for message, given in zip(_objects(written.get(column)), _objects(row.get(column)), strict=False):
+            if "content" in given:
+                # A template may ask whether it is null.
+                message.setdefault("content", None)
+    return written
+
+
+def _objects(messages: Any) -> list[Message]:
+    return [message for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
 
 
 def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:

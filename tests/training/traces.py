@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Traces of an agent, the chat templates that TRL ships, and each turn rendered by itself."""
 
+import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -19,6 +20,8 @@ TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 TRACE_VOCABULARY = 640
 # What templates write that a tokenizer of their models has as one token.
 MARKERS = re.compile(r"<[|｜][^<>\s{}'\"]*[|｜]>|</?(?:think|tool_call|tool_response|start_of_turn)>")
+# Long enough for every length to be that of no weight.
+QUESTION = "Which of the red ones is it, and how many of them are there, all in all? " * 3
 TOOLS = [
     {
         "type": "function",
@@ -51,19 +54,29 @@ def template_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return fast
 
 
-def called(number: int, query: str) -> list[dict[str, Any]]:
-    """One call of the tool."""
-    function = {"name": "search", "arguments": {"q": query}}
+def called(number: int, query: str, *, as_text: bool = False) -> list[dict[str, Any]]:
+    """One call of the tool, its arguments an object or JSON."""
+    arguments: Any = {"q": query}
+    function = {"name": "search", "arguments": json.dumps(arguments) if as_text else arguments}
     return [{"id": f"call{number:05d}", "type": "function", "function": function}]
 
 
-def trace(*, reasoning: str | None = "reasoning_content", tools: bool = True, system: bool = True) -> dict[str, Any]:
-    """A row of messages: two calls of a tool and an answer, another question and its answer.
+def trace(
+    *,
+    reasoning: str | None = "reasoning_content",
+    tools: bool = True,
+    system: bool = True,
+    num_calls: int = 2,
+    as_text: bool = False,
+) -> dict[str, Any]:
+    """A row of messages: calls of a tool and an answer, another question and its answer, and one without reasoning.
 
     Args:
         reasoning: The field that the assistant's messages have their reasoning in; None: they have none.
         tools: Whether tools are called.
         system: Whether it begins with a system message.
+        num_calls: How often a tool is called.
+        as_text: Arguments are JSON, not an object.
     """
 
     def assistant(thought: str, content: str, **rest: Any) -> dict[str, Any]:
@@ -71,10 +84,11 @@ def trace(*, reasoning: str | None = "reasoning_content", tools: bool = True, sy
         return {"role": "assistant", "content": content, **own, **rest}
 
     messages: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}] if system else []
-    messages.append({"role": "user", "content": "Which red one?"})
+    messages.append({"role": "user", "content": QUESTION})
     if tools:
-        for number, colour in enumerate(("red", "blue")):
-            messages.append(assistant(f"look up {colour}", "", tool_calls=called(number, colour)))
+        for number, colour in enumerate(("red", "blue")[:num_calls]):
+            calls = called(number, colour, as_text=as_text)
+            messages.append(assistant(f"look up {colour}", "", tool_calls=calls))
             result = {"role": "tool", "content": f"{colour} seven", "tool_call_id": f"call{number:05d}"}
             messages.append({**result, "name": "search"})
     messages.append(assistant("so it is seven", "It is seven."))
@@ -93,7 +107,7 @@ def rendered_turns(tokenizer: PreTrainedTokenizerFast, row: Mapping[str, Any]) -
     options = {"tools": row.get("tools"), "return_dict": False, **row.get("chat_template_kwargs", {})}
     made = []
     for index, message in enumerate(row["messages"]):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or message.get("train") is False or message.get("weight") == 0:
             continue
         before = tokenizer.apply_chat_template(row["messages"][:index], add_generation_prompt=True, **options)
         whole = tokenizer.apply_chat_template(row["messages"][: index + 1], **options)
@@ -104,3 +118,27 @@ def rendered_turns(tokenizer: PreTrainedTokenizerFast, row: Mapping[str, Any]) -
         labels[:common] = IGNORED
         made.append(Sample(torch.tensor(whole), labels))
     return made
+
+
+def reasoning_field(template: str) -> str:
+    """The field that a template reads reasoning from, where it reads any."""
+    text = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
+    return next((name for name in ("reasoning_content", "thinking", "reasoning") if name in text), "reasoning_content")
+
+
+def agent_trace(num_calls: int, num_words: int, *, every: int = 10**9) -> dict[str, Any]:
+    """A long trace: calls of a tool with results of so many words, and a user's question after every so many."""
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Look for it."},
+    ]
+    for number in range(num_calls):
+        thought = {"reasoning_content": f"step {number} looks for the number {number}"}
+        if number and number % every == 0:
+            messages.append({"role": "assistant", "content": f"So far {number}.", **thought})
+            messages.append({"role": "user", "content": f"Go on from {number}."})
+        messages.append({"role": "assistant", "content": "", "tool_calls": called(number, str(number)), **thought})
+        result = " ".join(f"{number}{word}" for word in range(num_words))
+        messages.append({"role": "tool", "content": result, "tool_call_id": f"call{number:05d}", "name": "search"})
+    messages.append({"role": "assistant", "content": "Found.", "reasoning_content": "that is all"})
+    return {"messages": messages, "tools": TOOLS}
