@@ -19,6 +19,7 @@ import transformers
 import trl
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, Json, LargeList, List, Value, concatenate_datasets
+from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from frozen_peft.data.row_checks import TRAINED_COLUMNS
@@ -127,12 +128,19 @@ def as_table(prepared: IterableDataset, source: Dataset, columns: tuple[str, ...
     num_shards = prepared.num_shards
     # The first process computes, the others find what it wrote.
     with PartialState().main_process_first():
-        made = Dataset.from_generator(
-            _prepared_rows,
-            gen_kwargs={"prepared": prepared, "shards": list(range(num_shards)), "columns": columns},
-            num_proc=num_shards if num_shards > 1 else None,
-            fingerprint=Hasher.hash([computed_by(prepared), columns, trl.__version__, transformers.__version__]),
-        )
+        parts: dict[str, Any] = {"prepared": prepared, "shards": list(range(num_shards)), "columns": columns}
+        try:
+            made = Dataset.from_generator(
+                _prepared_rows,
+                gen_kwargs=parts,
+                num_proc=num_shards if num_shards > 1 else None,
+                fingerprint=Hasher.hash([computed_by(prepared), columns, trl.__version__, transformers.__version__]),
+            )
+        except DatasetGenerationError:
+            # What is wrong with a row is in none of its words, and from another process not even behind it.
+            for _ in _prepared_rows(**parts):
+                pass
+            raise
     plain = [name for name, kind in source.features.items() if name not in made.column_names and not _holds_json(kind)]
     return concatenate_datasets([made, source.select_columns(plain)], axis=1) if plain else made
 

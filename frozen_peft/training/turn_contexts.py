@@ -7,11 +7,14 @@
 2. The *decision* is what the template adds for the message: reasoning, calls, answer and end of turn.
 3. Where the rendering with the message does not begin with the tokens of the one before it, the decision begins where
    the two part, if that is within the generation prompt (which some templates end otherwise where the message has no
-   reasoning). Before that, no cut would give both what inference shows and what the message is: the turn is refused.
+   reasoning). Where they part before, the message stands behind another context than inference shows: what it adds is
+   then found behind the generation prompt (see `message_rendering`), and follows on what inference shows. Where it is
+   not found, the turn is refused.
 4. The turns of a conversation are the branches of one row (see `context.branches`); what they share is encoded once.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -28,6 +31,7 @@ from trl.trainer.utils import remove_none_values
 from frozen_peft.context.branches import BRANCHES, fold_branches
 from frozen_peft.data.conversation import Message
 from frozen_peft.data.traces import REASONING_FIELDS, Trace, read_trace, reasoning_of
+from frozen_peft.training.message_rendering import rendered_behind_prompt
 
 __all__ = ["ROW_NUMBER", "Turn", "TurnRenderer", "render_turns", "say_dropped_reasoning"]
 
@@ -66,6 +70,7 @@ class TurnRenderer:
         self._renderer = processing_class
         self._is_processor = isinstance(processing_class, ProcessorMixin)
         self._tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self._said: set[str] = set()
 
     def turns(self, row: Mapping[str, Any]) -> list[Turn]:
         """The turns of a row that train.
@@ -80,13 +85,17 @@ class TurnRenderer:
         tokens = self._tokens([*shown, *wholes])
         turns = []
         for place, index in enumerate(trace.trained):
-            before, whole = tokens[place], tokens[place + len(shown)]
+            before, whole, text = tokens[place], tokens[place + len(shown)], wholes[place]
             first = common_prefix_length(before, whole)
+            if first < len(before) and not self._in_prompt(trace, index, options, before, first):
+                text = shown[place] + self._own_part(trace, index, options, before[first:])
+                (whole,) = self._tokens([text])
+                first = common_prefix_length(before, whole)
             if first < len(before):
-                self._require_in_generation_prompt(trace, index, options, before, first)
+                self._say_prompt(trace.places[index], before[first:])
             if first == len(whole):
                 raise ValueError(f"`{trace.places[index]}` is to train, and the chat template adds nothing for it")
-            self._say_dropped(trace, index, wholes[place])
+            self._say_dropped(trace, index, text)
             turns.append(Turn(index, whole, first))
         return turns
 
@@ -119,24 +128,46 @@ class TurnRenderer:
         tokens: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return tokens
 
-    def _require_in_generation_prompt(
-        self, trace: Trace, index: int, options: dict[str, Any], before: list[int], first: int
-    ) -> None:
-        """Refuses a turn whose rendering leaves the one before it at a token before the generation prompt."""
+    def _in_prompt(self, trace: Trace, index: int, options: dict[str, Any], before: list[int], first: int) -> bool:
+        """Whether a token of what inference shows is of the generation prompt."""
         place = trace.places[index]
         (without,) = self._tokens([self._text(trace.messages[:index], place, "what stands before it", options)])
-        ending = self._tokenizer.decode(before[first:][:20])
-        if first < common_prefix_length(without, before):
+        return first >= common_prefix_length(without, before)
+
+    def _own_part(self, trace: Trace, index: int, options: dict[str, Any], rest: list[int]) -> str:
+        """What the template renders of a message, where what it makes of those before parts from what inference shows.
+
+        Args:
+            trace: The conversation.
+            index: Number of the message.
+            options: Of the template.
+            rest: Tokens of what inference shows from there on.
+
+        Raises:
+            ValueError: It is not found.
+        """
+        place = trace.places[index]
+
+        def render(messages: Sequence[Message], prompts: bool) -> str:
+            return self._text(list(messages), place, "what stands around it", options, prompts=prompts)
+
+        text = rendered_behind_prompt(render, trace.messages, index)
+        if text is None:
             raise ValueError(
                 f"`{place}` is to train, and with it the chat template renders what stands before it in another way, "
-                f"from token {first} of {len(before)} on ({ending!r}), before the generation prompt. So nothing that "
+                f"from {self._tokenizer.decode(rest[:20])!r} on, before the generation prompt. So nothing that "
                 'inference shows is followed by it. Say `"train": false` in it, use another chat template, or set '
                 "`turn_contexts='training'`."
             )
-        logger.warning_once(
-            f"The generation prompt ends in {ending!r}, and the chat template does not render that in `{place}`: the "
-            "decision begins before it. Inference shows it, unless `chat_template_kwargs` say otherwise "
-            "(`enable_thinking`, for many templates). This is said once and may hold for other turns."
+        return text
+
+    def _say_prompt(self, place: str, rest: list[int]) -> None:
+        """Warns of an end of the generation prompt that a turn is not rendered with."""
+        self._say(
+            "prompt",
+            f"The generation prompt ends in {self._tokenizer.decode(rest)!r}, and the chat template does not render "
+            f"that in `{place}`: the decision begins before it. Inference shows it, unless `chat_template_kwargs` say "
+            "otherwise (`enable_thinking`, for many templates).",
         )
 
     def _say_dropped(self, trace: Trace, index: int, whole: str) -> None:
@@ -145,12 +176,18 @@ class TurnRenderer:
         if reasoning is None or reasoning[1] in whole:
             return
         template = str(self._renderer.chat_template)
-        read = ", ".join(f"`{name}`" for name in REASONING_FIELDS if name in template) or "no such field"
-        logger.warning_once(
+        fields = [f"`{name}`" for name in REASONING_FIELDS if re.search(rf"\b{name}\b", template)]
+        self._say(
+            "reasoning",
             f"The chat template does not render the `{reasoning[0]}` of `{trace.places[index]}`, not even in the turn "
-            f"that trains it: the model learns to answer without. The template reads {read}. This is said once and "
-            "may hold for other turns."
+            f"that trains it: the model learns to answer without. The template reads "
+            f"{', '.join(fields) or 'no such field'}.",
         )
+
+    def _say(self, subject: str, text: str) -> None:
+        if subject not in self._said:
+            self._said.add(subject)
+            logger.warning(f"{text} This is said once and may hold for other turns.")
 
 
 def render_turns(

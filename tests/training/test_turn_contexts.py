@@ -2,6 +2,7 @@
 """Turns behind what inference shows train as one sample per turn, rendered by itself."""
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,6 @@ def refusal(template: str, *, reasoning: bool, tools: bool, system: bool) -> str
     if name == "deepseekv3" and tools:
         # Its arguments are text, and behind a second call it forgets the end of the first one's result.
         return "can only concatenate|before the generation prompt"
-    if name == "gptoss" and tools and reasoning:
-        # It leaves out the reasoning behind a call once the answer is there, and not while it is written.
-        return "before the generation prompt"
     return None
 
 
@@ -96,7 +94,15 @@ def test_every_template_that_trl_ships(template: str) -> None:
             with pytest.raises(ValueError, match=rf"(?s)`messages\[\d\]`.*({reason})"):
                 TurnRenderer(tokenizer).turns(row)
             continue
-        assert_rendered(tokenizer, row)
+        # It leaves out the reasoning behind a call once the answer is there, and not while it is written.
+        hides_calls = template.startswith("gptoss") and tools and reasoning
+        assert_rendered(tokenizer, row, {5 + system: GPT_OSS_ANSWER} if hides_calls else {})
+
+
+GPT_OSS_ANSWER = (
+    "<|channel|>analysis<|message|>so it is seven<|end|>"
+    "<|start|>assistant<|channel|>final<|message|>It is seven.<|return|>"
+)
 
 
 @pytest.mark.parametrize("as_text", [False, True])
@@ -107,12 +113,12 @@ def test_deepseek_calls_once(as_text: bool) -> None:
     assert_rendered(template_tokenizer("deepseekv3_training"), row)
 
 
-def assert_rendered(tokenizer: Any, row: dict[str, Any]) -> None:
+def assert_rendered(tokenizer: Any, row: dict[str, Any], written: Mapping[int, str] = {}) -> None:
     """The branches of a row, folded and unfolded, are what its turns are when each is rendered by itself."""
     turns = TurnRenderer(tokenizer).turns(row)
     folded = fold_branches([turn.input_ids for turn in turns], [turn.first for turn in turns])
     made = unfold_branches(*(torch.tensor(folded[name]) for name in ("input_ids", "labels", "branches")))
-    expected = rendered_turns(tokenizer, row)
+    expected = rendered_turns(tokenizer, row, written)
     assert len(made) == len(expected) > 0
     for (ids, labels), turn in zip(made, expected, strict=True):
         assert torch.equal(ids, turn.input_ids)
@@ -120,11 +126,10 @@ def assert_rendered(tokenizer: Any, row: dict[str, Any]) -> None:
 
 
 REASONING = ("qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "glm4moe", "nemotron_3_nano")
-OTHERS = ("lfm2_2_5_v2", "llama3_1", "qwen2_5", "gemma4_v5", "deepseek_r1_distill")
+OTHERS = ("gptoss", "lfm2_2_5_v2", "llama3_1", "qwen2_5", "gemma4_v5", "deepseek_r1_distill")
 # What a trace with tools is for a template that does not know every one.
 TRAINED: dict[str, dict[str, Any]] = {
     **{name: {} for name in (*REASONING, *OTHERS)},
-    "gptoss": {"reasoning": None},
     "deepseekv3": {"reasoning": None, "num_calls": 1, "as_text": True},
     "gemma3": {"tools": False},
 }
@@ -139,7 +144,9 @@ def test_templates_train_as_one_sample_per_turn(template: str, tmp_path: Path) -
     # A table has the columns of its first row.
     rows = [trace(**({"reasoning": reasoning} | own)) for reasoning in (field, None)]
     rows += [trace(reasoning=reasoning, tools=False) for reasoning in (field, None)]
-    turns = [turn for row in rows for turn in rendered_turns(template_tokenizer(template), row)]
+    written = [{6: GPT_OSS_ANSWER} if template == "gptoss" and row is rows[0] else {} for row in rows]
+    tokenizer = template_tokenizer(template)
+    turns = [turn for row, own in zip(rows, written, strict=True) for turn in rendered_turns(tokenizer, row, own)]
     run = one_step(adapted(), tmp_path, rows, template)
     assert_trained_per_turn(run, adapted(), turns)
 

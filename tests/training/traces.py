@@ -99,10 +99,17 @@ def trace(
     return {"messages": messages} | ({"tools": TOOLS} if tools else {})
 
 
-def rendered_turns(tokenizer: PreTrainedTokenizerFast, row: Mapping[str, Any]) -> list[Sample]:
+def rendered_turns(
+    tokenizer: PreTrainedTokenizerFast, row: Mapping[str, Any], written: Mapping[int, str] = {}
+) -> list[Sample]:
     """One sample per assistant message: the template's prompt for it, and what the template has with it.
 
     Supervised is what follows on what the two have in common.
+
+    Args:
+        tokenizer: With the template.
+        row: The trace.
+        written: By number of a message, what it is behind its prompt, where the template renders that otherwise.
     """
     options = {"tools": row.get("tools"), "return_dict": False, **row.get("chat_template_kwargs", {})}
     made = []
@@ -111,6 +118,8 @@ def rendered_turns(tokenizer: PreTrainedTokenizerFast, row: Mapping[str, Any]) -
             continue
         before = tokenizer.apply_chat_template(row["messages"][:index], add_generation_prompt=True, **options)
         whole = tokenizer.apply_chat_template(row["messages"][: index + 1], **options)
+        if index in written:
+            whole = before + tokenizer(written[index], add_special_tokens=False)["input_ids"]
         common = 0
         while common < min(len(before), len(whole)) and before[common] == whole[common]:
             common += 1
@@ -123,7 +132,8 @@ def rendered_turns(tokenizer: PreTrainedTokenizerFast, row: Mapping[str, Any]) -
 def reasoning_field(template: str) -> str:
     """The field that a template reads reasoning from, where it reads any."""
     text = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8")
-    return next((name for name in ("reasoning_content", "thinking", "reasoning") if name in text), "reasoning_content")
+    fields = ("reasoning_content", "thinking", "reasoning")
+    return next((name for name in fields if re.search(rf"\b{name}\b", text)), "reasoning_content")
 
 
 def agent_trace(num_calls: int, num_words: int, *, every: int = 10**9) -> dict[str, Any]:
