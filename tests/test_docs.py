@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import trl
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -14,6 +15,16 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 def test_configuration_page_is_rendered_from_the_fields() -> None:
     rendered = runpy.run_path(str(ROOT / "docs" / "render.py"))["render"]()
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == rendered, "run `python docs/render.py`"
+
+
+def test_table_of_templates_is_rendered_from_them() -> None:
+    page, made = (
+        (ROOT / "docs" / "turns.md").read_text(encoding="utf-8"),
+        runpy.run_path(str(ROOT / "docs" / "render_turns.py")),
+    )
+    if f"Of trl {trl.__version__}:" not in page:
+        pytest.skip("the table is of another release of TRL")
+    assert made["with_table"](page) == page, "run `python docs/render_turns.py`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

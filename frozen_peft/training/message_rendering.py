@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from frozen_peft.data.conversation import Message
 from frozen_peft.data.traces import REASONING_FIELDS
 
-__all__ = ["rendered_behind_prompt"]
+__all__ = ["num_common", "rendered_behind_prompt"]
 
 # Any text does; the kind of a message must stay, since templates go by it.
 _CHANGE = "0"
@@ -37,10 +37,10 @@ def rendered_behind_prompt(
     """
     before, message = messages[:index], messages[index]
     shown = render(before, True)
-    prompt = shown[_num_common(render(before, False), shown) :]
+    prompt = shown[num_common(render(before, False), shown) :]
     whole = render([*before, message], False)
     changed = render([*before, _changed(message)], False)
-    start = whole.rfind(prompt, 0, _num_common(whole, changed))
+    start = whole.rfind(prompt, 0, num_common(whole, changed))
     if not prompt or start < 0:
         return None
     changed = render([*before[:-1], _changed(before[-1]), message], False)
@@ -49,7 +49,7 @@ def rendered_behind_prompt(
     return whole[start + len(prompt) :]
 
 
-def _num_common(left: str, right: str) -> int:
+def num_common(left: str, right: str) -> int:
     """Characters that two texts begin with alike."""
     # Character by character is how they are to be compared.
     return len(os.path.commonprefix([left, right]))  # noqa: RUF071

@@ -31,9 +31,9 @@ from trl.trainer.utils import remove_none_values
 from frozen_peft.context.branches import BRANCHES, fold_branches
 from frozen_peft.data.conversation import Message
 from frozen_peft.data.traces import REASONING_FIELDS, Trace, read_trace, reasoning_of
-from frozen_peft.training.message_rendering import rendered_behind_prompt
+from frozen_peft.training.message_rendering import num_common, rendered_behind_prompt
 
-__all__ = ["ROW_NUMBER", "Turn", "TurnRenderer", "render_turns", "say_dropped_reasoning"]
+__all__ = ["ROW_NUMBER", "Turn", "TurnRenderer", "fields_read", "render_turns", "say_dropped_reasoning"]
 
 logger = logging.get_logger(__name__)
 
@@ -95,7 +95,7 @@ class TurnRenderer:
                 self._say_prompt(trace.places[index], before[first:])
             if first == len(whole):
                 raise ValueError(f"`{trace.places[index]}` is to train, and the chat template adds nothing for it")
-            self._say_dropped(trace, index, text)
+            self._say_dropped(trace, index, text[num_common(shown[place], text) :])
             turns.append(Turn(index, whole, first))
         return turns
 
@@ -170,24 +170,35 @@ class TurnRenderer:
             "otherwise (`enable_thinking`, for many templates).",
         )
 
-    def _say_dropped(self, trace: Trace, index: int, whole: str) -> None:
-        """Warns where not even the turn itself has its reasoning."""
-        reasoning = reasoning_of(trace.messages[index])
-        if reasoning is None or reasoning[1] in whole:
-            return
-        template = str(self._renderer.chat_template)
-        fields = [f"`{name}`" for name in REASONING_FIELDS if re.search(rf"\b{name}\b", template)]
-        self._say(
-            "reasoning",
-            f"The chat template does not render the `{reasoning[0]}` of `{trace.places[index]}`, not even in the turn "
-            f"that trains it: the model learns to answer without. The template reads "
-            f"{', '.join(fields) or 'no such field'}.",
-        )
+    def _say_dropped(self, trace: Trace, index: int, part: str) -> None:
+        """Warns where not even the turn itself has its reasoning or its calls."""
+        place, message = trace.places[index], trace.messages[index]
+        reasoning = reasoning_of(message)
+        if reasoning is not None and reasoning[1] not in part:
+            fields = [f"`{name}`" for name in fields_read(str(self._renderer.chat_template))]
+            self._say(
+                "reasoning",
+                f"The chat template does not render the `{reasoning[0]}` of `{place}`, not even in the turn that "
+                "trains it: the model learns to answer without. The template reads "
+                f"{', '.join(fields) or 'no such field'}.",
+            )
+        calls = [call.get("function") or call for call in message.get("tool_calls", ())]
+        if any(call["name"] not in part for call in calls):
+            self._say(
+                "calls",
+                f"The chat template does not render the `tool_calls` of `{place}`: the model learns to end its turn "
+                "without them. Use a template that knows tools, or write the calls into `content`.",
+            )
 
     def _say(self, subject: str, text: str) -> None:
         if subject not in self._said:
             self._said.add(subject)
             logger.warning(f"{text} This is said once and may hold for other turns.")
+
+
+def fields_read(chat_template: str) -> list[str]:
+    """The fields that a chat template reads reasoning from; transformers 5.24 hands it each under all names it has."""
+    return [name for name in REASONING_FIELDS if re.search(rf"[.'\"]{name}\b", chat_template)]
 
 
 def render_turns(

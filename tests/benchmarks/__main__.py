@@ -6,7 +6,8 @@
 
 Pages: `step` (one training step against `SFTTrainer` and the bare cost), `reuse` (contexts that come again) and, only
 when they are named, `staleness` (what stale contexts save and cost; trains the demo's model many times), `plan`
-(what the planner says of memory, against what training takes) and `rounding` (what contexts in 8 bit change).
+(what the planner says of memory, against what training takes), `rounding` (what contexts in 8 bit change) and `turns`
+(turns behind what inference shows).
 """
 
 import argparse
@@ -17,8 +18,9 @@ from tests.benchmarks.reuse_page import reuse_page
 from tests.benchmarks.rounding_page import rounding_page
 from tests.benchmarks.staleness_page import staleness_page
 from tests.benchmarks.step_page import CONTEXTS, step_page
+from tests.benchmarks.turns_page import turns_page
 
-PAGES = ("step", "reuse", "staleness", "plan", "rounding")
+PAGES = ("step", "reuse", "staleness", "plan", "rounding", "turns")
 DEFAULT_PAGES = ("step", "reuse")
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
@@ -43,6 +45,8 @@ def main() -> None:
             page = plan_page()
         elif name == "rounding":
             page = rounding_page()
+        elif name == "turns":
+            page = turns_page()
         else:
             page = staleness_page(arguments.assets, arguments.output)
         page.write(arguments.output)

@@ -78,13 +78,14 @@ def build_tokenizer() -> Any:
     )
 
 
-def train(method: str, model: Any, dataset: Any, **fields: Any) -> Training:
+def train(method: str, model: Any, dataset: Any, tokenizer: Any = None, **fields: Any) -> Training:
     """Trains with a trainer.
 
     Args:
         method: `sft` for SFTTrainer, anything else for FrozenContextTrainer.
         model: What to train; its adapters are the preset's.
-        dataset: Pre-tokenized samples, read in their order.
+        dataset: Samples, read in their order.
+        tokenizer: Prepares them; None: they are tokenized.
         fields: More fields of the configuration.
     """
     from trl import SFTConfig, SFTTrainer
@@ -112,7 +113,7 @@ def train(method: str, model: Any, dataset: Any, **fields: Any) -> Training:
             model,
             config_class(folder, **(defaults | fields)),
             train_dataset=dataset,
-            processing_class=build_tokenizer(),
+            processing_class=tokenizer or build_tokenizer(),
             peft_config=lora_config(model),
             callbacks=[clock],
         )

@@ -133,6 +133,11 @@ def test_reasoning_that_one_rendering_drops_is_said_once(
     ("template", "row", "what"),
     [
         ("qwen2_5", trace(), "does not render the `reasoning_content` of `messages.2.`.* reads no such field"),
+        (
+            "llama3",
+            trace(reasoning=None),
+            "does not render the `tool_calls` of `messages.2.`: the model learns",
+        ),
         ("qwen3_5_nothink", trace(), "does not render that in `messages.2.`: the decision begins before it"),
     ],
 )

@@ -136,19 +136,30 @@ def reasoning_field(template: str) -> str:
     return next((name for name in fields if re.search(rf"\b{name}\b", text)), "reasoning_content")
 
 
-def agent_trace(num_calls: int, num_words: int, *, every: int = 10**9) -> dict[str, Any]:
-    """A long trace: calls of a tool with results of so many words, and a user's question after every so many."""
-    messages: list[dict[str, Any]] = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Look for it."},
-    ]
+def agent_trace(num_calls: int, num_words: int, *, every: int | None = None) -> dict[str, Any]:
+    """Calls of a tool with results of so many words, an answer and another question after every so many, an answer."""
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Look for it."}]
     for number in range(num_calls):
-        thought = {"reasoning_content": f"step {number} looks for the number {number}"}
-        if number and number % every == 0:
+        thought = {"reasoning_content": f"step {number} looks for the number {number}, which was not there before"}
+        if every and number and number % every == 0:
             messages.append({"role": "assistant", "content": f"So far {number}.", **thought})
             messages.append({"role": "user", "content": f"Go on from {number}."})
         messages.append({"role": "assistant", "content": "", "tool_calls": called(number, str(number)), **thought})
-        result = " ".join(f"{number}{word}" for word in range(num_words))
+        result = _words(num_words, number)
         messages.append({"role": "tool", "content": result, "tool_call_id": f"call{number:05d}", "name": "search"})
-    messages.append({"role": "assistant", "content": "Found.", "reasoning_content": "that is all"})
+    messages.append({"role": "assistant", "content": "Found.", "reasoning_content": "that is all there was"})
     return {"messages": messages, "tools": TOOLS}
+
+
+def chat_trace(num_turns: int, num_words: int) -> dict[str, Any]:
+    """Questions of so many words, each answered with reasoning."""
+    messages: list[dict[str, Any]] = []
+    for number in range(num_turns):
+        thought = f"question {number} asks for the number {number}, which was not there before"
+        messages.append({"role": "user", "content": _words(num_words, number)})
+        messages.append({"role": "assistant", "content": f"It is {number}.", "reasoning_content": thought})
+    return {"messages": messages, "tools": TOOLS}
+
+
+def _words(count: int, seed: int) -> str:
+    return " ".join(f"{seed * 31 + word * 7 % 100}" for word in range(count))
