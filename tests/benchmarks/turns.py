@@ -9,7 +9,7 @@ answer and not after the next question:
 - `loop`: a question, 15 calls of a tool, an answer.
 - `chat`: 16 questions and answers.
 - `questions`: three questions, with 13 calls between them.
-- `long`: six questions, with 50 calls between them, 16,384 tokens; one step.
+- `long`: five questions, with 50 calls between them, 16,384 tokens; one step.
 
 Methods: `branches` is `turn_contexts="inference"`, a trace in one step. `naive` is one sample per turn, rendered by
 itself, one sample per step. `once` is the trace rendered once with TRL's training template, which keeps all reasoning:

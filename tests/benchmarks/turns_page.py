@@ -25,8 +25,8 @@ chat template, which shows reasoning to the next turn behind a call, and none of
 
 - *loop*: a question, 15 calls of a tool, an answer: 16 turns, 8k tokens. No reasoning is dropped.
 - *chat*: 16 questions and answers, 8k tokens. Every answer's reasoning is dropped after it.
-- *questions*: three questions with 13 calls between them, 16 turns, 8k tokens. Each question drops the reasoning of the \
-calls before it, so these are encoded with it and without.
+- *questions*: three questions with 13 calls between them, 16 turns, 8k tokens. Each question drops the reasoning of \
+the calls before it, so these are encoded with it and without.
 - *long*: five questions with 50 calls between them, 16k tokens in the longest context, in one step.
 
 *naive* is one sample per turn, rendered by itself, one sample per step. *branches* is `turn_contexts="inference"`, a \
