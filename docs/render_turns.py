@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from frozen_peft.data.traces import REASONING_FIELDS
-from frozen_peft.training.turn_contexts import TurnRenderer, fields_read
+from frozen_peft.training.turn_rendering import TurnRenderer, fields_read
 
 PAGE = Path(__file__).parent / "turns.md"
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

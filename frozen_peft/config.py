@@ -143,6 +143,11 @@ class ContextFields(Config):
         """Whether a sample is run in parts: a context and its decision, or stretches."""
         return self.gradient_horizon != -1 or self.sequence_chunk_size is not None
 
+    @property
+    def renders_turns(self) -> bool:
+        """Whether the turns of a conversation are rendered one by one."""
+        return False
+
     def _apply_tier(self) -> None:
         if self.tier is not None and self.tier not in TIERS:
             raise ValueError(f"`tier` must be 1, 2 or 3, found {self.tier!r}.")
@@ -362,6 +367,11 @@ class FrozenContextConfig(ContextFields, SFTConfig):
         """Whether a sample is run in parts: also, in a distillation, a teacher's and a student's."""
         return super().runs_in_parts or self.loss_type == "distill"
 
+    @property
+    def renders_turns(self) -> bool:
+        """Whether the turns of a conversation are rendered one by one."""
+        return self.turn_contexts == "inference"
+
     def _check_distillation(self) -> None:
         _require_choice(self, "distill_divergence")
         _require(self.distill_top_k >= 0, "distill_top_k", self.distill_top_k, "0 (all) or more tokens")
@@ -384,7 +394,7 @@ class FrozenContextConfig(ContextFields, SFTConfig):
 
     def _check_turns(self) -> None:
         _require_choice(self, "turn_contexts")
-        if self.turn_contexts == "training":
+        if not self.renders_turns:
             return
         if self.decision_mode != "turns":
             raise ValueError(

@@ -6,7 +6,8 @@ base) and after it (the base with an adapter).
 
 A row of PROBES has a `prompt`, messages or text, and the decisions `preferred` and `rejected`. It may have a `kind`
 (target: what training is to bring about, the default; control: what it must not change), the decision that greedy
-decoding is `expected` to give, the instructions that were `stripped` from the prompt, and an `id`.
+decoding is `expected` to give, the instructions that were `stripped` from the prompt, `tools`, and an `id`. Behind
+messages a decision may be the assistant's message, with `tool_calls` and `reasoning_content`.
 
 Each probe is scored in several contexts:
 

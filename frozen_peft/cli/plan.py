@@ -141,7 +141,7 @@ def _of_recipe(options: argparse.Namespace) -> tuple[Any, list["Setting"]]:
     resolve_names(recipe.model, recipe.data)
     if options.turns > 1 and config.decision_mode != "turns":
         raise ValueError(f"--turns {options.turns}: {options.recipe} has `decision_mode: {config.decision_mode}`")
-    if options.branch_length and config.turn_contexts != "inference":
+    if options.branch_length and not config.renders_turns:
         raise ValueError(
             f"--branch-length {options.branch_length}: {options.recipe} has `turn_contexts: {config.turn_contexts}`, "
             "where a conversation is rendered once"

@@ -12,7 +12,7 @@ from typing import Any
 from frozen_peft.data.conversation import Message
 from frozen_peft.data.row_checks import kind_of, named, require_kind, require_objects
 
-__all__ = ["REASONING_FIELDS", "Trace", "read_trace", "reasoning_of"]
+__all__ = ["REASONING_FIELDS", "Trace", "read_trace", "reasoning_of", "require_message"]
 
 # What messages keep their reasoning under, by the chat template that reads it.
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -55,7 +55,7 @@ def read_trace(row: Mapping[str, Any]) -> Trace:
             )
         for index, message in enumerate(found):
             place = f"{column}[{index}]"
-            _require_message(message, place)
+            require_message(message, place)
             if _trains(message, place, default=column != "prompt"):
                 trained.append(len(messages))
             messages.append(_without_absent(message))
@@ -99,7 +99,8 @@ def _trains(message: Message, place: str, *, default: bool) -> bool:
     return chosen
 
 
-def _require_message(message: Any, place: str) -> None:
+def require_message(message: Any, place: str) -> None:
+    """Refuses what is no message, or one whose reasoning or calls are wrong; errors call it by its place."""
     if not isinstance(message, dict):
         raise ValueError(f"`{place}` is {kind_of(message)}, a message is an object with `role` and `content`")
     require_kind(message.get("role"), f"{place}.role", "text")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
+from frozen_peft.data.conversation import Message
 from frozen_peft.data.stripping import restore_instructions
 from frozen_peft.evaluation.decision_tokens import TokenizedDecision, decision_tokens, rendered_tokens
 from frozen_peft.evaluation.probes import CONDITIONS, KINDS, Condition, Probe
@@ -170,8 +171,8 @@ class ProbeTokens:
             )
         return made.behind(self._header(made)) if probe.prompt == [] else made
 
-    def _decision(self, probe: Probe, name: str, text: str) -> TokenizedDecision:
-        if not self.tokenizer(text, add_special_tokens=False)["input_ids"]:
+    def _decision(self, probe: Probe, name: str, text: str | Message) -> TokenizedDecision:
+        if isinstance(text, str) and not self.tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise ValueError(f"{probe.place}: `{name}` is {text!r}, which tokenizes to nothing")
         prompt = _ANY_MESSAGE if probe.prompt == [] else probe.prompt
         found = decision_tokens(self.tokenizer, probe, prompt, text, f"{probe.place}: `{name}`")

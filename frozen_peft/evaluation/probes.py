@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from frozen_peft.data.conversation import require_sample
+from frozen_peft.data.conversation import Message, require_sample
 from frozen_peft.data.row_checks import named, require_kind, require_objects
 from frozen_peft.data.rows import Row, read_rows
+from frozen_peft.data.traces import require_message
 
 __all__ = ["CONDITIONS", "KINDS", "Condition", "Probe", "ProbeKind", "read_probes"]
 
@@ -36,7 +37,8 @@ class Probe:
 
     Attributes:
         prompt: The context: messages, or text.
-        preferred: The decision that is wanted; after messages the content of the assistant's next one.
+        preferred: The decision that is wanted: text, which after messages is the content of the assistant's next one;
+            or that message, with reasoning or calls of tools.
         rejected: One that is not.
         kind: `"target"`: what training is to bring about. `"control"`: what it must leave as it is.
         expected: What greedy decoding is to give, where that is known.
@@ -47,10 +49,10 @@ class Probe:
     """
 
     prompt: list[dict[str, Any]] | str
-    preferred: str
-    rejected: str
+    preferred: str | Message
+    rejected: str | Message
     kind: ProbeKind = "target"
-    expected: str | None = None
+    expected: str | Message | None = None
     stripped: list[dict[str, Any]] = field(default_factory=list)
     id: str = ""
     place: str = "probe"
@@ -114,14 +116,18 @@ def _require_fields(values: dict[str, Any]) -> None:
     missing = [name for name in ("prompt", "preferred", "rejected") if values.get(name) is None]
     if missing:
         raise ValueError(f"a probe needs {named(missing)}; found {named(values)}")
-    for name in ("preferred", "rejected", "expected", "id"):
+    for name in ("preferred", "rejected", "expected"):
         value = values.get(name)
         if value is not None:
-            require_kind(value, name, "text")
-        if value == "" and name != "id":
+            require_kind(value, name, "text", "an object")
+        if isinstance(value, dict):
+            _require_answer(value, name, values["prompt"])
+        elif value == "":
             raise ValueError(f"`{name}` is empty: a decision has at least one token")
+    if values.get("id") is not None:
+        require_kind(values["id"], "id", "text")
     if values["preferred"] == values["rejected"]:
-        shown = values["preferred"][:40]
+        shown = str(values["preferred"])[:40]
         raise ValueError(f"`preferred` and `rejected` are equal ({shown!r}): there is nothing to prefer")
     if values.get("kind") not in (None, *KINDS):
         raise ValueError(f"`kind` is one of {', '.join(KINDS)}; got {values['kind']!r}")
@@ -130,3 +136,12 @@ def _require_fields(values: dict[str, Any]) -> None:
     # No messages are a decision without context, which is no sample to strip but one to score.
     if values["prompt"] != []:
         require_sample({"prompt": values["prompt"]})
+
+
+def _require_answer(message: dict[str, Any], name: str, prompt: Any) -> None:
+    """Refuses a decision that is no message of an assistant behind messages."""
+    if isinstance(prompt, str):
+        raise ValueError(f"`{name}` is a message, and `prompt` is text; they have the same form")
+    if message.get("role") != "assistant":
+        raise ValueError(f"`{name}.role` is {message.get('role')!r}; a decision is an assistant's")
+    require_message(message, name)

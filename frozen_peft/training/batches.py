@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from frozen_peft.context import ContextTokens, Cut, Decision, cut_batch, pad_decisions
 from frozen_peft.context.boundary import IGNORED_LABEL
@@ -26,7 +25,6 @@ from frozen_peft.utils.compat.torch import num_writes
 
 __all__ = [
     "BatchCutter",
-    "BranchCollator",
     "CuttingCollator",
     "DecisionBatch",
     "SampleBatch",
@@ -243,22 +241,6 @@ class CuttingCollator:
     def __call__(self, samples: list[Any]) -> SampleBatch:
         self.last = self._cutter.cut(self._collator(samples))
         return self.last
-
-
-class BranchCollator:
-    """A collator that leaves a batch's rows to another one, and adds which branches they hold.
-
-    Args:
-        collator: Gets the rows without `branches`.
-    """
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]):
-        self._collator = collator
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = [torch.as_tensor(sample[BRANCHES]) for sample in samples]
-        own = [{key: value for key, value in sample.items() if key != BRANCHES} for sample in samples]
-        return {**self._collator(own), BRANCHES: pad_sequence(rows, batch_first=True)}
 
 
 def num_labels(batch: Mapping[str, Any]) -> int:

@@ -121,7 +121,7 @@ def make_cut(args: FrozenContextConfig, tokenizer: PreTrainedTokenizerBase, invo
     assert horizon is not None, "the configuration resolves it"
     cuts = args.max_context_length is not None or args.max_length is not None
     start = find_start(tokenizer, args.keep_context_start) if cuts else NO_START
-    if horizon == -1 and args.turn_contexts == "training":
+    if horizon == -1 and not args.renders_turns:
         # Nothing is frozen, and decisions in one sequence have the gradient of one each.
         return Cut("tail", -1, args.max_context_length, start=start)
     tokens = () if args.context_adapters else invocation or find_invocation(tokenizer, args.invocation)

@@ -163,7 +163,7 @@ class MemoryCheck:
             max(sample.decision for row in rows for sample in row),
             turns=max(map(len, rows)) if cut.mode == "turns" else 1,
             turn_length=max(sample.context - sample.shared for row in rows for sample in row),
-            branch_length=max(branches) if self._config.turn_contexts == "inference" else 0,
+            branch_length=max(branches) if self._config.renders_turns else 0,
             teacher_length=teacher_length,
         )
 

@@ -26,7 +26,7 @@ from frozen_peft.distillation import (
     require_distillable,
     take_decisions,
 )
-from frozen_peft.training.batches import BatchCutter, BranchCollator, DecisionBatch, SampleBatch
+from frozen_peft.training.batches import BatchCutter, DecisionBatch, SampleBatch
 from frozen_peft.training.checks import BatchChecks
 from frozen_peft.training.mixin import FrozenContextMixin
 from frozen_peft.training.model_setup import (
@@ -40,7 +40,14 @@ from frozen_peft.training.model_setup import (
 )
 from frozen_peft.training.samples import SampleLimits, check_samples, limit_length, require_rows
 from frozen_peft.training.sampling import require_groupable
-from frozen_peft.training.turn_contexts import ROW_NUMBER, TurnRenderer, render_turns, say_dropped_reasoning
+from frozen_peft.training.turn_contexts import (
+    ROW_NUMBER,
+    BranchCollator,
+    render_turns,
+    require_branches,
+    say_dropped_reasoning,
+)
+from frozen_peft.training.turn_rendering import TurnRenderer
 from frozen_peft.utils.compat.trl import count_tokens, passing_loss_type, trainer_tokenizer
 
 __all__ = ["FrozenContextTrainer"]
@@ -115,7 +122,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
             take_teachers=partial(take_decisions, mode=self._cut.mode) if self._distills else None,
         )
         self._train_over(cutter, checks, self._distiller)
-        if self.args.turn_contexts == "inference":
+        if self.args.renders_turns:
             self.data_collator = BranchCollator(self.data_collator)
         if self._distiller is not None:
             self.data_collator = TeacherCollator(self.data_collator)
@@ -147,7 +154,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
         tokens_only = copy.copy(uncut)
         tokens_only.max_length, tokens_only.shuffle_dataset = None, False
         exactly = needs_python_rows(dataset)
-        renderer = TurnRenderer(processing_class) if args.turn_contexts == "inference" else None
+        renderer = TurnRenderer(processing_class) if args.renders_turns else None
 
         def prepare(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
             if renderer is not None:
@@ -188,6 +195,8 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
         *,
         says_cuts: bool = False,
     ) -> Dataset | IterableDataset:
+        if not packing:
+            require_branches(dataset, name, wanted=args.renders_turns)
         limits = SampleLimits(
             frozen=args.gradient_horizon != -1,
             flattened=packing or self.padding_free,

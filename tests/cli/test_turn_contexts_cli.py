@@ -119,18 +119,23 @@ def test_plan_counts_branches(folder: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_probes_with_tools_stand_where_turns_do(folder: Path, tmp_path: Path) -> None:
     """A probe's prompt is what a turn's context is, and its decision what that turn's is."""
-    row = stripped_rows(folder)[2]
-    numbers = [index for index, message in enumerate(row["messages"]) if message["role"] == "assistant"][2:]
-    probes = []
-    for index in numbers:
-        answer = row["messages"][index]["content"]
-        probes.append({"prompt": row["messages"][:index], "tools": TOOLS, "preferred": answer, "rejected": "No."})
+    row = stripped_rows(folder)[0]
+    numbers = [index for index, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+    probes = [
+        {
+            "prompt": row["messages"][:index],
+            "tools": TOOLS,
+            "preferred": row["messages"][index] if index < len(row["messages"]) - 1 else "Yes.",
+            "rejected": "No.",
+        }
+        for index in numbers
+    ]
     (tmp_path / "probes.jsonl").write_text("".join(json.dumps(probe) + "\n" for probe in probes))
     output = tmp_path / "report.json"
     arguments = ["--model", str(folder / "base"), "--probes", str(tmp_path / "probes.jsonl"), "--output", str(output)]
     assert main(["evaluate", *arguments]) == 0
     scores = [one for one in json.loads(output.read_text())["scores"] if one["condition"] == "given"]
-    turns = rendered_turns(template_tokenizer("qwen3"), row)[2:]
+    turns = rendered_turns(template_tokenizer("qwen3"), row)
     model = tiny_model("qwen3_5_text", vocab_size=TRACE_VOCABULARY)
     for score, turn in zip(scores, turns, strict=True):
         with torch.no_grad():

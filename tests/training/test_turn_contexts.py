@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from frozen_peft import FrozenContextTrainer
 from frozen_peft.context.branches import fold_branches, unfold_branches
-from frozen_peft.training.turn_contexts import TurnRenderer
+from frozen_peft.training.turn_rendering import TurnRenderer
 from tests.reference import Sample, negative_log_likelihood, num_labels, reference_gradients, worst_gradient_error
 from tests.tiny_models import ARCHITECTURES, LATENT_ATTENTION, add_lora, tiny_model
 from tests.training.runs import Run, config, train

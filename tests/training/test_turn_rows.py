@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 
 from frozen_peft import FrozenContextTrainer, load_samples
 from frozen_peft.context.branches import unfold_branches
-from frozen_peft.training.turn_contexts import TurnRenderer
+from frozen_peft.training.turn_rendering import TurnRenderer
 from tests.tiny_models import add_lora, tiny_model
 from tests.training.runs import config
 from tests.training.traces import TRACE_VOCABULARY, rendered_turns, template_tokenizer, trace
@@ -107,6 +107,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
     tokens = Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]]})
     with pytest.raises(ValueError, match=r"The train dataset is tokenized, and `turn_contexts='inference'`"):
         made_trainer(tmp_path, tokens)
+    prepared = made_trainer(tmp_path, Dataset.from_list([trace()])).train_dataset
+    with pytest.raises(ValueError, match=r"has the column `branches`, and `turn_contexts='training'`"):
+        made_trainer(tmp_path, prepared, turn_contexts="training")
+    skipping = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    with pytest.raises(ValueError, match=r"has no column `branches`, and `turn_contexts='inference'`"):
+        made_trainer(tmp_path, tokens, **skipping)
+    assert made_trainer(tmp_path, prepared, **skipping).train_dataset.column_names == prepared.column_names
     for fields, reason in (
         ({"decision_mode": "tail"}, "Set `decision_mode='turns'`"),
         ({"loss_type": "distill"}, "`loss_type='distill'`"),
