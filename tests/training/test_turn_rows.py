@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 
 from frozen_peft import FrozenContextTrainer, load_samples
 from frozen_peft.context.branches import unfold_branches
+from frozen_peft.training.sampling import group_by_shared_prefix
 from frozen_peft.training.turn_rendering import TurnRenderer
 from tests.tiny_models import add_lora, tiny_model
 from tests.training.runs import config
@@ -155,3 +156,21 @@ def test_turns_that_are_not_as_inference_has_them_are_said(
     for _ in range(2):
         renderer.turns(row)
     assert [bool(re.search(what, record.message)) for record in caplog.records] == [True]
+
+
+def test_rows_are_grouped_by_the_longest_of_their_contexts(tmp_path: Path) -> None:
+    rows = [trace(), trace(tools=False, system=False), trace(reasoning=None), trace(tools=False, system=False)]
+    rows[1]["messages"][0]["content"] = rows[3]["messages"][0]["content"] = "Something else. " * 20
+    prepared = made_trainer(tmp_path, Dataset.from_list(rows)).train_dataset
+    groups = group_by_shared_prefix(prepared, decision_mode="turns")[:, 0].tolist()
+    assert groups[0] == groups[2] != groups[1] == groups[3]
+
+
+def test_a_stream_trains_as_its_table(tmp_path: Path) -> None:
+    rows = [trace(), trace(reasoning=None)]
+    losses = []
+    for given in (Dataset.from_list(rows), IterableDataset.from_generator(lambda: iter(rows))):
+        trainer = made_trainer(tmp_path, given, max_steps=1)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
