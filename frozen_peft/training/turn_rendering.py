@@ -101,10 +101,10 @@ class TurnRenderer:
         self, messages: list[Message], place: str, what: str, options: dict[str, Any], *, prompts: bool = False
     ) -> str:
         """What the template makes of messages, with the generation prompt where it `prompts`."""
-        if self._is_processor:
-            # As TRL does, for templates that know content in parts alone.
-            messages = prepare_multimodal_messages(messages)
         try:
+            if self._is_processor:
+                # As TRL does, for templates that know content in parts alone.
+                messages = prepare_multimodal_messages(messages)
             text = self._renderer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=prompts, **options
             )

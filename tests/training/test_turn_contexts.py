@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import ProcessorMixin
 
 from frozen_peft import FrozenContextTrainer
 from frozen_peft.context.branches import fold_branches, unfold_branches
@@ -103,6 +104,21 @@ GPT_OSS_ANSWER = (
     "<|channel|>analysis<|message|>so it is seven<|end|>"
     "<|start|>assistant<|channel|>final<|message|>It is seven.<|return|>"
 )
+
+
+class TextProcessor(ProcessorMixin):
+    def __init__(self, tokenizer: Any, chat_template: str):
+        super().__init__(tokenizer, chat_template=chat_template)
+
+
+@pytest.mark.parametrize("template", ["idefics3", "llava_next", "qwen2_5_vl", "gemma3"])
+def test_a_processor_gets_content_in_parts(template: str) -> None:
+    tokenizer, row = template_tokenizer(template), trace(reasoning=None, tools=False)
+    turns = TurnRenderer(TextProcessor(tokenizer, str(tokenizer.chat_template))).turns(row)
+    parts = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in row["messages"]]
+    for turn, expected in zip(turns, rendered_turns(tokenizer, {"messages": parts}), strict=True):
+        assert turn.input_ids == expected.input_ids.tolist()
+        assert turn.input_ids[turn.first :] == expected.labels[expected.labels != -100].tolist()
 
 
 @pytest.mark.parametrize("as_text", [False, True])
