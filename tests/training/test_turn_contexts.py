@@ -254,3 +254,10 @@ def test_switched_on_at_the_generation_prompt(tmp_path: Path) -> None:
     turns = [Activated(turn.input_ids, turn.labels) for row in PER_TURN for turn in row]
     expected = reference_gradients(adapted(), turns, context_adapters=False)
     assert worst_gradient_error(run.gradients[0], expected) <= GRADIENT_TOLERANCE
+
+
+def test_later_epochs_find_every_branch(tmp_path: Path) -> None:
+    fields = {"context_adapters": False, "context_cache_size": "64MiB", "max_steps": 2}
+    run = one_step(adapted(), tmp_path, ROWS[:2], **fields)
+    first, second = (entry["context/tokens_encoded"] for entry in run.logs)
+    assert first > 0 == second
