@@ -158,8 +158,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
 
         def prepare(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
             if renderer is not None:
-                num_proc = args.dataset_num_proc
-                rows = render_turns(rows, renderer, dataset_name, num_proc)
+                rows = render_turns(rows, renderer, dataset_name, args.dataset_num_proc)
             first = exactly and isinstance(rows, IterableDataset)
             return super(FrozenContextTrainer, self)._prepare_dataset(
                 rows,
