@@ -14,11 +14,17 @@ if TYPE_CHECKING:
     from frozen_peft.errors import ContextMismatchError, UnsupportedArchitectureError
     from frozen_peft.gradient import gradient_flow
     from frozen_peft.merging import merge_adapter
+    from frozen_peft.training.dpo import FrozenContextDPOConfig, FrozenContextDPOTrainer
+    from frozen_peft.training.kto import FrozenContextKTOConfig, FrozenContextKTOTrainer
     from frozen_peft.training.sft import FrozenContextTrainer
 
 __all__ = [
     "ContextMismatchError",
     "FrozenContextConfig",
+    "FrozenContextDPOConfig",
+    "FrozenContextDPOTrainer",
+    "FrozenContextKTOConfig",
+    "FrozenContextKTOTrainer",
     "FrozenContextTrainer",
     "UnsupportedArchitectureError",
     "gradient_flow",
@@ -40,6 +46,8 @@ _MODULES, _, __getattr__, __dir__ = lazy_package(
         "errors": ["ContextMismatchError", "UnsupportedArchitectureError"],
         "gradient": ["gradient_flow"],
         "merging": ["merge_adapter"],
+        "training.dpo": ["FrozenContextDPOConfig", "FrozenContextDPOTrainer"],
+        "training.kto": ["FrozenContextKTOConfig", "FrozenContextKTOTrainer"],
         "training.sft": ["FrozenContextTrainer"],
     },
 )

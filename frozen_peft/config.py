@@ -138,6 +138,27 @@ class ContextFields(Config):
         # The trainer pickles this beside the weights, in `training_args.bin`, to be handed on with them.
         return {**self.__dict__, "hub_token": None}
 
+    @classmethod
+    def from_training_arguments(cls, args: TrainingArguments) -> Self:
+        """Converts a plain configuration of TRL, or `TrainingArguments`, keeping every field it has.
+
+        TRL cuts samples at 1024 tokens unless told otherwise, which would cut off decisions behind long contexts: that
+        default becomes None here. A `max_length` other than 1024 is kept.
+        """
+        known = {f.name for f in fields(cls) if f.init}
+        values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
+        # The old names mirror the new ones and would warn if they were passed as well.
+        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            values.pop(name, None)
+        plain: Any = next(base for base in cls.__mro__ if base.__module__.partition(".")[0] == "trl")
+        if isinstance(args, plain) and values["max_length"] == plain.max_length:
+            logger.info(
+                f"`max_length={plain.max_length}` is the default of {plain.__name__}, where it cuts decisions off; "
+                f"None is used instead. Use {cls.__name__} to set it."
+            )
+            values["max_length"] = None
+        return cls(**values)
+
     @property
     def runs_in_parts(self) -> bool:
         """Whether a sample is run in parts: a context and its decision, or stretches."""
@@ -146,6 +167,16 @@ class ContextFields(Config):
     @property
     def renders_turns(self) -> bool:
         """Whether the turns of a conversation are rendered one by one."""
+        return False
+
+    @property
+    def base_needed_for(self) -> str | None:
+        """What has the model without its adapters for what: subject and verb of a sentence; None: nothing."""
+        return None if self.context_adapters else "`context_adapters=False` encodes contexts by the base model"
+
+    @property
+    def keeps_other_contexts(self) -> bool:
+        """Whether another model's contexts, which adapters do not change, are kept where those of this one are."""
         return False
 
     def _apply_tier(self) -> None:
@@ -213,7 +244,8 @@ class ContextFields(Config):
             without_effect.append("`max_context_staleness`: with `context_adapters=False` nothing goes stale")
         if self.max_context_staleness and not keeps:
             without_effect.append("`max_context_staleness`: `context_cache_size` and `context_cache_dir` keep nothing")
-        if self.context_cache_dir is not None and self.context_adapters and not self.max_context_staleness:
+        lasting = not self.context_adapters or self.max_context_staleness or self.keeps_other_contexts
+        if self.context_cache_dir is not None and not lasting:
             without_effect.append(
                 "`context_cache_dir` beyond one optimizer step, since adapters change the contexts in each: set "
                 "`context_adapters=False` or `max_context_staleness`"
@@ -340,28 +372,6 @@ class FrozenContextConfig(ContextFields, SFTConfig):
         self._check_distillation()
         self._check_turns()
 
-    @classmethod
-    def from_training_arguments(cls, args: TrainingArguments) -> Self:
-        """Converts a plain `SFTConfig` or `TrainingArguments`, keeping every field it has.
-
-        `SFTConfig` cuts samples at 1024 tokens unless told otherwise, which would cut off decisions behind long
-        contexts: that default becomes None here. A `max_length` other than 1024 is kept.
-        """
-        known = {f.name for f in fields(cls) if f.init}
-        values = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
-        # The old names mirror the new ones and would warn if they were passed as well.
-        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-            values.pop(name, None)
-        if isinstance(args, SFTConfig):
-            default = SFTConfig.max_length
-            if values["max_length"] == default:
-                logger.info(
-                    f"`max_length={default}` is the default of SFTConfig, where it cuts decisions off; "
-                    "FrozenContextTrainer uses None instead. Use FrozenContextConfig to set it."
-                )
-                values["max_length"] = None
-        return cls(**values)
-
     @property
     def runs_in_parts(self) -> bool:
         """Whether a sample is run in parts: also, in a distillation, a teacher's and a student's."""
@@ -371,6 +381,13 @@ class FrozenContextConfig(ContextFields, SFTConfig):
     def renders_turns(self) -> bool:
         """Whether the turns of a conversation are rendered one by one."""
         return self.turn_contexts == "inference"
+
+    @property
+    def base_needed_for(self) -> str | None:
+        """Also, in a distillation, the teacher."""
+        if (needed_for := super().base_needed_for) is not None or self.loss_type != "distill":
+            return needed_for
+        return "`loss_type='distill'` has the base model for a teacher"
 
     def _check_distillation(self) -> None:
         _require_choice(self, "distill_divergence")

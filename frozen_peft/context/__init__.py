@@ -13,7 +13,7 @@ from frozen_peft.context.boundary import (
 )
 from frozen_peft.context.cache import FrozenContext
 from frozen_peft.context.capability import use_segmented_attention
-from frozen_peft.context.carried import carried_context
+from frozen_peft.context.carried import Carried, EncodeAgain, adapter_state, carried_context
 from frozen_peft.context.decision import decision_forward
 from frozen_peft.context.encoder import ContextEncoder, EncoderCounts, encode_context
 from frozen_peft.context.generate import generate_over, tokens_within_rope
@@ -34,6 +34,7 @@ from frozen_peft.context.verify import ContextCheck, verify_context, verify_roun
 __all__ = [
     "IGNORED_LABEL",
     "TAIL",
+    "Carried",
     "ContextCheck",
     "ContextEncoder",
     "ContextFiles",
@@ -42,9 +43,11 @@ __all__ = [
     "Cut",
     "Decision",
     "DiskLevel",
+    "EncodeAgain",
     "EncoderCounts",
     "FrozenContext",
     "SplitBatch",
+    "adapter_state",
     "are_sharded",
     "carried_context",
     "choose_kernels",

@@ -21,6 +21,7 @@ length, the longest.
 Shapes: B samples, H key/value heads, D decision tokens, E head dimension.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -148,6 +149,20 @@ class FrozenContext(ReadOnlyCache):
         longest = max(row.num_tokens for row in rows)
         layers = [self._layer(index, longest) for index in range(len(template.layers))]
         super().__init__(layers=layers)
+
+    def split(self, sizes: Sequence[int]) -> "list[FrozenContext]":
+        """Its rows in parts of these sizes, each of which has a context with tokens."""
+        if len(sizes) == 1:
+            return [self]
+        stops = list(itertools.accumulate(sizes))
+        return [
+            FrozenContext(
+                self.rows[stop - size : stop],
+                segmented=self.segmented,
+                rope_lengths=self.rope_lengths[stop - size : stop],
+            )
+            for size, stop in zip(sizes, stops, strict=True)
+        ]
 
     def _layer(self, index: int, num_tokens: int) -> ReadOnlyAttention | ReadOnlyLinear | DummyLayer:
         states = self.states(index)

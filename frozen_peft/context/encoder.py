@@ -42,11 +42,13 @@ from frozen_peft.context.sharding import are_sharded, num_missing_forwards, resh
 from frozen_peft.context.store import AdapterWatch, ContextStore
 from frozen_peft.context.writable import can_extend, keeps_all_keys
 
-__all__ = ["ContextEncoder", "EncoderCounts", "encode_context"]
+__all__ = ["ADAPTERS_OFF", "ContextEncoder", "EncoderCounts", "encode_context"]
 
 logger = logging.getLogger(__name__)
 
 EMPTY = EncodedContext(0, ())
+# What contexts depend on besides a base that encodes them alone, see `ContextEncoder`.
+ADAPTERS_OFF = "adapters off"
 
 
 @dataclass
@@ -123,6 +125,8 @@ class ContextEncoder:
         adapters: Whether adapters are active while contexts are encoded.
         decision_adapters: Whether they are active in the decisions' forward.
         store: Where encoded contexts are kept for later; None: nowhere.
+        fixed: Says that nothing active while contexts are encoded is trained any more, so that they are good for ever:
+            a digest of it, by which the store knows them. None: active adapters are in training.
 
     Raises:
         ValueError: `chunk_size` is negative, or `adapters=False` without a `PeftModel` or with adapters that would
@@ -140,6 +144,7 @@ class ContextEncoder:
         adapters: bool = True,
         decision_adapters: bool = True,
         store: ContextStore | None = None,
+        fixed: str | None = None,
     ):
         if chunk_size < 0:
             raise ValueError(f"`prefill_chunk_size` must be 0 (one forward) or more, found {chunk_size}.")
@@ -158,6 +163,7 @@ class ContextEncoder:
             )
         self.model, self.chunk_size, self.adapters, self.store = model, chunk_size, adapters, store
         self.counts = EncoderCounts()
+        self._fixed = fixed if adapters else ADAPTERS_OFF
         self._has_said_smaller = False
         self._can_extend = can_extend(self._pretrained)
         self.rope = rope_limits(self._pretrained)
@@ -200,7 +206,7 @@ class ContextEncoder:
         Raises:
             ValueError: This is no record.
         """
-        if self.store is not None and not self.adapters:
+        if self.store is not None and self._fixed is not None:
             self.store.restore(record)
 
     def encode(
@@ -259,11 +265,11 @@ class ContextEncoder:
         if step != self._step:
             self.expect([], step=step)
         reshard(self.model)
-        changed = self.adapters and self._watch.has_changed(self.model, step)
+        changed = self._fixed is None and self._watch.has_changed(self.model, step)
         if changed:
             self._kept.clear()
         if self.store is not None:
-            self.store.open(self.model, adapters=self.adapters, step=step, stale=stale, changed=changed)
+            self.store.open(self.model, fixed=self._fixed, step=step, stale=stale, changed=changed)
 
     def _asked(self, contexts: Sequence[torch.Tensor | ContextTokens]) -> list[_Asked]:
         asked = []
@@ -349,7 +355,7 @@ class ContextEncoder:
 
     def _groups(self, extensions: dict[PrefixKey, _Extension]) -> list[list[PrefixKey]]:
         """Extensions to run together, prefixes before what follows on them: of one shape, within one chunk."""
-        alone = self.store is not None and not self.adapters
+        alone = self.store is not None and self._fixed is not None
         groups: list[list[PrefixKey]] = []
         waiting = list(extensions)
         while waiting:

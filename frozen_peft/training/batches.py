@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from frozen_peft.context import ContextTokens, Cut, Decision, cut_batch, pad_decisions
+from frozen_peft.context import ContextTokens, Cut, Decision, SplitBatch, cut_batch, pad_decisions
 from frozen_peft.context.boundary import IGNORED_LABEL
 from frozen_peft.context.branches import BRANCHES
 from frozen_peft.context.prefixes import num_shared
@@ -45,6 +45,7 @@ class SampleBatch(dict[str, Any]):
     Attributes:
         samples: Decisions of each sample; none where the batch is run as it is.
         teachers: For each decision the same with its instructions, with distillation.
+        beside: Other decisions behind the same contexts, one of each sample, by what their keys begin with.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class SampleBatch(dict[str, Any]):
         inputs: Mapping[str, Any],
         samples: Sequence[Sequence[Decision]] = (),
         teachers: Sequence[Decision] = (),
+        beside: Mapping[str, Sequence[Decision]] | None = None,
         *,
         is_cut: bool = False,
     ):
         super().__init__(inputs)
-        self.samples, self.teachers = samples, teachers
+        self.samples, self.teachers, self.beside = samples, teachers, beside or {}
         self._seen = self._stamp() if is_cut else None
 
     def _stamp(self) -> dict[str, tuple[torch.Tensor, int]]:
@@ -82,7 +84,8 @@ class SampleBatch(dict[str, Any]):
     @property
     def contexts(self) -> list[ContextTokens]:
         """Every context to encode."""
-        return [decision.to_encode for decision in self.decisions if len(decision.context)]
+        decisions = itertools.chain(self.decisions, *self.beside.values())
+        return [decision.to_encode for decision in decisions if len(decision.context)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SampleBatch":
         """The same on a device; by this, accelerate's dataloaders move a batch."""
@@ -92,8 +95,9 @@ class SampleBatch(dict[str, Any]):
         }
         samples = [[decision.to(device) for decision in sample] for sample in self.samples]
         teachers = [decision.to(device) for decision in self.teachers]
+        beside = {name: [decision.to(device) for decision in decisions] for name, decisions in self.beside.items()}
         # What changed since is a copy in pinned memory.
-        return SampleBatch(inputs, samples, teachers, is_cut=self._seen is not None)
+        return SampleBatch(inputs, samples, teachers, beside, is_cut=self._seen is not None)
 
 
 class DecisionBatch(dict[str, Any]):
@@ -103,6 +107,7 @@ class DecisionBatch(dict[str, Any]):
         contexts: Of each decision, where one of them has any; otherwise none.
         teachers: Of each decision the same with its instructions, with distillation.
         num_context_tokens: Tokens of the samples that are in no decision; of several parts, the first has them all.
+        beside: Contexts of the other decisions in it, by what their keys begin with.
     """
 
     def __init__(
@@ -111,9 +116,20 @@ class DecisionBatch(dict[str, Any]):
         contexts: Sequence[ContextTokens] = (),
         teachers: Sequence[Decision] = (),
         num_context_tokens: int = 0,
+        beside: Mapping[str, Sequence[ContextTokens]] | None = None,
     ):
         super().__init__(inputs)
         self.contexts, self.teachers, self.num_context_tokens = list(contexts), list(teachers), num_context_tokens
+        self.beside = beside or {}
+
+    def with_inputs(self, inputs: Mapping[str, Any]) -> "DecisionBatch":
+        """The same decisions, elsewhere."""
+        return DecisionBatch(inputs, self.contexts, self.teachers, self.num_context_tokens, self.beside)
+
+    @property
+    def all_contexts(self) -> dict[str, Sequence[ContextTokens]]:
+        """Contexts of all decisions, by what their keys begin with, its own first; empty where it has none."""
+        return {"": self.contexts, **self.beside} if self.contexts else {}
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,8 @@ class BatchCutter:
         max_decisions: Decisions of a conversation's turns in one batch; None: no bound.
         pad_token_id: Token that fills the decisions' padding.
         supervision: Key of a mask that is 1 on supervised tokens, where a batch says it so; None: by `labels`.
+        kept_keys: Keys of what a batch holds about samples as a whole, and keeps.
+        beside: What keys begin with of other answers to the same prompts, of which a batch holds the like.
         take_teachers: Takes the samples with their instructions out of a collated batch, and gives their decisions.
     """
 
@@ -132,6 +150,8 @@ class BatchCutter:
     max_decisions: int | None
     pad_token_id: int
     supervision: str | None = None
+    kept_keys: frozenset[str] = frozenset()
+    beside: tuple[str, ...] = ()
     take_teachers: Callable[[dict[str, Any]], list[Decision]] | None = None
 
     def cut(self, inputs: Mapping[str, Any]) -> SampleBatch:
@@ -150,11 +170,15 @@ class BatchCutter:
         if self.take_teachers is not None:
             teachers = self.take_teachers(kept) or teachers
         samples = self._samples(kept)
+        beside = {}
         if self._is_whole(kept, samples):
             samples = []
         elif any(len(decision.context) for sample in samples for decision in sample):
             self._require_known(kept)
-        return SampleBatch(kept, samples, teachers, is_cut=True)
+            for name in self.beside:
+                if f"{name}input_ids" in kept:
+                    beside[name] = [decision for (decision,) in self._samples(kept, name)]
+        return SampleBatch(kept, samples, teachers, beside, is_cut=True)
 
     def parts(self, batch: SampleBatch) -> list[DecisionBatch]:
         """Batches of decisions, of one batch of samples; the batch itself where there is nothing to cut.
@@ -168,27 +192,32 @@ class BatchCutter:
         size = self.max_decisions or len(decisions)
         groups = [slice(start, start + size) for start in range(0, len(decisions), size)]
         parts = [self._padded(batch, decisions[group], batch.teachers[group]) for group in groups]
+        for name, others in batch.beside.items():
+            (part,) = parts
+            part.update(self._padded_inputs(others, name)[0])
+            part.beside = {**part.beside, name: [decision.to_encode for decision in others]}
         are_branches = BRANCHES in batch
         counts = [_num_context_tokens(sample, are_branches=are_branches) for sample in batch.samples]
         parts[0].num_context_tokens = sum(counts)
         return parts
 
-    def _samples(self, inputs: dict[str, Any]) -> list[list[Decision]]:
-        """Decisions of each sample; none where there is nothing to cut."""
+    def _samples(self, inputs: dict[str, Any], name: str = "") -> list[list[Decision]]:
+        """Decisions of each sample, in keys that begin with a name; none where there is nothing to cut."""
         branches = inputs.get(BRANCHES)
         cuts = self.cut_at.gradient_horizon != -1 or self.cut_at.max_context_length is not None or branches is not None
-        labels = self._labels(inputs)
+        labels = self._labels(inputs, name)
         if not cuts or labels is None:
             return []
         if FLATTENED_KEYS & inputs.keys():
             _require_no_context(inputs)
             return []
-        return cut_batch(inputs["input_ids"], labels, inputs.get("attention_mask"), self.cut_at, branches)
+        mask = inputs.get(f"{name}attention_mask")
+        return cut_batch(inputs[f"{name}input_ids"], labels, mask, self.cut_at, branches)
 
-    def _labels(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+    def _labels(self, inputs: dict[str, Any], name: str) -> torch.Tensor | None:
         if self.supervision is None:
-            return inputs.get("labels")
-        return inputs["input_ids"].masked_fill(inputs[self.supervision] == 0, IGNORED_LABEL)
+            return inputs.get(f"{name}labels")
+        return inputs[f"{name}input_ids"].masked_fill(inputs[f"{name}{self.supervision}"] == 0, IGNORED_LABEL)
 
     def _is_whole(self, inputs: dict[str, Any], samples: list[list[Decision]]) -> bool:
         """Whether the decisions are the samples, so that the batch can stay as the collator made it."""
@@ -202,7 +231,9 @@ class BatchCutter:
         )
 
     def _require_known(self, inputs: dict[str, Any]) -> None:
-        if unknown := inputs.keys() - TOKEN_KEYS - {self.supervision}:
+        known = TOKEN_KEYS | {self.supervision}
+        known |= {f"{name}{key}" for name in self.beside for key in known}
+        if unknown := inputs.keys() - known - self.kept_keys:
             raise ValueError(
                 f"The collator put {', '.join(f'`{key}`' for key in sorted(unknown))} into a batch whose samples have "
                 f"contexts; only {', '.join(f'`{key}`' for key in sorted(TOKEN_KEYS))} can be cut at a boundary. Use "
@@ -210,17 +241,24 @@ class BatchCutter:
             )
 
     def _padded(self, batch: SampleBatch, decisions: list[Decision], teachers: Sequence[Decision]) -> DecisionBatch:
-        padded = pad_decisions(decisions, self.pad_token_id)
-        inputs = {**batch, "input_ids": padded.input_ids, "attention_mask": padded.attention_mask}
-        inputs.pop(BRANCHES, None)
-        if self.supervision is None:
-            inputs["labels"] = padded.labels
-        else:
-            inputs[self.supervision] = (padded.labels != IGNORED_LABEL).to(padded.attention_mask.dtype)
+        own, padded = self._padded_inputs(decisions)
+        inputs = {key: value for key, value in batch.items() if key != BRANCHES} | own
         if not padded.num_context_tokens:
             return DecisionBatch(inputs, teachers=teachers)
         inputs["position_ids"] = padded.position_ids
         return DecisionBatch(inputs, [decision.to_encode for decision in decisions], teachers)
+
+    def _padded_inputs(
+        self, decisions: Sequence[Decision], name: str = ""
+    ) -> tuple[dict[str, torch.Tensor], SplitBatch]:
+        """Decisions in one batch, as the keys that a loss reads and as they are."""
+        padded = pad_decisions(decisions, self.pad_token_id)
+        inputs = {f"{name}input_ids": padded.input_ids, f"{name}attention_mask": padded.attention_mask}
+        if self.supervision is None:
+            inputs[f"{name}labels"] = padded.labels
+        else:
+            inputs[f"{name}{self.supervision}"] = (padded.labels != IGNORED_LABEL).to(padded.attention_mask.dtype)
+        return inputs, padded
 
 
 class CuttingCollator:

@@ -19,6 +19,8 @@ __all__ = ["BatchChecks"]
 
 logger = logging.get_logger(__name__)
 
+TEACHER = "teacher"
+
 
 class BatchChecks:
     """Compares what training computes with plain forwards, once or in every batch.
@@ -46,7 +48,8 @@ class BatchChecks:
         contexts: Sequence[ContextTokens],
         decision: Callable[[int], torch.Tensor],
         *,
-        of_teacher: bool = False,
+        name: str = "contexts",
+        adapters: bool,
     ) -> None:
         """Compares the decision with the longest context with a plain forward.
 
@@ -57,13 +60,13 @@ class BatchChecks:
             model: See `verify_context`.
             contexts: Of each decision; without any that is not empty, there is nothing to compare.
             decision: Gives the token ids of a decision, without padding, by its number.
-            of_teacher: The contexts are a teacher's, which the base model encodes, and which are never kept in 8 bit.
+            name: What they are; a teacher's are never kept in 8 bit.
+            adapters: Whether adapters are active in them, see `verify_context`.
 
         Raises:
             ContextMismatchError: See `verify_context` and `verify_rounding`.
         """
-        name = "teacher" if of_teacher else "contexts"
-        chunk_size, adapters = self._args.prefill_chunk_size, self._args.context_adapters and not of_teacher
+        chunk_size = self._args.prefill_chunk_size
         limits = rope_limits(get_pretrained_model(model))
         names = {limit: f"{name} beyond {limit} tokens" if limit else name for limit in (0, *limits.all)}
         if not any(map(self._is_due, names.values())):
@@ -84,7 +87,7 @@ class BatchChecks:
         check = verify_context(model, input_ids, boundary, chunk_size=chunk_size, adapters=adapters)
         side = names[limits.crossed(len(input_ids))]
         self._note(side, "The decision over a frozen context agrees with a plain forward", check)
-        if self._args.context_cache_dtype == "int8" and not of_teacher:
+        if self._args.context_cache_dtype == "int8" and name != TEACHER:
             change = verify_rounding(model, input_ids, boundary, chunk_size=chunk_size, adapters=adapters)
             logger.info(f"What `context_cache_dtype='int8'` changes in it: {change}")
 
@@ -98,7 +101,7 @@ class BatchChecks:
             error = verify_head(model, decisions[0].input_ids)
             self._note("head", "The head gives the model's own log-probabilities, largest error", error)
         contexts = [decision.to_encode for decision in decisions]
-        self.check_contexts(model, contexts, lambda row: decisions[row].input_ids, of_teacher=True)
+        self.check_contexts(model, contexts, lambda row: decisions[row].input_ids, name=TEACHER, adapters=False)
 
     def check_stretches(self, model: torch.nn.Module, inputs: dict[str, Any], stretch_size: int) -> None:
         """Compares the longest sample of a batch, where one is long enough, with a plain forward and backward.

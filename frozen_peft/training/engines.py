@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from frozen_peft.config import FrozenContextConfig
+from frozen_peft.config import ContextFields
 from frozen_peft.context import Cut
 from frozen_peft.context.compiled import compile_layers
 from frozen_peft.context.kernels import KERNEL_MODULES, current_capabilities, kernel_choices
@@ -40,7 +40,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes"
 MISSING = "not installed"
 
 
-def check_engine(accelerator: Accelerator, model: torch.nn.Module, config: FrozenContextConfig) -> None:
+def check_engine(accelerator: Accelerator, model: torch.nn.Module, config: ContextFields) -> None:
     """Refuses weights in shards that cannot be gathered where the configuration has layers run.
 
     Args:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the forwards of a batch run while its loss is computed, by what the batch carries."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator, DistributedType
 
 from frozen_peft.adapters import active_everywhere
-from frozen_peft.config import FrozenContextConfig
-from frozen_peft.context import FrozenContext, carried_context, decision_forward
+from frozen_peft.config import ContextFields
+from frozen_peft.context import Carried, EncodeAgain, carried_context, decision_forward
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.rope import rows_on_their_own
 from frozen_peft.distillation import Answers, Distiller
@@ -29,13 +29,17 @@ class LiveBatch:
     Attributes:
         inputs: What the model can be called with, a frozen context included.
         target: What the teacher says about each label, with distillation.
+        carried: Its decisions and their frozen contexts; none where it has no context.
         encode_again: See `carried_context`.
+        encode_elsewhere: The same for the other model that its loss calls, where there is one.
         stretching: How stretches are run, where there are any.
     """
 
     inputs: dict[str, Any]
-    target: Answers | None
-    encode_again: Callable[[], FrozenContext] | None = None
+    target: Answers | None = None
+    carried: Sequence[Carried] = ()
+    encode_again: EncodeAgain | None = None
+    encode_elsewhere: EncodeAgain | None = None
     stretching: Stretching | None = None
 
     def is_of(self, inputs: dict[str, Any]) -> bool:
@@ -56,16 +60,18 @@ class DecisionForwards:
         accelerator: Of the training.
         distiller: Makes the loss, with distillation.
         metrics: Where figures of a batch are logged.
+        other_model: Another model that losses call, without what an engine wraps it in; None: there is none.
         pending: Gets the stretches that a backward pass leaves where weights are in shards.
         live: The batch whose loss is being computed; None: none is.
     """
 
     model: torch.nn.Module
-    args: FrozenContextConfig
+    args: ContextFields
     checks: BatchChecks
     accelerator: Accelerator
     distiller: Distiller | None
     metrics: Callable[[], dict[str, list[float]]]
+    other_model: torch.nn.Module | None = None
     pending: list[StretchedDecoder] = field(default_factory=list)
     live: LiveBatch | None = None
 
@@ -86,7 +92,7 @@ class DecisionForwards:
             with ExitStack() as stack:
                 if self.distiller is not None:
                     stack.enter_context(self.distiller.distilled_loss(self.model, batch.target))
-                stack.enter_context(carried_context(self.model, batch.inputs, batch.encode_again))
+                stack.enter_context(carried_context(self.model, batch.carried, batch.encode_again))
                 if stretch_size is not None:
                     stretched = stretched_forward(
                         self.model,
@@ -97,12 +103,12 @@ class DecisionForwards:
                         short_too=self.accelerator.distributed_type == DistributedType.DEEPSPEED,
                     )
                     batch.stretching = stack.enter_context(stretched)
-                elif given_cache(batch.inputs) is not None:
-                    stack.enter_context(decision_forward(self.model))
-                elif self.args.gradient_horizon != -1 and "attention_mask" in batch.inputs:
-                    # No sample of this batch has a context; each has its own positions, as if another one had.
-                    model = get_pretrained_model(self.model)
-                    stack.enter_context(rows_on_their_own(model, batch.inputs["attention_mask"]))
+                else:
+                    stack.enter_context(self.whole(self.model, batch.inputs))
+                if self.other_model is not None:
+                    encode = batch.encode_elsewhere
+                    stack.enter_context(carried_context(self.other_model, batch.carried, encode, of_another=True))
+                    stack.enter_context(self.whole(self.other_model, batch.inputs))
                 if not self.args.context_adapters:
                     stack.enter_context(active_everywhere(self.model))
                 yield
@@ -110,3 +116,12 @@ class DecisionForwards:
                 self.distiller.note_figures(self.metrics(), self.accelerator)
         finally:
             self.live = outer
+
+    def whole(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Lets a model run decisions over their contexts, or samples without any, in one forward."""
+        if given_cache(inputs) is not None:
+            return decision_forward(model)
+        if self.args.gradient_horizon != -1 and "attention_mask" in inputs:
+            # No sample of this batch has a context; each has its own positions, as if another one had.
+            return rows_on_their_own(get_pretrained_model(model), inputs["attention_mask"])
+        return nullcontext()

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from frozen_peft.config import FrozenContextConfig
+from frozen_peft.config import ContextFields
 from frozen_peft.context import (
+    Carried,
     ContextEncoder,
     ContextFiles,
     ContextStore,
@@ -23,20 +24,27 @@ from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.training.batches import BatchCutter, CuttingCollator, DecisionBatch, SampleBatch
 from frozen_peft.training.checks import BatchChecks
 from frozen_peft.training.metrics import ContextMetrics
-from frozen_peft.utils.cache_argument import as_cache_argument, given_cache
+from frozen_peft.utils.cache_argument import given_cache
 from frozen_peft.utils.sizes import parse_size
 from frozen_peft.utils.stopwatch import Mode
 
 __all__ = ["FrozenContexts", "make_store"]
 
 
-def make_store(config: FrozenContextConfig) -> ContextStore | None:
-    """The store that a configuration asks for; None where it keeps nothing."""
-    max_bytes, folder = parse_size(config.context_cache_size), config.context_cache_dir
-    if not max_bytes and folder is None:
+def make_store(config: ContextFields, share: float = 1.0) -> ContextStore | None:
+    """The store that a configuration asks for; None where it keeps nothing.
+
+    Args:
+        config: The configuration.
+        share: Of the memory, where another one has the rest; 0: it keeps nothing, and rounds what another one keeps.
+    """
+    if config.gradient_horizon == -1:
+        return None
+    max_bytes, folder = int(share * parse_size(config.context_cache_size)), config.context_cache_dir if share else None
+    staleness, dtype = config.max_context_staleness, config.context_cache_dtype
+    if not max_bytes and folder is None and (share or dtype == "auto"):
         return None
     disk = DiskLevel(ContextFiles(Path(folder).expanduser())) if folder is not None else None
-    staleness, dtype = config.max_context_staleness, config.context_cache_dtype
     return ContextStore(max_bytes, disk, max_staleness=staleness, dtype=dtype)
 
 
@@ -49,32 +57,27 @@ class FrozenContexts:
         cutter: Cuts batches.
         checks: Of contexts.
         accelerator: Of the training.
+        encoder: Encodes contexts; None where none are frozen.
+        name: Of contexts and figures, in logs.
 
     Attributes:
-        encoder: Encodes contexts; None where none are frozen.
+        encoder: See above.
         metrics: Of that.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        args: FrozenContextConfig,
+        args: ContextFields,
         cutter: BatchCutter,
         checks: BatchChecks,
         accelerator: Accelerator,
+        encoder: ContextEncoder | None,
+        name: str = "context",
     ):
-        self.cutter = cutter
-        self._model = model
-        self._args = args
-        self._checks = checks
-        self._accelerator = accelerator
-        self.encoder: ContextEncoder | None = None
-        self.metrics: ContextMetrics | None = None
-        if args.gradient_horizon != -1:
-            self.encoder = ContextEncoder(
-                model, chunk_size=args.prefill_chunk_size, adapters=args.context_adapters, store=make_store(args)
-            )
-            self.metrics = ContextMetrics(self.encoder, args.device)
+        self.cutter, self.encoder = cutter, encoder
+        self._model, self._args, self._checks, self._accelerator, self._name = model, args, checks, accelerator, name
+        self.metrics = ContextMetrics(encoder, args.device, name) if encoder is not None else None
         self._collator: CuttingCollator | None = None
         # Contexts of the micro-batches to come: of this step, and as far as it is known of the next.
         self._upcoming: list[list[ContextTokens]] = []
@@ -90,6 +93,10 @@ class FrozenContexts:
     def timed(self, mode: Mode) -> AbstractContextManager[None]:
         """Counts the time of a batch, its contexts included."""
         return self.metrics.step(mode) if self.metrics is not None else nullcontext()
+
+    def follow(self, other: "FrozenContexts") -> None:
+        """Reads ahead what another one's collator, which makes the batches of both, has made last."""
+        self._collator = other._collator
 
     def expect(self, batches: Sequence[SampleBatch], *, step: int) -> None:
         """Announces the batches of an optimizer step."""
@@ -108,26 +115,41 @@ class FrozenContexts:
         self._upcoming = following
         self.encoder.read_ahead([*current, *itertools.chain(*following[:1])])
 
-    def freeze(self, part: DecisionBatch, *, step: int, mode: Mode, is_training: bool) -> dict[str, Any]:
-        """The frozen context of a batch of decisions, as the keyword argument that the model takes it by.
+    def freeze(self, part: DecisionBatch, *, step: int, mode: Mode, is_training: bool) -> list[FrozenContext]:
+        """The frozen contexts of a batch's decisions, in the order of its `all_contexts`; none where it has none.
 
         Raises:
             ContextMismatchError: The decision over it is not what a plain forward gives.
         """
         if self.encoder is None or self.metrics is None:
-            return {}
+            return []
         with self._accelerator.autocast():
             self._checks.check_contexts(
                 self.encoder.model,
                 part.contexts,
                 lambda row: part["input_ids"][row][part["attention_mask"][row].bool()],
+                name=f"{self._name}s",
+                adapters=self.encoder.adapters,
             )
         with self.metrics.prefill(mode), self._accelerator.autocast():
             if not part.contexts:
                 self.encoder.encode_elsewhere(step=step, stale=is_training)
-                return {}
-            frozen = self.encoder.encode(part.contexts, step=step, stale=is_training)
-        return as_cache_argument(get_pretrained_model(self.encoder.model), frozen)
+                return []
+            groups = list(part.all_contexts.values())
+            frozen = self.encoder.encode(list(itertools.chain(*groups)), step=step, stale=is_training)
+        return frozen.split([len(group) for group in groups])
+
+    def carried(self, part: DecisionBatch, *, step: int, mode: Mode, is_training: bool) -> list[Carried]:
+        """A batch's decisions, and what `freeze` gives for them."""
+        frozen = self.freeze(part, step=step, mode=mode, is_training=is_training)
+        return [
+            Carried.behind(contexts, each, part[f"{name}input_ids"])
+            for (name, contexts), each in zip(part.all_contexts.items() if frozen else (), frozen, strict=True)
+        ]
+
+    def figures(self, mode: Mode, *, seconds_elsewhere: float = 0.0) -> dict[str, float]:
+        """What `ContextMetrics.read` gives; nothing where no contexts are frozen."""
+        return self.metrics.read(mode, seconds_elsewhere=seconds_elsewhere) if self.metrics is not None else {}
 
     def encode_as_now(self, contexts: Sequence[ContextTokens]) -> FrozenContext:
         """Contexts for a forward in which the adapters are not what they are in training."""

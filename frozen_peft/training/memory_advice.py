@@ -10,14 +10,14 @@ from contextlib import contextmanager
 
 import torch
 
-from frozen_peft.config import FrozenContextConfig
+from frozen_peft.config import ContextFields
 from frozen_peft.context.halving import AdvisedOutOfMemoryError
 
 __all__ = ["advice_on_memory", "memory_advice"]
 
 
 @contextmanager
-def advice_on_memory(args: FrozenContextConfig, *, evaluation: bool = False) -> Iterator[None]:
+def advice_on_memory(args: ContextFields, *, evaluation: bool = False) -> Iterator[None]:
     """Has running out of memory inside name the fields to change.
 
     Args:
@@ -40,7 +40,7 @@ def advice_on_memory(args: FrozenContextConfig, *, evaluation: bool = False) -> 
         ) from error
 
 
-def memory_advice(args: FrozenContextConfig, *, evaluation: bool = False) -> list[str]:
+def memory_advice(args: ContextFields, *, evaluation: bool = False) -> list[str]:
     """What takes less memory than these settings, what costs least first.
 
     Args:
@@ -72,7 +72,7 @@ def memory_advice(args: FrozenContextConfig, *, evaluation: bool = False) -> lis
     return lines
 
 
-def _gradient_advice(args: FrozenContextConfig) -> list[str]:
+def _gradient_advice(args: ContextFields) -> list[str]:
     """What lowers the activations that wait for a backward pass."""
     lines = []
     if not args.gradient_checkpointing:

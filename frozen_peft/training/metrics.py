@@ -32,10 +32,11 @@ class ContextMetrics:
     Args:
         encoder: Whose work is counted.
         device: Where it runs.
+        name: Of the figures.
     """
 
-    def __init__(self, encoder: ContextEncoder, device: torch.device):
-        self._encoder = encoder
+    def __init__(self, encoder: ContextEncoder, device: torch.device, name: str = "context"):
+        self._encoder, self._name = encoder, name
         self._figures: dict[Mode, _Figures] = {"train": _Figures(device), "eval": _Figures(device)}
 
     def step(self, mode: Mode) -> AbstractContextManager[None]:
@@ -58,12 +59,14 @@ class ContextMetrics:
             mode: Of what.
             seconds_elsewhere: Time of the batches that went neither into contexts nor into decisions.
 
+        Of the encoder of a training these are, of another one under its own name:
+
         - `context/tokens_encoded`: context tokens that ran through the model.
         - `context/tokens_reused`: context tokens that decisions read and that did not have to.
         - `context/hit_rate`: share of the latter in both.
         - `context/memory_bytes`, `context/disk_bytes`: what the store holds, if there is one.
         - `context/prefill_seconds`, `context/decision_seconds`: time to encode or find contexts, and time of forward
-          and backward over them.
+          and backward over them, where its steps are counted.
         """
         figures = self._figures[mode]
         asked, encoded = figures.num_tokens_asked, figures.num_tokens_encoded
@@ -72,16 +75,17 @@ class ContextMetrics:
         figures.num_tokens_asked = figures.num_tokens_encoded = 0
         prefill_seconds = figures.prefill.read()
         values = {
-            "context/tokens_encoded": float(encoded),
-            "context/tokens_reused": float(asked - encoded),
-            "context/hit_rate": (asked - encoded) / asked,
-            "context/prefill_seconds": prefill_seconds,
-            "context/decision_seconds": max(figures.step.read() - prefill_seconds - seconds_elsewhere, 0.0),
+            "tokens_encoded": float(encoded),
+            "tokens_reused": float(asked - encoded),
+            "hit_rate": (asked - encoded) / asked,
+            "prefill_seconds": prefill_seconds,
         }
+        if (step_seconds := figures.step.read()) > 0.0:
+            values["decision_seconds"] = max(step_seconds - prefill_seconds - seconds_elsewhere, 0.0)
         if self._encoder.store is not None:
-            values["context/memory_bytes"] = float(self._encoder.store.num_bytes)
-            values["context/disk_bytes"] = float(self._encoder.store.num_bytes_on_disk)
-        return values
+            values["memory_bytes"] = float(self._encoder.store.num_bytes)
+            values["disk_bytes"] = float(self._encoder.store.num_bytes_on_disk)
+        return {f"{self._name}/{name}": value for name, value in values.items()}
 
 
 class StepTimes:

@@ -12,8 +12,8 @@ from accelerate.utils import TorchDynamoPlugin
 from peft import PeftModel
 from torch.utils.data import DataLoader
 
-from frozen_peft.config import FrozenContextConfig
-from frozen_peft.context import ContextEncoder
+from frozen_peft.config import ContextFields
+from frozen_peft.context import Carried, ContextEncoder, ContextStore, EncodeAgain
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.distillation import Answers, Distiller, Teacher
 from frozen_peft.gradient import finish_stretches, group_checkpoints
@@ -34,6 +34,7 @@ from frozen_peft.training.memory_advice import advice_on_memory
 from frozen_peft.training.metrics import Part, StepTimes
 from frozen_peft.training.predictions import Prediction, SampleRows, join_predictions
 from frozen_peft.training.sampling import GroupByContextSampler, make_sampler
+from frozen_peft.utils.cache_argument import as_cache_argument
 from frozen_peft.utils.compat.trl import logged_metrics, micro_batch_size
 from frozen_peft.utils.stopwatch import Mode
 
@@ -68,7 +69,7 @@ class FrozenContextMixin(Trainer):
     A trainer calls `_train_over` when it has been made.
     """
 
-    args: FrozenContextConfig
+    args: ContextFields
     model: torch.nn.Module
     data_collator: Any
     current_gradient_accumulation_steps: int
@@ -88,27 +89,69 @@ class FrozenContextMixin(Trainer):
     # Where a checkpoint is being written; None: nowhere.
     _part_dir: Path | None = None
 
-    def _train_over(self, cutter: BatchCutter, checks: BatchChecks, distiller: Distiller | None = None) -> None:
+    def _train_over(
+        self,
+        cutter: BatchCutter,
+        checks: BatchChecks,
+        distiller: Distiller | None = None,
+        *,
+        store: ContextStore | None = None,
+    ) -> None:
         """Settles what becomes of batches, once model and engine are known.
 
         Args:
             cutter: Cuts them.
             checks: Of what is computed of them.
             distiller: Makes the loss, with distillation.
+            store: Keeps contexts; None: nothing does.
         """
-        self._frozen = FrozenContexts(self.model, self.args, cutter, checks, self.accelerator)
+        encoder = None
+        if self.args.gradient_horizon != -1:
+            encoder = ContextEncoder(
+                self.model,
+                chunk_size=self.args.prefill_chunk_size,
+                adapters=self.args.context_adapters,
+                store=store,
+            )
+        self._frozen = FrozenContexts(self.model, self.args, cutter, checks, self.accelerator, encoder)
         self._forwards = DecisionForwards(
             self.model, self.args, checks, self.accelerator, distiller, partial(logged_metrics, self)
         )
         self._memories = {}
-        if self._frozen.encoder is not None:
-            self._memories["contexts"] = self._frozen.encoder
+        if encoder is not None:
+            self._memories["contexts"] = encoder
         if distiller is not None:
             self._memories["teacher"] = distiller.teacher
 
     def _target(self, part: DecisionBatch, inputs: dict[str, Any]) -> Answers | None:
         """What a teacher says about a batch, where there is one."""
         return None
+
+    def _carried(self, contexts: FrozenContexts, part: DecisionBatch) -> list[Carried]:
+        """The decisions of a part over their frozen contexts."""
+        step, mode = self.state.global_step, self._mode
+        return contexts.carried(part, step=step, mode=mode, is_training=self.model.training)
+
+    def _carrying(self, part: DecisionBatch, carried: list[Carried]) -> dict[str, Any]:
+        """What the model can be called with."""
+        if not carried:
+            return dict(part)
+        own = carried[0]
+        cache = as_cache_argument(get_pretrained_model(self.model), own.frozen)
+        return {**part, "position_ids": own.position_ids, **cache}
+
+    def _encode_again(self, part: DecisionBatch, carried: list[Carried]) -> EncodeAgain | None:
+        """How contexts are encoded for forwards in which adapters are not what they are in training."""
+        if not self.args.context_adapters:
+            return None
+        return lambda each: self._frozen.encode_as_now(each.contexts)
+
+    def _encode_elsewhere(self, part: DecisionBatch, carried: list[Carried]) -> EncodeAgain | None:
+        """The same for another model that a loss calls, where there is one."""
+        return None
+
+    def _read_ahead(self) -> None:
+        self._frozen.read_ahead()
 
     def _count_tokens(self, part: DecisionBatch) -> None:
         """Counts what TRL does not see of a batch."""
@@ -158,7 +201,7 @@ class FrozenContextMixin(Trainer):
             group_checkpoints(get_decoder(get_pretrained_model(self.model)), self.args.checkpoint_every)
         batch = self._frozen.cutter.cut(inputs)
         with self._timed("compute"), self._frozen.timed("train"), advice_on_memory(self.args):
-            self._frozen.read_ahead()
+            self._read_ahead()
             parts = self._frozen.cutter.parts(batch)
             parts = as_many_everywhere(self.accelerator, parts, self._frozen.cutter.cut_at)
             self._count_tokens(parts[0])
@@ -217,14 +260,13 @@ class FrozenContextMixin(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(inputs, DecisionBatch):
             return super()._prepare_inputs(inputs)
-        part = DecisionBatch(super()._prepare_inputs(dict(inputs)), inputs.contexts, inputs.teachers)
-        mode = self._mode
-        frozen = self._frozen.freeze(part, step=self.state.global_step, mode=mode, is_training=self.model.training)
-        ready = {**part, **frozen}
+        part = inputs.with_inputs(super()._prepare_inputs(dict(inputs)))
+        carried = self._carried(self._frozen, part)
+        ready = self._carrying(part, carried)
         with self.accelerator.autocast():
             target = self._target(part, ready)
-        encode_again = partial(self._frozen.encode_as_now, part.contexts) if self.args.context_adapters else None
-        self._prepared = LiveBatch(ready, target, encode_again)
+        again, elsewhere = self._encode_again(part, carried), self._encode_elsewhere(part, carried)
+        self._prepared = LiveBatch(ready, target, carried, again, elsewhere)
         return ready
 
     def compute_loss_context_manager(self) -> ExitStack:
@@ -345,9 +387,7 @@ class FrozenContextMixin(Trainer):
         super().log(logs, start_time)
 
     def _figures(self, seconds_elsewhere: float = 0.0) -> dict[str, float]:
-        if self._frozen.metrics is None:
-            return {}
-        return self._frozen.metrics.read(self._mode, seconds_elsewhere=seconds_elsewhere)
+        return self._frozen.figures(self._mode, seconds_elsewhere=seconds_elsewhere)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = super()._build_accelerator_args(**kwargs)

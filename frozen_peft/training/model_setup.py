@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the trainer settles about its model and its data before the first step."""
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -17,7 +17,7 @@ from frozen_peft.adapters import (
     require_base,
     restrict_adapter_rows,
 )
-from frozen_peft.config import FrozenContextConfig
+from frozen_peft.config import ContextFields
 from frozen_peft.context import Cut, require_untouched_base, use_segmented_attention
 from frozen_peft.context.adapter_kinds import require_adapter_by_position, require_adapters_by_position
 from frozen_peft.context.dropout import require_all_layers
@@ -39,18 +39,19 @@ __all__ = [
 ]
 
 Model: TypeAlias = str | PreTrainedModel | PeftModel
+Configuration = TypeVar("Configuration", bound=ContextFields)
 
 
-def make_config(model: Model, args: TrainingArguments | None) -> FrozenContextConfig:
+def make_config(model: Model, args: TrainingArguments | None, kind: type[Configuration]) -> Configuration:
     """The configuration that was given, converted or, without one, named after the model."""
     if args is None:
         name = model if isinstance(model, str) else model.config.name_or_path
-        return FrozenContextConfig(f"{name.rstrip('/').rsplit('/', 1)[-1]}-FrozenContext")
-    return args if isinstance(args, FrozenContextConfig) else FrozenContextConfig.from_training_arguments(args)
+        return kind(f"{name.rstrip('/').rsplit('/', 1)[-1]}-FrozenContext")
+    return args if isinstance(args, kind) else kind.from_training_arguments(args)
 
 
 def check_model(
-    model: Model, args: FrozenContextConfig, *, adapters_come: bool, peft_config: PeftConfig | None = None
+    model: Model, args: ContextFields, *, adapters_come: bool, peft_config: PeftConfig | None = None
 ) -> None:
     """Refuses, before data is prepared, a model that cannot be trained as asked.
 
@@ -62,7 +63,7 @@ def check_model(
     """
     if not args.context_adapters:
         _require_adapters(isinstance(model, PeftModel) or adapters_come)
-    if needed_for := _base_needed_for(args):
+    if needed_for := args.base_needed_for:
         comes = {"default": peft_config} if peft_config is not None else {}
         require_base(model.peft_config if isinstance(model, PeftModel) else comes, needed_for)
     if peft_config is not None and args.runs_in_parts:
@@ -71,7 +72,7 @@ def check_model(
         check_parts(model, args)
 
 
-def check_parts(model: torch.nn.Module, args: FrozenContextConfig) -> None:
+def check_parts(model: torch.nn.Module, args: ContextFields) -> None:
     """Refuses a model that does not compute for the parts of a sample what it computes for the whole.
 
     Raises:
@@ -87,26 +88,19 @@ def check_parts(model: torch.nn.Module, args: FrozenContextConfig) -> None:
     require_adapters_by_position(model)
 
 
-def _base_needed_for(args: FrozenContextConfig) -> str | None:
-    """What a configuration has the model without its adapters for; None: nothing."""
-    if not args.context_adapters:
-        return "`context_adapters=False` encodes contexts by the base model"
-    return "`loss_type='distill'` has the base model for a teacher" if args.loss_type == "distill" else None
-
-
-def sample_base(model: Model, args: FrozenContextConfig) -> BaseSamples | None:
+def sample_base(model: Model, args: ContextFields) -> BaseSamples | None:
     """What to compare a model with that PEFT has put adapters into; None where it has them, or nothing needs that."""
-    return BaseSamples(model) if isinstance(model, PreTrainedModel) and _base_needed_for(args) else None
+    return BaseSamples(model) if isinstance(model, PreTrainedModel) and args.base_needed_for else None
 
 
-def given_invocation(model: Model, peft_config: Any, args: FrozenContextConfig) -> tuple[int, ...]:
+def given_invocation(model: Model, peft_config: Any, args: ContextFields) -> tuple[int, ...]:
     """Tokens that the adapter comes with and is switched on by; none where `invocation` says other ones."""
     adapter = model.active_peft_config if isinstance(model, PeftModel) else peft_config
     given = getattr(adapter, "alora_invocation_tokens", None) if args.invocation is None else None
     return tuple(given or ())
 
 
-def make_cut(args: FrozenContextConfig, tokenizer: PreTrainedTokenizerBase, invocation: tuple[int, ...]) -> Cut:
+def make_cut(args: ContextFields, tokenizer: PreTrainedTokenizerBase, invocation: tuple[int, ...]) -> Cut:
     """Where samples are cut, as the configuration says.
 
     Args:
@@ -170,7 +164,7 @@ def prepare_model(trainer: Trainer, cut: Cut, base_before: BaseSamples | None) -
         require_untouched_base(model)
         activate_at_invocation(model, cut.invocation)
     # With its adapters off it has to be its base, where the configuration needs that.
-    if needed_for := _base_needed_for(args):
+    if needed_for := args.base_needed_for:
         require_base(model, needed_for)
         if base_before is not None:
             base_before.require_kept(model, needed_for)

@@ -19,7 +19,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers.utils import logging
 
-from frozen_peft.config import FrozenContextConfig
+from frozen_peft.config import ContextFields
 from frozen_peft.context import Cut
 from frozen_peft.context.boundary import DecisionMode
 from frozen_peft.context.branches import BRANCHES
@@ -227,7 +227,7 @@ class GroupByContextSampler(torch.utils.data.Sampler[int]):
 
 def make_sampler(
     dataset: Dataset,
-    config: FrozenContextConfig,
+    config: ContextFields,
     *,
     batch_size: int,
     num_processes: int,

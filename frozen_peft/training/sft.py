@@ -28,6 +28,7 @@ from frozen_peft.distillation import (
 )
 from frozen_peft.training.batches import BatchCutter, DecisionBatch, SampleBatch
 from frozen_peft.training.checks import BatchChecks
+from frozen_peft.training.frozen import make_store
 from frozen_peft.training.mixin import FrozenContextMixin
 from frozen_peft.training.model_setup import (
     check_model,
@@ -88,7 +89,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
         *positional: Any,
         **kwargs: Any,
     ):
-        args = make_config(model, args)
+        args = make_config(model, args, FrozenContextConfig)
         for name, dataset in {"train": train_dataset, **named_datasets(eval_dataset)}.items():
             require_rows(dataset, name)
         if args.group_by_context:
@@ -121,7 +122,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
             trainer_tokenizer(self).pad_token_id or 0,
             take_teachers=partial(take_decisions, mode=self._cut.mode) if self._distills else None,
         )
-        self._train_over(cutter, checks, self._distiller)
+        self._train_over(cutter, checks, self._distiller, store=make_store(self.args))
         if self.args.renders_turns:
             self.data_collator = BranchCollator(self.data_collator)
         if self._distiller is not None:

@@ -3,12 +3,13 @@
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trl.trainer.utils
 from peft import LoraConfig, get_peft_model
 from transformers import GraniteMoeConfig
-from trl import SFTConfig, SFTTrainer
+from trl import DPOTrainer, KTOTrainer, SFTConfig, SFTTrainer
 
 from frozen_peft.utils.compat.trl import (
     complete_head,
@@ -17,6 +18,7 @@ from frozen_peft.utils.compat.trl import (
     logged_metrics,
     micro_batch_size,
     passing_loss_type,
+    precomputed_for,
     trainer_tokenizer,
 )
 from tests.tiny_models import tiny_model
@@ -51,6 +53,19 @@ def test_a_loss_type_of_ones_own_is_refused(tmp_path: Path) -> None:
     with passing_loss_type(args, "distill"):
         assert args.loss_type == "nll"
     assert args.loss_type == "distill"
+
+
+@pytest.mark.parametrize("trainer", [DPOTrainer, KTOTrainer])
+def test_precomputed_log_probabilities_are_named_by_a_private_digest(trainer: type) -> None:
+    """And by it and the rows alone: not by `ld_alpha`, say, which they depend on."""
+    source = inspect.getsource(trainer._precompute_ref_logps)
+    assert "model_hash = self._precompute_model_hash" in source
+    assert "Hasher.hash((dataset._fingerprint, model_hash" in source
+    assert "ld_alpha" not in source
+    kept = SimpleNamespace(_precompute_model_hash="own")
+    with precomputed_for(kept, "facts"):
+        assert kept._precompute_model_hash == "own facts"
+    assert kept._precompute_model_hash == "own"
 
 
 def test_a_head_whose_rows_are_trained_has_no_bias_for_trl() -> None:

@@ -78,7 +78,7 @@ def test_reading_ahead_reads_each_entry_once(tmp_path: Path, monkeypatch: pytest
     reads, read = [], ContextFiles.read
     monkeypatch.setattr(ContextFiles, "read", lambda self, *key: reads.append(key) or read(self, *key))
     later = on_disk(tmp_path, max_staleness=1)
-    later.open(model, adapters=True, step=0)
+    later.open(model, fixed=None, step=0)
     one = encoder(model, later)
     one.read_ahead(turns)
     frozen, num_encoded = encoded_by(one, turns)

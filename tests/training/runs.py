@@ -163,7 +163,7 @@ def train(
     kwargs.setdefault("processing_class", word_tokenizer())
     kept = _KeepGradients()
     kwargs["callbacks"] = [*kwargs.get("callbacks", ()), kept]
-    trainer = trainer_class(model, args, train_dataset=train_dataset, **kwargs)
+    trainer = trainer_class(model, args=args, train_dataset=train_dataset, **kwargs)
     trainer.train(resume_from_checkpoint=resume)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Run(trainer, losses, trained_weights(trainer.model), kept.gradients)

@@ -31,6 +31,7 @@ __all__ = [
     "adapter_fingerprint",
     "base_fingerprint",
     "base_state",
+    "fixed_fingerprint",
     "require_untouched_base",
     "run_fingerprint",
     "trained_base_weights",
@@ -75,6 +76,19 @@ def adapter_fingerprint(model: torch.nn.Module) -> str:
     for name, tensor in sorted(_trained_tensors(model), key=lambda pair: pair[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_bytes(local_part(tensor)))
+    return digest_of_all(model, digest.hexdigest())
+
+
+def fixed_fingerprint(model: torch.nn.Module, adapter: str) -> str:
+    """Digest of one adapter of a model, which is not trained, read in full."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(_trained_tensors(model), key=lambda pair: pair[0]):
+        if adapter in name.split("."):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(_bytes(local_part(tensor)))
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            digest.update(f"{name} {getattr(module, 'scaling', {}).get(adapter)}".encode())
     return digest_of_all(model, digest.hexdigest())
 
 

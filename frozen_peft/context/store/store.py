@@ -87,7 +87,7 @@ class ContextStore:
         self._readable_base = ""
         self._base_state: tuple[object, ...] | None = None
         self._trained = ""
-        self._adapters = True
+        self._goes_stale = True
         # Namespaces that are kept, with the last step at which they were current; the current one, and the readable.
         self._steps: dict[str, int] = {}
         self._current = ""
@@ -108,13 +108,13 @@ class ContextStore:
         return sum(self._disk.files.num_bytes(namespace) for namespace in self._readable) if self._disk else 0
 
     def open(
-        self, model: torch.nn.Module, *, adapters: bool, step: int, stale: bool = True, changed: bool = True
+        self, model: torch.nn.Module, *, fixed: str | None, step: int, stale: bool = True, changed: bool = True
     ) -> None:
         """Settles what may be read from here on, and under which namespace entries are put.
 
         Args:
             model: The model that encodes.
-            adapters: Whether adapters are active in contexts.
+            fixed: See `ContextEncoder`; None: what is active in contexts is in training.
             step: Optimizer steps so far.
             stale: Whether entries up to `max_staleness` steps old may be read.
             changed: Whether what training changes may be different from what it was at the last call. It is read in
@@ -127,15 +127,15 @@ class ContextStore:
         self._device = get_pretrained_model(model).get_input_embeddings().weight.device
         if self._disk is not None:
             self._disk.pins = self._device.type == "cuda"
-        self._adapters = adapters
+        self._goes_stale = fixed is None
         base = f"{self._base} {run_fingerprint(model)}{rounding_name(self.dtype)}"
-        if not adapters:
-            self._trained = "adapters off"
+        if fixed is not None:
+            self._trained = fixed
         elif changed or are_sharded(model):
             # In shards it takes all processes, and what one of them notices the others may not.
             self._trained = adapter_fingerprint(model)
         namespace = hashlib.blake2b(f"{base} {self._trained}".encode(), digest_size=16).hexdigest()
-        if base != self._readable_base or (adapters and self._is_another_training(namespace, step)):
+        if base != self._readable_base or (self._goes_stale and self._is_another_training(namespace, step)):
             # Nothing that was encoded before is known to be near the weights of now.
             self._keep_only(set())
         self._readable_base = base
@@ -240,7 +240,7 @@ class ContextStore:
     def forget(self) -> None:
         """Drops what goes stale, and where contexts branched off; what the base encoded is kept, see `record`."""
         self.flush()
-        if self._adapters:
+        if self._goes_stale:
             self._keep_only(set())
             self._current, self._readable = "", ()
             self._origin.clear()
@@ -255,7 +255,7 @@ class ContextStore:
         Which contexts are at hand decides where others are cut, and so the last bits of them. What goes stale is
         forgotten and leaves nothing to know, and what lies in files is found there: None.
         """
-        if self._adapters or self._disk is not None or not self._current:
+        if self._goes_stale or self._disk is not None or not self._current:
             return None
         entries = [
             [str(key), str(entry.prefix or ""), entry.num_bytes]
@@ -286,7 +286,7 @@ class ContextStore:
         except (KeyError, TypeError, ValueError) as error:
             self._memory = MemoryLevel(self._memory.max_bytes)
             raise ValueError(f"not a record of kept contexts ({type(error).__name__}: {error})") from error
-        self._adapters, self._readable_base, self._current = False, base, namespace
+        self._goes_stale, self._readable_base, self._current = False, base, namespace
         self._steps, self._readable = {namespace: 0}, (namespace,)
 
     def flush(self) -> None:
@@ -358,7 +358,7 @@ class ContextStore:
             entry.tensors, entry.on_host = to_host(entry.tensors), True
 
     def _nothing_outlives_a_step(self) -> bool:
-        return self._adapters and not self.max_staleness
+        return self._goes_stale and not self.max_staleness
 
     def _is_another_training(self, namespace: str, step: int) -> bool:
         """Whether weights changed without a step, or steps are counted from an earlier one again."""
@@ -369,5 +369,5 @@ class ContextStore:
         for name in self._steps.keys() - namespaces:
             del self._steps[name]
             self._memory.drop(name)
-            if self._disk is not None and self._adapters:
+            if self._disk is not None and self._goes_stale:
                 self._disk.remove_written(name)

@@ -18,6 +18,7 @@ __all__ = [
     "logged_metrics",
     "micro_batch_size",
     "passing_loss_type",
+    "precomputed_for",
     "trainer_tokenizer",
 ]
 
@@ -65,6 +66,20 @@ def passing_loss_type(args: SFTConfig, own: str) -> Iterator[None]:
         yield
     finally:
         args.loss_type = loss_type
+
+
+# PRIVATE: `DPOTrainer._precompute_model_hash`, `KTOTrainer._precompute_model_hash`, trl 1.16.
+# Why: by it and the rows TRL names the file of a reference's log-probabilities, which also depend on what is kept of a
+# context. Goes when: TRL lets a subclass say so.
+@contextmanager
+def precomputed_for(trainer: Trainer, facts: str) -> Iterator[None]:
+    """Has a reference's log-probabilities that are computed inside kept for these facts, and found for them alone."""
+    own = trainer._precompute_model_hash
+    trainer._precompute_model_hash = f"{own} {facts}"
+    try:
+        yield
+    finally:
+        trainer._precompute_model_hash = own
 
 
 # PRIVATE: `lm_head.bias` as `chunked_nll` and the fused head read it, trl 1.16; PEFT 0.21's `TrainableTokensWrapper`.

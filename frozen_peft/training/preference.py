@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What trainers of preferences share: answers behind one frozen context, and a reference with contexts of its own."""
+
+import copy
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.hf_argparser import HfArg
+
+from frozen_peft.adapters import BaseSamples, active_everywhere, require_base
+from frozen_peft.config import ContextFields
+from frozen_peft.context import TAIL, Carried, EncodeAgain, carried_context, trained_base_weights
+from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.data import as_table, needs_python_rows, python_rows
+from frozen_peft.training.batches import BatchCutter, DecisionBatch, SampleBatch
+from frozen_peft.training.checks import BatchChecks
+from frozen_peft.training.frozen import FrozenContexts, make_store
+from frozen_peft.training.mixin import FrozenContextMixin
+from frozen_peft.training.model_setup import (
+    check_model,
+    check_parts,
+    given_invocation,
+    make_config,
+    make_cut,
+    named_datasets,
+    prepare_model,
+    sample_base,
+)
+from frozen_peft.training.pairs import PROMPT, AnswerLimits, check_answers, limit_prompts
+from frozen_peft.training.reference import Reference
+from frozen_peft.training.samples import require_rows
+from frozen_peft.training.sampling import require_groupable
+from frozen_peft.utils.compat.trl import count_tokens, precomputed_for, trainer_tokenizer
+
+__all__ = ["PreferenceFields", "PreferenceMixin"]
+
+REFERENCE_NEEDED_FOR = "The reference of a preference loss is the model without its adapters"
+
+
+@dataclass
+class PreferenceFields(ContextFields):
+    """What configurations of preference trainers have in common; stands before one of TRL.
+
+    Raises:
+        ValueError: A field is out of range, or two fields contradict each other.
+    """
+
+    max_length: int | None = HfArg(
+        default=None,
+        help="Longest prompt with its longest answer, in tokens. A longer prompt loses its oldest tokens; an answer "
+        "is never cut.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decision_mode != "tail":
+            raise ValueError(
+                f"`decision_mode={self.decision_mode!r}`: an answer that is preferred is one decision, whatever turns "
+                "it has. Leave `decision_mode` at 'tail'."
+            )
+        if self.use_liger_kernel and self.runs_in_parts:
+            raise ValueError(
+                "`use_liger_kernel=True` puts other kernels into the layers, which were never run over frozen "
+                "contexts or in stretches. Leave it out, or train with `tier: 1`."
+            )
+
+    @property
+    def keeps_other_contexts(self) -> bool:
+        """Those of the reference, where they are not its answers' log-probabilities alone that are kept."""
+        return not self.precompute_ref_log_probs
+
+
+class PreferenceMixin(FrozenContextMixin):
+    """Stands before a trainer of TRL that compares a policy with a reference.
+
+    Beside the hooks of `FrozenContextMixin`, these:
+
+    - `_prepare_dataset` cuts prompts where TRL would cut answers, and checks every row.
+    - `_precompute_ref_logps` and `compute_ref_log_probs` run over frozen contexts too.
+    """
+
+    # Set by each trainer: its configuration, columns of answers, of which the first two may have to differ, what else
+    # of a row a batch holds, and what the keys of further answers to its prompts begin with.
+    _config_class: ClassVar[type[PreferenceFields]]
+    _answers: ClassVar[tuple[str, ...]]
+    _must_differ: ClassVar[bool] = False
+    _row_keys: ClassVar[frozenset[str]]
+    _beside: ClassVar[tuple[str, ...]] = ()
+
+    ref_model: PreTrainedModel | None
+    precompute_ref_logps: bool
+    _reference: Reference
+    # Contexts as the reference encodes them; None: it has the policy's.
+    _reference_contexts: FrozenContexts | None = None
+    _is_settled = False
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: PreferenceFields | TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        *positional: Any,
+        **kwargs: Any,
+    ):
+        args = make_config(model, args, self._config_class)
+        for name, dataset in {"train": train_dataset, **named_datasets(eval_dataset)}.items():
+            require_rows(dataset, name)
+        if args.group_by_context:
+            require_groupable(train_dataset)
+        peft_config = kwargs.get("peft_config")
+        check_model(model, args, adapters_come=peft_config is not None or bool(positional), peft_config=peft_config)
+        Reference.require_plain(ref_model)
+        if ref_model is not None:
+            check_parts(ref_model, args)
+        self._base_before = sample_base(model, args)
+        # PEFT's initialisations may change the model that adapters are put on.
+        self._reference_before = None
+        if isinstance(model, PreTrainedModel) and peft_config is not None and ref_model is None:
+            self._reference_before = BaseSamples(model)
+        self._invocation = given_invocation(model, peft_config, args)
+        self._cut = TAIL
+
+        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional, **kwargs)
+
+        self._settle()
+        text_config = get_pretrained_model(self.model).config.get_text_config()
+        positions = getattr(text_config, "max_position_embeddings", None)
+        for name, dataset in {"train": self.train_dataset, **named_datasets(self.eval_dataset)}.items():
+            if isinstance(dataset, Dataset) and PROMPT in dataset.column_names:
+                check_answers(dataset, name, self._limits(self.args, positions))
+
+    def _settle(self) -> None:
+        """Makes what trains over contexts, once TRL has made model, engine and reference."""
+        if self._is_settled:
+            return
+        self._is_settled = True
+        args, tokenizer = self.args, trainer_tokenizer(self)
+        self._cut = make_cut(args, tokenizer, self._invocation)
+        prepare_model(self, self._cut, self._base_before)
+        self._reference = Reference.of(self)
+        if self._reference.is_base:
+            self._require_reference()
+        checks = BatchChecks(args)
+        cutter = BatchCutter(
+            self._cut,
+            None,
+            tokenizer.pad_token_id or 0,
+            supervision="completion_mask",
+            kept_keys=self._row_keys,
+            beside=self._beside,
+        )
+        freezes = args.gradient_horizon != -1
+        has_own = freezes and self._reference.has_own_contexts(args)
+        # Of what is kept in memory: a policy that learns in contexts too has nothing to keep beyond a step.
+        keeps = has_own and not self.precompute_ref_logps and not self._reference.is_synced
+        lasting = not args.context_adapters or bool(args.max_context_staleness)
+        share = (0.5 if lasting else 0.0) if keeps else 1.0
+        self._train_over(cutter, checks, store=make_store(args, share))
+        self._forwards.other_model = None if self._reference.is_policy_model else self._reference.model
+        if has_own:
+            encoder = self._reference.encoder(args, make_store(args, 1.0 - share))
+            model = self._reference.model
+            self._reference_contexts = FrozenContexts(
+                model, args, cutter, checks, self.accelerator, encoder, "reference"
+            )
+            self._memories["reference"] = encoder
+
+    def _require_reference(self) -> None:
+        require_base(self.model, REFERENCE_NEEDED_FOR)
+        if self._reference_before is not None:
+            self._reference_before.require_kept(self.model, REFERENCE_NEEDED_FOR)
+        for name in trained_base_weights(self.model):
+            raise ValueError(
+                f"{REFERENCE_NEEDED_FOR}, and training changes `{name}` of that. Freeze it (in LoRA: `bias='none'`), "
+                "or pass a `ref_model`."
+            )
+
+    # Data
+
+    def _prepare_dataset(
+        self, dataset: Dataset | IterableDataset, processing_class: Any, args: PreferenceFields, dataset_name: str
+    ) -> Dataset | IterableDataset:
+        self._cut = make_cut(args, getattr(processing_class, "tokenizer", processing_class), self._invocation)
+        # TRL would cut at the end of a sequence, where the answer is, and drop prompts that are as long.
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        first = next(iter(dataset))
+        if PROMPT not in first:
+            exactly = needs_python_rows(dataset)
+            rows = python_rows(dataset, args.dataset_num_proc) if exactly else dataset
+            prepared = super()._prepare_dataset(rows, processing_class, uncut, dataset_name)
+            dataset = as_table(prepared, dataset, (PROMPT, *self._answers, *self._row_keys)) if exactly else prepared
+        limits = self._limits(args)
+        dataset = limit_prompts(dataset, dataset_name, args.dataset_num_proc, limits)
+        return check_answers(dataset, dataset_name, limits)
+
+    def _limits(self, args: PreferenceFields, max_positions: int | None = None) -> AnswerLimits:
+        return AnswerLimits(self._answers, self._must_differ, max_positions, args.max_length, self._cut)
+
+    # The reference
+
+    @property
+    def _contexts_to_compare(self) -> FrozenContexts | None:
+        """The contexts over which a step's loss runs the reference; None: the policy's, or it is not run."""
+        return None if self.precompute_ref_logps else self._reference_contexts
+
+    def _expect(self, batches: list[SampleBatch]) -> None:
+        super()._expect(batches)
+        if (contexts := self._contexts_to_compare) is not None:
+            contexts.expect(batches, step=self.state.global_step)
+
+    def _read_ahead(self) -> None:
+        super()._read_ahead()
+        if (contexts := self._contexts_to_compare) is not None:
+            contexts.read_ahead()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The mixin's, whose batches both kinds of contexts are read ahead for."""
+        dataloader = super().get_train_dataloader()
+        if self._reference_contexts is not None:
+            self._reference_contexts.follow(self._frozen)
+        return dataloader
+
+    def _encoded_by_reference(self, part: DecisionBatch, carried: list[Carried]) -> EncodeAgain | None:
+        """A batch's contexts as the reference encodes them.
+
+        They are encoded now, and not when they are asked for: processes that share weights in shards do so together.
+        """
+        contexts = self._contexts_to_compare
+        if contexts is None:
+            return None
+        with self._reference.active():
+            of_reference = self._carried(contexts, part)
+        frozen = {each: own.frozen for each, own in zip(carried, of_reference, strict=True)}
+        return frozen.__getitem__
+
+    def _encode_again(self, part: DecisionBatch, carried: list[Carried]) -> EncodeAgain | None:
+        otherwise = super()._encode_again(part, carried)
+        if not self._reference.is_policy_model or otherwise is None:
+            return otherwise
+        by_reference = self._encoded_by_reference(part, carried)
+        if by_reference is None:
+            return otherwise
+        return lambda each: by_reference(each) if self._reference.is_active() else otherwise(each)
+
+    def _encode_elsewhere(self, part: DecisionBatch, carried: list[Carried]) -> EncodeAgain | None:
+        if self._reference.is_policy_model:
+            return super()._encode_elsewhere(part, carried)
+        return self._encoded_by_reference(part, carried)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        # TRL calls it before it is done.
+        self._settle()
+        args = self.args
+        start = args.keep_context_start if args.max_context_length is not None else None
+        # TRL's file of log-probabilities depends on these, `ld_alpha` included, and does not say so.
+        facts = Hasher.hash((args.max_context_length, start, args.context_adapters, getattr(args, "ld_alpha", None)))
+        with precomputed_for(self, facts):
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """TRL's, of the decisions in a batch over their contexts as the reference encodes them."""
+        self._settle()
+        (part,) = self._frozen.cutter.parts(self._frozen.cutter.cut(inputs))
+        with self._reference.active():
+            carried = self._carried(self._reference_contexts or self._frozen, part)
+        ready, of_reference = self._carrying(part, carried), self._reference.model
+        with ExitStack() as stack:
+            if not self.args.context_adapters:
+                stack.enter_context(active_everywhere(self.model))
+            stack.enter_context(carried_context(of_reference, carried, of_another=True))
+            stack.enter_context(self._forwards.whole(of_reference, ready))
+            return super().compute_ref_log_probs(model, ready)
+
+    # Figures
+
+    def _count_tokens(self, part: DecisionBatch) -> None:
+        count_tokens(self, part.num_context_tokens)
+
+    def _figures(self, seconds_elsewhere: float = 0.0) -> dict[str, float]:
+        contexts = self._reference_contexts
+        of_reference = contexts.figures(self._mode) if contexts is not None else {}
+        seconds = of_reference.get("reference/prefill_seconds", 0.0)
+        return of_reference | super()._figures(seconds_elsewhere + seconds)
