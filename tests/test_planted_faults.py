@@ -8,6 +8,7 @@ leaves half written, a gradient that is not handed on.
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,23 @@ from frozen_peft.context import FrozenContext
 from frozen_peft.context.store.store import ContextStore
 from frozen_peft.gradient import stretched_decoder
 from frozen_peft.merging import updates
-from frozen_peft.training import checkpoints
+from frozen_peft.training import checkpoints, reference
+from frozen_peft.training.preference import PreferenceMixin
 from frozen_peft.utils import files
 from tests.context import test_mutants, test_parity
 from tests.data import test_rows
 from tests.gradient import test_stretches
 from tests.merging import test_parity as test_merges
 from tests.tiny_models import ARCHITECTURES, STATES
-from tests.training import test_frozen_gradient, test_store, test_turns, test_whole_checkpoints
+from tests.training import (
+    test_dpo,
+    test_frozen_gradient,
+    test_kto,
+    test_preference_runs,
+    test_store,
+    test_turns,
+    test_whole_checkpoints,
+)
 from tests.training import test_stretches as test_trained_stretches
 
 pytestmark = pytest.mark.slow
@@ -98,6 +108,30 @@ def test_contexts_of_earlier_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(ContextStore, "open", open_as_ever)
     goes_red(test_store.test_contexts_that_see_the_adapters_are_encoded_in_each_step, {}, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["base", "ref", "ref_model", "kto", "precomputed"])
+def test_a_reference_over_the_policys_contexts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would move along with the policy that it is there to hold."""
+    for name in ("_encode_again", "_encode_elsewhere"):
+        monkeypatch.setattr(PreferenceMixin, name, lambda self, part, carried: lambda each: each.frozen)
+    if kind == "precomputed":
+        monkeypatch.setattr(PreferenceMixin, "_reference_contexts", property(lambda self: None, lambda self, _: None))
+        monkeypatch.setattr(reference.Reference, "active", lambda self: nullcontext())
+        check = test_dpo.test_with_the_base_for_a_reference
+        goes_red(check, "llama", {"precompute_ref_log_probs": True}, tmp_path)
+    elif kind == "base":
+        goes_red(test_dpo.test_with_the_base_for_a_reference, "qwen3_5_text", {}, tmp_path)
+    elif kind == "kto":
+        goes_red(test_kto.test_it_trains_as_direct_autograd_says, "llama", {}, tmp_path)
+    else:
+        goes_red(test_dpo.test_a_reference_stays_what_it_was_while_the_policy_moves, kind, False, tmp_path)
+
+
+def test_a_reference_whose_contexts_are_another_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found in a store that does not tell adapters apart."""
+    monkeypatch.setattr(reference, "fixed_fingerprint", lambda model, adapter: "one for all")
+    goes_red(test_preference_runs.test_contexts_of_the_reference_are_found_by_another_run, tmp_path)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.99])

@@ -121,9 +121,10 @@ def as_table(prepared: IterableDataset, source: Dataset, columns: tuple[str, ...
     """Computes a stream that was made from `python_rows`, each of its parts in a process of its own.
 
     Args:
-        prepared: One row for each row of the source.
+        prepared: One row for each row of the source, or rows that a trainer took apart.
         source: What it was made from.
-        columns: What is kept of the stream, where it has it; of the source, what is not kept as JSON.
+        columns: What is kept of the stream, where it has it; of a source that it has a row for each of, what is not
+            kept as JSON.
     """
     num_shards = prepared.num_shards
     # The first process computes, the others find what it wrote.
@@ -142,7 +143,8 @@ def as_table(prepared: IterableDataset, source: Dataset, columns: tuple[str, ...
                 pass
             raise
     plain = [name for name, kind in source.features.items() if name not in made.column_names and not _holds_json(kind)]
-    return concatenate_datasets([made, source.select_columns(plain)], axis=1) if plain else made
+    is_alike = plain and len(made) == len(source)
+    return concatenate_datasets([made, source.select_columns(plain)], axis=1) if is_alike else made
 
 
 def require_no_dates(dataset: Dataset | IterableDataset, name: str) -> None:

@@ -74,8 +74,9 @@ class SampleRows:
 
     def inputs(self, parts: Sequence[DecisionBatch], pad_token_id: int) -> dict[str, torch.Tensor]:
         """The batch of samples that was predicted, without its contexts."""
-        paddings = {"input_ids": pad_token_id, "labels": IGNORED_LABEL, "attention_mask": 0}
-        return {name: self.join(name, [part[name] for part in parts], value) for name, value in paddings.items()}
+        paddings = {"input_ids": pad_token_id, "labels": IGNORED_LABEL, "attention_mask": 0, "completion_mask": 0}
+        present = {name: value for name, value in paddings.items() if name in parts[0]}
+        return {name: self.join(name, [part[name] for part in parts], value) for name, value in present.items()}
 
 
 def join_predictions(

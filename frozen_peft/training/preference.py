@@ -147,8 +147,7 @@ class PreferenceMixin(FrozenContextMixin):
         self._cut = make_cut(args, tokenizer, self._invocation)
         prepare_model(self, self._cut, self._base_before)
         self._reference = Reference.of(self)
-        if self._reference.is_base:
-            self._require_reference()
+        self._require_reference()
         checks = BatchChecks(args)
         cutter = BatchCutter(
             self._cut,
@@ -175,14 +174,17 @@ class PreferenceMixin(FrozenContextMixin):
             self._memories["reference"] = encoder
 
     def _require_reference(self) -> None:
-        require_base(self.model, REFERENCE_NEEDED_FOR)
-        if self._reference_before is not None:
-            self._reference_before.require_kept(self.model, REFERENCE_NEEDED_FOR)
-        for name in trained_base_weights(self.model):
-            raise ValueError(
-                f"{REFERENCE_NEEDED_FOR}, and training changes `{name}` of that. Freeze it (in LoRA: `bias='none'`), "
-                "or pass a `ref_model`."
-            )
+        """Refuses a model that with other adapters, or none, is not what it was before training."""
+        if self._reference.is_base:
+            require_base(self.model, REFERENCE_NEEDED_FOR)
+            if self._reference_before is not None:
+                self._reference_before.require_kept(self.model, REFERENCE_NEEDED_FOR)
+        if self._reference.is_policy_model and isinstance(self.model, PeftModel) and not self.precompute_ref_logps:
+            for name in trained_base_weights(self.model):
+                raise ValueError(
+                    f"The reference of a preference loss is this model as it was, and training changes `{name}`, "
+                    "which is no adapter's. Freeze it, pass a `ref_model`, or set `precompute_ref_log_probs=True`."
+                )
 
     # Data
 

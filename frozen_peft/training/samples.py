@@ -80,7 +80,7 @@ def require_rows(dataset: Dataset | IterableDataset | None, name: str) -> None:
     if "image" in first or "images" in first:
         raise ValueError(
             f"The {name} dataset has an image column, which frozen contexts do not carry yet. Remove the images, or "
-            "train with trl.SFTTrainer."
+            "train with TRL's own trainer."
         )
 
 

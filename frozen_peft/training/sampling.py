@@ -24,6 +24,7 @@ from frozen_peft.context import Cut
 from frozen_peft.context.boundary import DecisionMode
 from frozen_peft.context.branches import BRANCHES
 from frozen_peft.context.start import NO_START, ContextStart
+from frozen_peft.training.pairs import PROMPT
 from frozen_peft.training.samples import measure_row, row_sequences
 from frozen_peft.utils.numpy_rows import numpy_rows
 
@@ -68,7 +69,8 @@ def group_by_shared_prefix(
     context token of the dataset.
 
     Args:
-        dataset: Has the columns `input_ids` and `labels`; without labels, no row has a context.
+        dataset: Has the columns `input_ids` and `labels`; without labels, no row has a context. Or `prompt_ids`, whose
+            last token belongs to the answers.
         decision_mode: As the trainer's: "tail" takes as context what is before the boundary of the first supervised
             span, "turns" what is before that of the last.
         max_context_length: As the trainer's: only this many context tokens are kept, dropping the oldest.
@@ -78,9 +80,9 @@ def group_by_shared_prefix(
         Group and closer group of each row, shape `(rows, 2)`, int64; closer groups are numbered across groups.
 
     Raises:
-        ValueError: The dataset has no column `input_ids`.
+        ValueError: The dataset has neither.
     """
-    if "input_ids" not in dataset.column_names:
+    if not {"input_ids", PROMPT} & set(dataset.column_names):
         raise ValueError(
             "`group_by_context=True` needs a dataset with `input_ids`, as TRL prepares it; found the columns "
             f"{', '.join(f'`{name}`' for name in dataset.column_names)}. Let TRL prepare it, or leave "
@@ -97,17 +99,20 @@ def group_by_shared_prefix(
     return groups
 
 
+def _longest_context(row: dict[str, Any], index: int, cut: Cut) -> np.ndarray:
+    """Of the decisions of a row, the context of the one with the most."""
+    lengths = [sample.context for sample in measure_row(row, index, Cut(cut.mode))]
+    longest = int(np.argmax(lengths))
+    tokens = row_sequences(row)[longest][0].numpy() if BRANCHES in row else row["input_ids"]
+    return tokens[: lengths[longest]]
+
+
 def _read_contexts(dataset: Dataset, cut: Cut) -> Iterator[bytes]:
     """The context of each row, 4 bytes per token."""
-    rows = numpy_rows(dataset, ("input_ids", "labels", BRANCHES))
-    for index, row in enumerate(tqdm(rows, "Grouping contexts", len(dataset), unit=" rows", delay=2)):
-        # Of several decisions, the one with the longest context.
-        lengths = [sample.context for sample in measure_row(row, index, Cut(cut.mode))]
-        longest = int(np.argmax(lengths))
-        tokens, length = row["input_ids"], lengths[longest]
-        if BRANCHES in row:
-            tokens = row_sequences(row)[longest][0].numpy()
-        kept = cut.kept(tokens[:length], cut.num_excess(length, length))
+    names = (PROMPT,) if PROMPT in dataset.column_names else ("input_ids", "labels", BRANCHES)
+    for index, row in enumerate(tqdm(numpy_rows(dataset, names), "Grouping contexts", len(dataset), unit=" rows", delay=2)):
+        context = row[PROMPT][:-1] if PROMPT in row else _longest_context(row, index, cut)
+        kept = cut.kept(context, cut.num_excess(len(context), len(context)))
         yield kept.astype(TOKEN_TYPE).tobytes()
 
 
