@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trl import SFTConfig
 
-from frozen_peft import FrozenContextConfig
+from frozen_peft import FrozenContextConfig, FrozenContextDPOConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 # What a field's default means where the class has None in its place.
@@ -26,17 +26,25 @@ def render() -> str:
         or field.default != inherited[field.name].default
         or field.metadata["help"] != inherited[field.name].metadata.get("help")
     ]
-    rows = "\n".join(
-        f"| `{field.name}` | `{EFFECTIVE_DEFAULTS.get(field.name, repr(field.default))}` | {field.metadata['help']} |"
-        for field in own
-    )
+    preference = [field for field in dataclasses.fields(FrozenContextDPOConfig) if field.name == "max_length"]
     return (
         "# Configuration\n\n"
         "Made by `python docs/render.py` from the fields' own help; do not edit.\n\n"
         "`FrozenContextConfig` has all fields of TRL's `SFTConfig`. These are added, or have another default or "
         "other values:\n\n"
-        f"| field | default | meaning |\n| --- | --- | --- |\n{rows}\n"
+        f"{_table(own)}\n"
+        "`FrozenContextDPOConfig` and `FrozenContextKTOConfig` have all fields of TRL's `DPOConfig` and `KTOConfig`, "
+        "those of contexts above (without `distill_...`, and with `decision_mode` at 'tail'), and:\n\n"
+        f"{_table(preference)}"
     )
+
+
+def _table(fields: list[dataclasses.Field]) -> str:
+    rows = "\n".join(
+        f"| `{field.name}` | `{EFFECTIVE_DEFAULTS.get(field.name, repr(field.default))}` | {field.metadata['help']} |"
+        for field in fields
+    )
+    return f"| field | default | meaning |\n| --- | --- | --- |\n{rows}\n"
 
 
 if __name__ == "__main__":

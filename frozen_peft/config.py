@@ -175,6 +175,11 @@ class ContextFields(Config):
         return None if self.context_adapters else "`context_adapters=False` encodes contexts by the base model"
 
     @property
+    def rows_per_sample(self) -> int:
+        """Decisions, and contexts at hand, for each sample of a batch, beside what turns make of it."""
+        return 1
+
+    @property
     def keeps_other_contexts(self) -> bool:
         """Whether another model's contexts, which adapters do not change, are kept where those of this one are."""
         return False

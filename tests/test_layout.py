@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from trl import SFTTrainer
+from trl import DPOTrainer, KTOTrainer, SFTTrainer
 
 import frozen_peft
 from frozen_peft.cli import COMMANDS
@@ -160,17 +160,31 @@ def test_every_command_is_one_module_with_run() -> None:
     assert with_run == set(COMMANDS)
 
 
-def test_a_trainer_is_one_class_on_one_mixin() -> None:
-    path = PACKAGE / "training" / "sft.py"
+@pytest.mark.parametrize(
+    ("file", "name", "mixins"),
+    [
+        ("sft", "FrozenContextTrainer", ["FrozenContextMixin"]),
+        ("dpo", "FrozenContextDPOTrainer", ["PreferenceMixin", "FrozenContextMixin"]),
+        ("kto", "FrozenContextKTOTrainer", ["PreferenceMixin", "FrozenContextMixin"]),
+    ],
+)
+def test_a_trainer_is_one_class_on_mixins(file: str, name: str, mixins: list[str]) -> None:
+    path = PACKAGE / "training" / f"{file}.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
-    own = [kind for kind in frozen_peft.FrozenContextTrainer.__mro__ if kind.__module__.startswith("frozen_peft")]
-    assert [kind.__name__ for kind in own] == ["FrozenContextTrainer", "FrozenContextMixin"]
+    own = [kind for kind in getattr(frozen_peft, name).__mro__ if kind.__module__.startswith("frozen_peft")]
+    assert [kind.__name__ for kind in own] == [name, *mixins]
 
 
-def test_the_docstrings_of_a_trainer_name_every_hook() -> None:
-    own = [kind for kind in frozen_peft.FrozenContextTrainer.__mro__ if kind.__module__.startswith("frozen_peft")]
+@pytest.mark.parametrize(
+    ("name", "parent"),
+    [
+        ("FrozenContextTrainer", SFTTrainer),
+        ("FrozenContextDPOTrainer", DPOTrainer),
+        ("FrozenContextKTOTrainer", KTOTrainer),
+    ],
+)
+def test_the_docstrings_of_a_trainer_name_every_hook(name: str, parent: type) -> None:
+    own = [kind for kind in getattr(frozen_peft, name).__mro__ if kind.__module__.startswith("frozen_peft")]
     for kind in own:
-        hooks = [
-            name for name in vars(kind) if callable(getattr(SFTTrainer, name, None)) and not name.startswith("__")
-        ]
+        hooks = [name for name in vars(kind) if callable(getattr(parent, name, None)) and not name.startswith("__")]
         assert [name for name in hooks if f"`{name}`" not in (kind.__doc__ or "")] == []

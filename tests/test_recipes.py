@@ -79,6 +79,11 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     tokenizer.save_pretrained(folder / "model")
     samples = folder / "samples.jsonl"
     samples.write_text("".join(dump_row(strip_instructions(row)) for row in rows), encoding="utf-8")
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": [{"role": "assistant", "content": "none"}]}
+        for row in rows
+    ]
+    paired(str(samples)).write_text("".join(dump_row(strip_instructions(row)) for row in pairs), encoding="utf-8")
     return str(folder / "model"), str(samples)
 
 
@@ -87,9 +92,14 @@ SHORT_EXAMPLE = ("--num_examples", "1", "--max_example_tokens", "4")
 NO_PAGE = ("--write_report", "false", "--num_examples", "0")
 
 
+def paired(samples: str) -> Path:
+    """A file of preference pairs, beside that of the samples."""
+    return Path(samples).with_name("pairs.jsonl")
+
+
 def few(samples: str) -> str:
     """A file of the first of the samples, to be evaluated on."""
-    path = Path(samples).with_name("few.jsonl")
+    path = Path(samples).with_name(f"few_{Path(samples).name}")
     path.write_text("".join(Path(samples).read_text(encoding="utf-8").splitlines(keepends=True)[:4]), encoding="utf-8")
     return str(path)
 
@@ -100,6 +110,8 @@ def test_recipe_trains_two_steps_and_resumes(
     path: Path, assets: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model_dir, samples = assets
+    if read_recipe(path)[0].get("method") == "dpo":
+        samples = str(paired(samples))
     output_dir = tmp_path / "run"
     arguments = ["train", str(path), "--model_name_or_path", model_dir, "--dataset_name", samples]
     arguments += ["--eval_dataset_name", few(samples), "--output_dir", str(output_dir), "--save_steps", "2"]
@@ -218,3 +230,86 @@ def test_four_bit_weights_cannot_be_trained(assets: tuple[str, str], capsys: pyt
     arguments = ["train", "--model_name_or_path", model_dir, "--dataset_name", samples, "--output_dir", "unused"]
     assert main([*arguments, "--load_in_4bit", "true", "--use_peft", "false"]) == 2
     assert "`load_in_4bit` needs `use_peft: true`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_answers_are_trained_by_kto(assets: tuple[str, str], tmp_path: Path) -> None:
+    """Pairs are taken apart, and answers of one's own have a label."""
+    model_dir, samples = assets
+    labelled = tmp_path / "answers.jsonl"
+    rows = [
+        json.loads(line) | {"label": number % 2 == 0}
+        for number, line in enumerate(Path(samples).read_text().splitlines())
+    ]
+    labelled.write_text("".join(map(dump_row, rows)), encoding="utf-8")
+    for name in (paired(samples), labelled):
+        arguments = ["train", "--method", "kto", "--model_name_or_path", model_dir, "--dataset_name", str(name)]
+        arguments += ["--per_device_train_batch_size", "4", "--max_steps", "2", "--logging_steps", "1", *NO_PAGE]
+        assert main([*arguments, "--output_dir", str(tmp_path / name.stem)]) == 0
+        state = json.loads((tmp_path / name.stem / "trainer_state.json").read_text())
+        assert [entry["kl"] >= 0 for entry in state["log_history"] if "loss" in entry] == [True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_preferences_on_two_processes_are_those_of_one(assets: tuple[str, str], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model_dir, samples = assets
+    arguments = ["train", str(RECIPE_DIR / "preference_dpo.yaml"), "--model_name_or_path", model_dir]
+    arguments += ["--dataset_name", str(paired(samples)), "--eval_dataset_name", few(str(paired(samples)))]
+    arguments += ["--use_cpu", "true", "--bf16", "false", "--max_steps", "4", "--logging_steps", "1", *NO_PAGE]
+    arguments += ["--optim", "sgd", "--learning_rate", "0.5", "--beta", "1.0", "--warmup_steps", "0"]
+    assert main([*arguments, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    launch += ["--config_file", str(RECIPE_DIR / "accelerate" / "ddp.yaml"), "-m", "frozen_peft", *arguments]
+    launch += ["--gradient_accumulation_steps", "1", "--output_dir", str(tmp_path / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    states = [json.loads((tmp_path / run / "trainer_state.json").read_text())["log_history"] for run in ("one", "two")]
+    for name in ("loss", "rewards/margins", "logps/chosen", "eval_loss"):
+        one, two = ([entry[name] for entry in state if name in entry] for state in states)
+        assert one, name
+        # Of a margin that is none yet, rounding is all there is.
+        assert two == pytest.approx(one, rel=1e-4, abs=2e-5), name
+    margins = [entry["rewards/margins"] for entry in states[0] if "rewards/margins" in entry]
+    assert abs(margins[-1]) > 1e-3
+    one, two = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("row", "method", "said"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "dpo", "trains `chosen` and `rejected`; found `prompt`, `chosen`"),
+        ({"prompt": "a", "completion": "b"}, "dpo", "`method: dpo` trains `chosen` and `rejected`"),
+        ({"prompt": "a", "chosen": "b", "rejected": []}, "dpo", "`rejected` is empty"),
+        ({"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}]}, "dpo", "the same form"),
+        ({"prompt": "a", "completion": "b"}, "kto", "`label` is true or false"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "sft", "are trained with `method: dpo`"),
+    ],
+)
+def test_rows_are_those_of_the_method(
+    row: object, method: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    arguments = ["train", "--method", method, "--model_name_or_path", "demo", "--dataset_name", str(path)]
+    assert main([*arguments, "--output_dir", str(tmp_path / "run")]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_each_method_has_its_own_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--method", "dpo", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--beta" in said
+    assert "--context_cache_size" in said
+    assert main(["train", "tier2_behavior", "--beta", "0.1"]) == 2
+    assert "unknown field `beta`" in capsys.readouterr().err
+    assert main(["train", "--method", "ppo"]) == 2
+    assert "`method` takes one of sft, dpo, kto; got 'ppo'" in capsys.readouterr().err
+    assert main(["inspect", "preference_dpo"]) == 2
+    assert "the gradient of a likelihood" in capsys.readouterr().err
+    assert main(["plan", "preference_dpo"]) == 0

@@ -88,6 +88,11 @@ def run(arguments: Sequence[str]) -> None:
         options, *groups, _ = parser.parse(arguments)
         recipe = Recipe(*groups)
         recipe.require_sources()
+        if recipe.data.method != "sft":
+            raise ValueError(
+                "what is measured is the gradient of a likelihood, and the recipe has "
+                f"`method: {recipe.data.method}`. Give one of `method: sft`, with the chosen answers as `completion`"
+            )
         _require(options, uses_adapters=recipe.adapter.use_peft)
         notes = as_inspected(recipe.config)
         output = Path(options.output or Path(recipe.config.output_dir, FILE_NAME))

@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl import SFTConfig, TrlParser
+from trl import TrlParser
 
 from frozen_peft.cli.arguments import spelled
-from frozen_peft.config import FrozenContextConfig
 from frozen_peft.report import is_secret
 from frozen_peft.report.run_record import ReportArguments
-from frozen_peft.training.recipe import GROUPS, AdapterArguments, DataArguments, ModelArguments, machine_defaults
+from frozen_peft.training.recipe import AdapterArguments, DataArguments, ModelArguments, groups_of, machine_defaults
 from frozen_peft.utils.recipe_files import find_recipe, read_recipe
 
 __all__ = ["RecipeParser"]
@@ -50,6 +49,18 @@ _COMMON_FIELDS = [
     "report_to",
     "seed",
 ]
+# Those of preferences.
+_METHOD_FIELDS = [
+    "beta",
+    "loss_weights",
+    "label_smoothing",
+    "f_divergence_type",
+    "ld_alpha",
+    "use_weighting",
+    "desirable_weight",
+    "undesirable_weight",
+    "precompute_ref_log_probs",
+]
 # Errors name these, or the text of another field does.
 _NOT_SHOWN = ("allow_pickle", "check_memory", "max_example_tokens")
 # What a command adds to an inherited field's meaning.
@@ -74,6 +85,7 @@ class RecipeParser(TrlParser):
         own_fields: A dataclass of the fields that it has besides those of a recipe, which come first.
         own_title: The title of their section in the help.
         every_field: The help has those that no section names too.
+        method: Whose fields these are. Recipes of another are read with those of their own.
     """
 
     def __init__(
@@ -83,9 +95,13 @@ class RecipeParser(TrlParser):
         own_fields: type | None = None,
         own_title: str = "",
         every_field: bool = False,
+        method: str = "sft",
     ) -> None:
+        self._method = method
+        self._made_with = (command, text, own_fields, own_title, every_field)
         own = {} if own_fields is None else {own_title: _names(own_fields)}
-        self._sections = {**own, **_recipe_sections(), _EVERYTHING_ELSE: []}
+        groups = groups_of(method)
+        self._sections = {**own, **_recipe_sections(groups[-1]), _EVERYTHING_ELSE: []}
         self._every_field = every_field
         self._groups: dict[str, Any] = {}
         # What `add_argument` adds, by field and by option.
@@ -93,7 +109,7 @@ class RecipeParser(TrlParser):
         self._options: set[str] = set()
         prog = f"frozen-peft {command}"
         super().__init__(
-            [*([] if own_fields is None else [own_fields]), *GROUPS, ReportArguments],
+            [*([] if own_fields is None else [own_fields]), *groups, ReportArguments],
             prog=prog,
             usage=f"{prog} RECIPE [--field value ...]",
             description=(text or "").partition("\n\n")[2],
@@ -130,6 +146,19 @@ class RecipeParser(TrlParser):
         self._options.update(action.option_strings)
         return action
 
+    def of(self, arguments: Sequence[str]) -> "RecipeParser":
+        """The parser of the method that these arguments, or their recipe, name.
+
+        Raises:
+            ValueError: There is no such method, or the recipe cannot be read.
+            FileNotFoundError: There is no such recipe.
+        """
+        path, rest = _split(arguments)
+        values = {} if path is None else read_recipe(path)[0]
+        method = _last(rest, "--method") or values.get("method", "sft")
+        groups_of(method)
+        return self if method == self._method else RecipeParser(*self._made_with, method)
+
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """Reads `[RECIPE] [--field value ...]`, where a field on the command line wins over the recipe.
 
@@ -144,6 +173,8 @@ class RecipeParser(TrlParser):
                 is not a flat YAML mapping, or its name could mean two.
             FileNotFoundError: There is no such recipe.
         """
+        if (parser := self.of(arguments)) is not self:
+            return parser.parse(arguments)
         path, rest = _split(arguments)
         if path is not None:
             self._check_recipe(path)
@@ -171,6 +202,8 @@ class RecipeParser(TrlParser):
         Args:
             arguments: What `parse` has accepted.
         """
+        if (parser := self.of(arguments)) is not self:
+            return parser.given(arguments)
         path, rest = _split(arguments)
         values = {} if path is None else read_recipe(path)[0]
         parsed, _ = self.parse_known_args(rest, argparse.Namespace(**dict.fromkeys(self.fields, _NOT_GIVEN)))
@@ -208,15 +241,26 @@ def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     return find_recipe(rest[0]), rest[1:]
 
 
+def _last(arguments: Sequence[str], option: str) -> str | None:
+    """The value of an option, which may be given as `--option value` or `--option=value`; the last one counts."""
+    found = None
+    for index, text in enumerate(arguments):
+        name, has_value, value = text.partition("=")
+        if name == option:
+            found = value if has_value else next(iter(arguments[index + 1 : index + 2]), None)
+    return found
+
+
 def _names(group: type) -> list[str]:
     return [item.name for item in dataclasses.fields(group) if item.name not in _NOT_SHOWN]
 
 
-def _recipe_sections() -> dict[str, list[str]]:
+def _recipe_sections(config: type) -> dict[str, list[str]]:
     """Titles and field names of the groups that `--help` shows, in order."""
-    inherited = {item.name: item.default for item in dataclasses.fields(SFTConfig)}
-    ours = dataclasses.fields(FrozenContextConfig)
-    # What SFTConfig lacks, then what it has with another default. `distill_` is of use to one loss only, whose help
+    plain = next(base for base in config.__mro__ if base.__module__.partition(".")[0] == "trl")
+    inherited = {item.name: item.default for item in dataclasses.fields(plain)}
+    ours = dataclasses.fields(config)
+    # What TRL's lacks, then what it has with another default. `distill_` is of use to one loss only, whose help
     # names it.
     own = [item.name for item in ours if item.name not in inherited and not item.name.startswith("distill_")]
     own += [item.name for item in ours if item.name in inherited and item.default != inherited[item.name]]
@@ -225,7 +269,11 @@ def _recipe_sections() -> dict[str, list[str]]:
         "model": _names(ModelArguments),
         "data": _names(DataArguments),
         "adapters": _names(AdapterArguments),
-        "training": [*(name for name in _COMMON_FIELDS if name not in own), *_names(ReportArguments)],
+        "training": [
+            *(name for name in _COMMON_FIELDS if name not in own),
+            *(name for name in _METHOD_FIELDS if name not in own),
+            *_names(ReportArguments),
+        ],
     }
 
 

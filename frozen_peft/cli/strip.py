@@ -5,7 +5,8 @@ Removes marked instructions from the contexts of samples and leaves the decision
 the row, in the column `stripped`: `frozen_peft.data.restore_instructions` gives the exact sample before.
 
 A row is {"prompt": [messages], "completion": [messages]}, {"prompt": text, "completion": text}, or
-{"messages": [...]}, whose decision is the last message; a probe or a prompt alone will do too.
+{"messages": [...]}, whose decision is the last message; a pair (`prompt`, `chosen`, `rejected`), a probe or a prompt
+alone will do too.
 
 Marks add up. Without any, <instruction> tags and messages with "instruction": true are marked. Exactly what is marked
 goes, white space around it stays unless --tidy; a message with no text left goes as a whole. Rows that were stripped

@@ -3,6 +3,9 @@
 
 Trains a model's response to its context from a recipe: a flat YAML file of the fields below, or the name of one that
 ships (`frozen-peft recipes` lists them). A field on the command line wins over the recipe.
+
+`--method dpo` and `--method kto` train preferences, and have TRL's fields for these: `frozen-peft train --method dpo
+--help`.
 """
 
 from collections.abc import Sequence
@@ -28,8 +31,9 @@ def run(arguments: Sequence[str]) -> None:
         CommandError: A field, file, model or dataset cannot be used.
     """
     parser = RecipeParser("train", __doc__, every_field="--help-all" in arguments)
-    if not arguments or {"-h", "--help", "--help-all"} & set(arguments):
-        parser.print_help()
+    if not arguments or (asked := {"-h", "--help", "--help-all"} & set(arguments)):
+        with reported():
+            parser.of([text for text in arguments if text not in asked] if arguments else ()).print_help()
         return
     with reported():
         *groups, report = parser.parse(arguments)

@@ -7,6 +7,7 @@
 | `{"prompt": text, "completion": text}` | the prompt | the completion |
 | `{"messages": [messages]}` | everything before the last message | the last message, the assistant's |
 | `{"prompt": messages or text}`, such as a probe | the prompt | none |
+| `{"prompt": ..., "chosen": ..., "rejected": ...}`, a pair | the prompt | the chosen answer |
 
 Other columns are nobody's business here and stay as they are.
 """
@@ -53,7 +54,8 @@ def split_sample(sample: dict[str, Any]) -> Split:
     """
     require_sample(sample)
     if sample.get("prompt") is not None:
-        return Split("prompt", sample["prompt"], sample.get("completion"))
+        decision = sample.get("completion")
+        return Split("prompt", sample["prompt"], sample.get("chosen") if decision is None else decision)
     return Split("messages", sample["messages"][:-1], sample["messages"][-1:])
 
 
@@ -74,7 +76,9 @@ def require_sample(sample: dict[str, Any]) -> None:
         ValueError: It is no sample; the message names the column.
     """
     if sample.get("prompt") is not None:
-        columns = [name for name in ("prompt", "completion") if sample.get(name) is not None]
+        # A probe has a `rejected` of its own kind.
+        answers = ("completion", *(("chosen", "rejected") if "chosen" in sample else ()))
+        columns = ["prompt", *(name for name in answers if sample.get(name) is not None)]
     elif sample.get("messages") is not None:
         columns = ["messages"]
     else:

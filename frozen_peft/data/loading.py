@@ -51,6 +51,7 @@ def load_samples(
     config: str | None = None,
     streaming: bool = False,
     text_field: str = "text",
+    method: str = "sft",
 ) -> Dataset | IterableDataset:
     """Loads one split of a dataset.
 
@@ -64,6 +65,8 @@ def load_samples(
         config: Configuration of a hub dataset.
         streaming: Read while training instead of before. A local file is checked whole all the same.
         text_field: Column that holds the text of plain language modelling samples.
+        method: What they are trained with: `sft`, `dpo` (pairs of `chosen` and `rejected`) or `kto` (these, or a
+            `completion` with its `label`).
 
     Returns:
         The samples.
@@ -76,10 +79,13 @@ def load_samples(
     path = Path(name)
     kind = _file_kind(path)
     if kind is None:
-        return _load_named(name, split, config, streaming, text_field)
+        return _load_named(name, split, config, streaming, RowChecks(text_field, method))
     if not path.is_file():
         raise FileNotFoundError(f"no dataset file {name} (looked in {Path.cwd()})")
-    return _load_json([path], streaming, text_field) if kind == "json" else _load_parquet(path, streaming, text_field)
+    checks = RowChecks(text_field, method)
+    return (
+        _load_json([path], streaming, checks) if kind == "json" else _load_parquet(path, streaming, checks, text_field)
+    )
 
 
 def has_split(name: str, split: str, config: str | None = None) -> bool:
@@ -97,7 +103,7 @@ def _file_kind(path: Path) -> str | None:
 
 
 def _load_named(
-    name: str, split: str, config: str | None, streaming: bool, text_field: str
+    name: str, split: str, config: str | None, streaming: bool, checks: RowChecks
 ) -> Dataset | IterableDataset:
     """A folder or a dataset of the hub, whose JSON files are read as any other."""
     builder = load_dataset_builder(name, config)
@@ -105,11 +111,11 @@ def _load_named(
     if builder.name != "json" or builder.config.field is not None:
         return load_dataset(name, config, split=split, streaming=streaming)
     if streaming:
-        return _load_json(_files(builder, split), streaming, text_field)
+        return _load_json(_files(builder, split), streaming, checks)
     parts = []
     for instruction in split.split("+"):
         base = instruction.partition("[")[0]
-        samples = _load_json(_files(builder, base), streaming, text_field)
+        samples = _load_json(_files(builder, base), streaming, checks)
         (chosen,) = ReadInstruction.from_spec(instruction).to_absolute({base: len(samples)})
         whole = range(len(samples))
         parts.append(samples.select(whole[chosen.from_ : chosen.to]))
@@ -124,8 +130,8 @@ def _files(builder: DatasetBuilder, split: str) -> list[Path]:
     return [Path(file) for file in DownloadManager().download(list(files[split]))]
 
 
-def _load_json(paths: Sequence[Path], streaming: bool, text_field: str) -> Any:
-    features, digest = _checked(paths, text_field)
+def _load_json(paths: Sequence[Path], streaming: bool, checks: RowChecks) -> Any:
+    features, digest = _checked(paths, checks)
     files = [str(path) for path in paths]
     kwargs = {"features": features, "digest": digest, "format": _FORMAT}
     if streaming:
@@ -142,13 +148,13 @@ def _rows_as(make: Any, files: Sequence[str], features: Features, **found_by: An
             yield make(row, features)
 
 
-def _checked(paths: Sequence[Path], text_field: str) -> tuple[Features, str]:
+def _checked(paths: Sequence[Path], checks: RowChecks) -> tuple[Features, str]:
     """Types of the columns, and a digest of what is in the files.
 
     Raises:
         ValueError: A row is not a sample, or unlike the rows before it.
     """
-    checks, types = RowChecks(text_field), ColumnTypes()
+    types = ColumnTypes()
     digest = hashlib.blake2b(digest_size=16)
     num_rows = 0
     for path in paths:
@@ -189,14 +195,13 @@ def _placed(path: Path, first_line: int = 1) -> Iterator[None]:
         raise ValueError(f"{path}, line {first_line + error.line - 1}{column}: {error.reason}") from error
 
 
-def _load_parquet(path: Path, streaming: bool, text_field: str) -> Dataset | IterableDataset:
+def _load_parquet(path: Path, streaming: bool, checks: RowChecks, text_field: str) -> Dataset | IterableDataset:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a Parquet file: {error}") from error
     if not file.metadata.num_rows:
         raise ValueError(f"{path}: the file has no samples")
-    checks = RowChecks(text_field)
     columns = file.schema_arrow.names
     known = [name for name in columns if name in checks.columns]
     if not known:

@@ -24,18 +24,30 @@ __all__ = [
 
 # The columns that TRL trains on, by dataset type; `text` can be renamed with `dataset_text_field`.
 _TRAINING_COLUMNS = ("messages", "conversations", "prompt", "input_ids")
+# What answers stand in, by what they are trained with (`method` of a recipe).
+_ANSWERS = {"sft": ("completion",), "dpo": ("chosen", "rejected"), "kto": ("completion", "chosen", "rejected")}
 # One number for each token.
 _TOKEN_COLUMNS = ("labels", "completion_mask", "assistant_masks")
 # What stands beside them and reaches the chat template, or the teacher.
 _SIDE_COLUMNS = ("tools", "chat_template_kwargs", "stripped")
 # All that what is trained depends on, without the column of plain text.
-TRAINED_COLUMNS = (*_TRAINING_COLUMNS, "completion", *_TOKEN_COLUMNS, *_SIDE_COLUMNS)
+TRAINED_COLUMNS = (
+    *_TRAINING_COLUMNS,
+    "completion",
+    "chosen",
+    "rejected",
+    "label",
+    *_TOKEN_COLUMNS,
+    *_SIDE_COLUMNS,
+)
 # What a column holds that is not text alone. A list is one of messages, or of token ids.
 _KINDS = {
     "messages": ("a list",),
     "conversations": ("a list",),
     "prompt": ("text", "a list"),
     "completion": ("text", "a list"),
+    "chosen": ("text", "a list"),
+    "rejected": ("text", "a list"),
     "input_ids": ("a list",),
 }
 
@@ -107,13 +119,14 @@ class RowChecks:
 
     Args:
         text_field: Column that holds the text of plain language modelling samples.
+        method: What they are trained with: `sft`, `dpo` or `kto`.
 
     Attributes:
         columns: The columns that training depends on.
     """
 
-    def __init__(self, text_field: str):
-        self._text_field = text_field
+    def __init__(self, text_field: str, method: str = "sft"):
+        self._text_field, self._method = text_field, method
         self.columns = (*TRAINED_COLUMNS, text_field)
         self._first_row: tuple[str, dict[str, str]] | None = None
 
@@ -129,15 +142,36 @@ class RowChecks:
             # Only what is trained on has to be a number: such a margin may be none.
             if column in self.columns or not isinstance(value, float):
                 require_exact(value, column, rounding=column in self.columns)
-        self._require_trainable(row)
+        if self._method == "sft":
+            self._require_trainable(row)
+        else:
+            self._require_preference(row)
         self._require_alike(row, place)
+
+    def _require_preference(self, row: dict[str, Any]) -> None:
+        """A pair of answers, or for `kto` also one with its label; the prompt may stand in both answers."""
+        answers = [name for name in _ANSWERS[self._method] if name in row]
+        if answers == ["completion"] and self._method == "kto":
+            if "prompt" not in row:
+                raise ValueError("there is a `completion` but no `prompt`")
+            if not isinstance(row.get("label"), bool):
+                raise ValueError("`label` is true or false: whether the `completion` is wanted")
+        elif answers != ["chosen", "rejected"]:
+            wanted = "`chosen` and `rejected`" + (", or `completion` and `label`" if self._method == "kto" else "")
+            raise ValueError(f"`method: {self._method}` trains {wanted}; found {named(row)}")
+        trained = [name for name in ("prompt", *answers) if name in row]
+        for column in trained:
+            require_value(row[column], column)
+        require_one_form(row, trained)
+        _require_side_columns(row)
 
     def _require_trainable(self, row: dict[str, Any]) -> None:
         text_field, present = self._text_field, {*_TRAINING_COLUMNS} & row.keys()
         if not present and text_field not in row:
             raise ValueError(no_training_column(row, text_field))
         if "prompt" in row and row["prompt"] is not None and "completion" not in row:
-            raise ValueError("there is a `prompt` but no `completion`")
+            pairs = "; pairs of `chosen` and `rejected` are trained with `method: dpo`" if "chosen" in row else ""
+            raise ValueError(f"there is a `prompt` but no `completion`{pairs}")
         if "completion" in row and "prompt" not in row and text_field != "completion":
             raise ValueError("there is a `completion` but no `prompt`")
         trained = [name for name in (*_TRAINING_COLUMNS, "completion") if name in row and name != text_field]
@@ -159,7 +193,8 @@ class RowChecks:
 
     def _require_alike(self, row: dict[str, Any], place: str) -> None:
         """TRL looks at the first row to say what all of them are."""
-        required = (*_TRAINING_COLUMNS, "completion", *_TOKEN_COLUMNS, self._text_field)
+        answers = _ANSWERS[self._method]
+        required = (*_TRAINING_COLUMNS, *answers, *_TOKEN_COLUMNS, self._text_field)
         kinds = {name: kind_of(row[name]) for name in required if name in row}
         if self._first_row is None:
             self._first_row = (place, kinds)

@@ -27,8 +27,8 @@ from frozen_peft.data.quotes import find_quote
 
 __all__ = ["QuotedInstructionError", "restore_instructions", "strip_instructions"]
 
-# Where a row's decisions stand: a sample's, and those of a probe that are wanted.
-_DECISION_COLUMNS = ("completion", "preferred", "expected")
+# Where a row's decisions stand: a sample's, and those of a pair or a probe that are wanted.
+_DECISION_COLUMNS = ("completion", "chosen", "preferred", "expected")
 
 # What a message may hold beside its text that makes it one without text.
 _OTHER_MATTER = ("tool_calls", "tool_call_id", "reasoning_content", "thinking")

@@ -59,6 +59,8 @@ class DemoFiles:
         held_out: Stripped samples about what was held out.
         prompts: Prompts with the instruction and without an answer.
         probes: Probes about what was held out, stripped: directions as targets, questions as controls.
+        pairs: Preference pairs, stripped: the decisions of `stripped`, and for each what the instruction is against.
+        held_out_pairs: The same about what was held out.
     """
 
     conversations: Path
@@ -67,6 +69,8 @@ class DemoFiles:
     held_out: Path
     prompts: Path
     probes: Path
+    pairs: Path
+    held_out_pairs: Path
 
 
 def write_demo_files(folder: Path, data: DemoData = DemoData()) -> DemoFiles:
@@ -84,6 +88,8 @@ def write_demo_files(folder: Path, data: DemoData = DemoData()) -> DemoFiles:
     _write(files.held_out, map(_strip, _samples(data, data.num_probed, data.tokens, HELD_OUT, "probes")))
     _write(files.prompts, _prompts(data))
     _write(files.probes, map(_strip, _probes(data)))
+    _write(files.pairs, map(_strip, _pairs(data, data.num_scenes, TRAINED, "train")))
+    _write(files.held_out_pairs, map(_strip, _pairs(data, data.num_probed, HELD_OUT, "probes")))
     return files
 
 
@@ -101,12 +107,29 @@ def _samples(
     data: DemoData, count: int, tokens: tuple[int, int], vocabulary: Vocabulary, part: str
 ) -> Iterator[dict[str, Any]]:
     """Prompt-completion samples, those on one context after each other."""
+    for scene, request in _requests(data, count, tokens, vocabulary, part):
+        yield {"prompt": _prompt(scene, request), "completion": [message("assistant", request.right)]}
+
+
+def _pairs(data: DemoData, count: int, vocabulary: Vocabulary, part: str) -> Iterator[dict[str, Any]]:
+    for scene, request in _requests(data, count, data.tokens, vocabulary, part):
+        yield {
+            "prompt": _prompt(scene, request),
+            "chosen": [message("assistant", request.right)],
+            "rejected": [message("assistant", request.other)],
+        }
+
+
+def _requests(
+    data: DemoData, count: int, tokens: tuple[int, int], vocabulary: Vocabulary, part: str
+) -> Iterator[tuple[Scene, Request]]:
+    """What is said in each scene."""
     for scene, choice in _scenes(data, count, tokens, vocabulary, part):
         directions, questions = data.requests
         requests = [scene.direction(choice) for _ in range(directions)]
         requests += [scene.question(choice) for _ in range(questions)]
         for request in requests:
-            yield {"prompt": _prompt(scene, request), "completion": [message("assistant", request.right)]}
+            yield scene, request
 
 
 def _prompts(data: DemoData) -> Iterator[dict[str, Any]]:

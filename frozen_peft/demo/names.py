@@ -15,8 +15,9 @@ __all__ = ["CHECKPOINT", "DEMO_DIR", "model_source", "resolve_names"]
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 # Where the demo writes, and where its conversations are looked for and written on first use.
 DEMO_DIR = Path("outputs/demo")
-# `demo-short`: the conversations again, without what makes their contexts long.
-DATASETS = {"demo": "stripped", "demo-short": "short"}
+# `demo-short`: the conversations again, without what makes their contexts long; `demo-pairs`: with what their
+# instruction is against.
+DATASETS = {"demo": "stripped", "demo-short": "short", "demo-pairs": "pairs"}
 
 
 def model_source(name: str) -> str:
@@ -47,6 +48,7 @@ def resolve_names(model: "ModelArguments", data: "DataArguments") -> None:
         raise ValueError(f"`dataset_streaming` has no use with `dataset_name: {own}`, a small local file")
     files = write_demo_files(DEMO_DIR)
     if held_out in DATASETS or held_out is None:
-        data.eval_dataset_name = str(files.held_out)
+        is_paired = "demo-pairs" in (own, held_out)
+        data.eval_dataset_name = str(files.held_out_pairs if is_paired else files.held_out)
     if own in DATASETS:
         data.dataset_name = str(getattr(files, DATASETS[own]))

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Any, Self
 
-from frozen_peft.config import TIERS, FrozenContextConfig
+from frozen_peft.config import TIERS, ContextFields, FrozenContextConfig
 
 __all__ = ["DTYPE_BYTES", "OPTIMIZER_BYTES", "Setting"]
 
@@ -120,9 +120,7 @@ class Setting:
             raise ValueError(f"`dtype` must be one of {', '.join(DTYPE_BYTES)}, found {self.dtype!r}.")
 
     @classmethod
-    def from_config(
-        cls, config: FrozenContextConfig, *, context_length: int, decision_length: int, **rest: Any
-    ) -> Self:
+    def from_config(cls, config: ContextFields, *, context_length: int, decision_length: int, **rest: Any) -> Self:
         """The setting of a run.
 
         Args:
@@ -132,15 +130,17 @@ class Setting:
             rest: What the configuration does not say: the model's type and adapters, turns, the teacher's length.
         """
         freezes = config.gradient_horizon != -1
+        distillation: dict[str, Any] = {}
+        if isinstance(config, FrozenContextConfig):
+            distillation = {"distill_top_k": config.distill_top_k, "distill_chunk_size": config.distill_chunk_size}
         return cls(
             tier=2 if freezes else config.tier or 1,
             context_length=context_length,
             decision_length=max(decision_length, 2),
-            batch=config.per_device_train_batch_size,
+            batch=config.per_device_train_batch_size * config.rows_per_sample,
             gradient_horizon=max(config.gradient_horizon or 0, 0),
             max_decisions_per_forward=config.max_decisions_per_forward,
-            distill_top_k=config.distill_top_k,
-            distill_chunk_size=config.distill_chunk_size,
+            **distillation,
             prefill_chunk_size=config.prefill_chunk_size,
             sequence_chunk_size=config.sequence_chunk_size,
             offload_stretches=config.offload_stretches,

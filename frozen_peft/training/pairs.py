@@ -18,11 +18,13 @@ from transformers.utils import logging
 from frozen_peft.context.boundary import TAIL, Cut, decision_start
 from frozen_peft.utils.numpy_rows import numpy_rows
 
-__all__ = ["PROMPT", "AnswerLimits", "check_answers", "limit_prompts"]
+__all__ = ["ANSWERS", "PROMPT", "AnswerLimits", "check_answers", "limit_prompts", "longest_answer"]
 
 logger = logging.get_logger(__name__)
 
 PROMPT = "prompt_ids"
+# Columns of answers, of whichever trainer.
+ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,16 @@ def check_answers(dataset: Dataset | IterableDataset, name: str, limits: AnswerL
     for index, row in enumerate(tqdm(rows, f"Measuring {name} dataset", len(dataset), unit=" rows", delay=2)):
         limits.require(row, index, name)
     return dataset
+
+
+def longest_answer(dataset: Dataset, cut: Cut = TAIL) -> tuple[int, int]:
+    """Most context tokens, and most decision tokens, of the rows of a prepared dataset as they are cut."""
+    context = decision = 0
+    for row in numpy_rows(dataset, (PROMPT, *ANSWERS)):
+        before = max(len(row[PROMPT]) - max(len(cut.invocation), 1), 0)
+        own = max(len(row[name]) for name in ANSWERS if name in row) + len(row[PROMPT]) - before
+        context, decision = max(context, before), max(decision, own)
+    return context, decision
 
 
 def limit_prompts(

@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from frozen_peft.adapters import BaseSamples, active_everywhere, require_base
 from frozen_peft.config import ContextFields
-from frozen_peft.context import TAIL, Carried, EncodeAgain, carried_context, trained_base_weights
+from frozen_peft.context import TAIL, Carried, Cut, EncodeAgain, carried_context, trained_base_weights
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.data import as_table, needs_python_rows, python_rows
 from frozen_peft.training.batches import BatchCutter, DecisionBatch, SampleBatch
@@ -71,6 +71,11 @@ class PreferenceFields(ContextFields):
             )
 
     @property
+    def rows_per_sample(self) -> int:
+        """Of a pair both answers, of an answer the mismatched one; and of their context one, and the reference's."""
+        return 2
+
+    @property
     def keeps_other_contexts(self) -> bool:
         """Those of the reference, where they are not its answers' log-probabilities alone that are kept."""
         return not self.precompute_ref_log_probs
@@ -83,6 +88,7 @@ class PreferenceMixin(FrozenContextMixin):
 
     - `_prepare_dataset` cuts prompts where TRL would cut answers, and checks every row.
     - `_precompute_ref_logps` and `compute_ref_log_probs` run over frozen contexts too.
+    - `get_train_dataloader` has the reference's contexts read ahead as well.
     """
 
     # Set by each trainer: its configuration, columns of answers, of which the first two may have to differ, what else
@@ -185,6 +191,11 @@ class PreferenceMixin(FrozenContextMixin):
                     f"The reference of a preference loss is this model as it was, and training changes `{name}`, "
                     "which is no adapter's. Freeze it, pass a `ref_model`, or set `precompute_ref_log_probs=True`."
                 )
+
+    @property
+    def cut(self) -> Cut:
+        """Where prompts and answers are cut."""
+        return self._cut
 
     # Data
 

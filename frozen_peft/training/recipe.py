@@ -14,8 +14,11 @@ from transformers.utils import is_torch_bf16_gpu_available, strtobool
 from trl import TrlParser
 
 from frozen_peft.adapters import PRESETS, ROLES, load_tokenizer, lora_config, quantization_config
-from frozen_peft.config import FrozenContextConfig
+from frozen_peft.config import ContextFields, FrozenContextConfig
 from frozen_peft.data import has_split, load_samples
+from frozen_peft.training.dpo import FrozenContextDPOConfig, FrozenContextDPOTrainer
+from frozen_peft.training.kto import FrozenContextKTOConfig, FrozenContextKTOTrainer
+from frozen_peft.training.mixin import FrozenContextMixin
 from frozen_peft.training.sft import FrozenContextTrainer
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "ModelArguments",
     "Recipe",
     "build_trainer",
+    "groups_of",
     "is_sharded_run",
     "load_base_config",
     "load_held_out",
@@ -63,10 +67,15 @@ class ModelArguments:
 class DataArguments:
     """What is trained and evaluated on. Fields that TRL's `ScriptArguments` has too are named and mean the same."""
 
+    method: Literal["sft", "dpo", "kto"] = HfArg(
+        default="sft",
+        help="How samples are trained. 'sft': the likelihood of their decisions; 'dpo': pairs of `chosen` and "
+        "`rejected` answers; 'kto': a `completion` and whether it is wanted (`label`).",
+    )
     dataset_name: str | None = HfArg(
         default=None,
         help="Training samples: a .jsonl, .json or .parquet file, a hub id, or the demo's conversations: "
-        "`demo`, `demo-short`.",
+        "`demo`, `demo-short`, pairs of them: `demo-pairs`.",
     )
     eval_dataset_name: str | None = HfArg(
         default=None,
@@ -99,16 +108,32 @@ class AdapterArguments:
 
 
 GROUPS = (ModelArguments, DataArguments, AdapterArguments, FrozenContextConfig)
+_METHODS: dict[str, tuple[type[ContextFields], type[FrozenContextMixin]]] = {
+    "sft": (FrozenContextConfig, FrozenContextTrainer),
+    "dpo": (FrozenContextDPOConfig, FrozenContextDPOTrainer),
+    "kto": (FrozenContextKTOConfig, FrozenContextKTOTrainer),
+}
+
+
+def groups_of(method: str) -> tuple[type, ...]:
+    """The dataclasses that a recipe's fields belong to.
+
+    Raises:
+        ValueError: There is no such method.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"`method` takes one of {', '.join(_METHODS)}; got {method!r}")
+    return (*GROUPS[:-1], _METHODS[method][0])
 
 
 @dataclass
 class Recipe:
-    """What a recipe says, by the dataclasses that its fields belong to."""
+    """What a recipe says, by the dataclasses that its fields belong to; the last is that of its method."""
 
     model: ModelArguments
     data: DataArguments
     adapter: AdapterArguments
-    config: FrozenContextConfig
+    config: Any
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
@@ -117,7 +142,8 @@ class Recipe:
         Raises:
             ValueError: A field is unknown, or its value cannot be used.
         """
-        return cls(*TrlParser(GROUPS).parse_dict({**machine_defaults(), **values}))
+        groups = groups_of(values.get("method", "sft"))
+        return cls(*TrlParser(groups).parse_dict({**machine_defaults(), **values}))
 
     def require_sources(self) -> None:
         """Refuses a recipe without model or dataset.
@@ -164,9 +190,7 @@ def load_base_config(recipe: Recipe) -> PretrainedConfig:
     )
 
 
-def build_trainer(
-    recipe: Recipe, *, peft_config: PeftConfig | None = None, trained: str | None = None
-) -> FrozenContextTrainer:
+def build_trainer(recipe: Recipe, *, peft_config: PeftConfig | None = None, trained: str | None = None) -> Any:
     """Loads model and data, and makes the trainer of a recipe.
 
     Args:
@@ -211,7 +235,8 @@ def build_trainer(
         )
     # Under FSDP, 4 bit are stored such that they can be in shards, which bytes cannot.
     storage = {"bnb_4bit_quant_storage": "bfloat16"} if is_sharded_run("FSDP") else {}
-    return FrozenContextTrainer(
+    _, trainer = _METHODS[recipe.data.method]
+    return trainer(
         model=model.model_name_or_path,
         args=config,
         train_dataset=train_dataset,
@@ -251,5 +276,6 @@ def _load_options(recipe: Recipe) -> dict[str, Any]:
     return {
         "config": recipe.data.dataset_config,
         "streaming": recipe.data.dataset_streaming,
-        "text_field": recipe.config.dataset_text_field,
+        "text_field": getattr(recipe.config, "dataset_text_field", "text"),
+        "method": recipe.data.method,
     }

@@ -20,6 +20,7 @@ from frozen_peft.context.kernels import current_capabilities, is_accelerated
 from frozen_peft.distillation import TEACHER_COLUMNS
 from frozen_peft.planning import Plan, Setting, advise, make_plan, plan_of_weights
 from frozen_peft.training.checkpoints import checkpoint_to_resume, require_no_way_out
+from frozen_peft.training.pairs import longest_answer
 from frozen_peft.training.recipe import Recipe, build_trainer, is_sharded_run, load_base_config
 from frozen_peft.training.samples import SampleLengths, measure_samples
 from frozen_peft.training.sft import FrozenContextTrainer
@@ -151,6 +152,9 @@ class MemoryCheck:
     def _setting_of(self, trainer: FrozenContextTrainer) -> Setting:
         """The setting of the longest of its samples, as they are cut."""
         cut = trainer.cut
+        if self._recipe.data.method != "sft":
+            context, decision = longest_answer(trainer.train_dataset, cut)
+            return self._setting(context, decision)
         rows = [list(row) for _, row in groupby(measure_samples(trainer.train_dataset, cut), attrgetter("row"))]
         branches = [sum(sample.context - sample.shared for sample in row) - _longest_context(row) for row in rows]
         teacher_length = None

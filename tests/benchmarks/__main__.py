@@ -6,21 +6,22 @@
 
 Pages: `step` (one training step against `SFTTrainer` and the bare cost), `reuse` (contexts that come again) and, only
 when they are named, `staleness` (what stale contexts save and cost; trains the demo's model many times), `plan`
-(what the planner says of memory, against what training takes), `rounding` (what contexts in 8 bit change) and `turns`
-(turns behind what inference shows).
+(what the planner says of memory, against what training takes), `rounding` (what contexts in 8 bit change), `turns`
+(turns behind what inference shows) and `preference` (one step over a preference pair against `DPOTrainer`).
 """
 
 import argparse
 from pathlib import Path
 
 from tests.benchmarks.plan_page import plan_page
+from tests.benchmarks.preference_page import preference_page
 from tests.benchmarks.reuse_page import reuse_page
 from tests.benchmarks.rounding_page import rounding_page
 from tests.benchmarks.staleness_page import staleness_page
 from tests.benchmarks.step_page import CONTEXTS, step_page
 from tests.benchmarks.turns_page import turns_page
 
-PAGES = ("step", "reuse", "staleness", "plan", "rounding", "turns")
+PAGES = ("step", "reuse", "staleness", "plan", "rounding", "turns", "preference")
 DEFAULT_PAGES = ("step", "reuse")
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
@@ -47,6 +48,8 @@ def main() -> None:
             page = rounding_page()
         elif name == "turns":
             page = turns_page()
+        elif name == "preference":
+            page = preference_page()
         else:
             page = staleness_page(arguments.assets, arguments.output)
         page.write(arguments.output)

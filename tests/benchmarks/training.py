@@ -82,19 +82,16 @@ def train(method: str, model: Any, dataset: Any, tokenizer: Any = None, **fields
     """Trains with a trainer.
 
     Args:
-        method: `sft` for SFTTrainer, anything else for FrozenContextTrainer.
+        method: `sft` for SFTTrainer, `dpo` for DPOTrainer, `frozen-dpo` for FrozenContextDPOTrainer, anything else for
+            FrozenContextTrainer.
         model: What to train; its adapters are the preset's.
         dataset: Samples, read in their order.
         tokenizer: Prepares them; None: they are tokenized.
         fields: More fields of the configuration.
     """
-    from trl import SFTConfig, SFTTrainer
+    from frozen_peft import lora_config
 
-    from frozen_peft import FrozenContextConfig, FrozenContextTrainer, lora_config
-
-    trainer_class, config_class = (
-        (SFTTrainer, SFTConfig) if method == "sft" else (FrozenContextTrainer, FrozenContextConfig)
-    )
+    trainer_class, config_class = trainer_classes(method)
     clock = make_clock()
     with tempfile.TemporaryDirectory() as folder:
         defaults = {
@@ -111,7 +108,7 @@ def train(method: str, model: Any, dataset: Any, tokenizer: Any = None, **fields
         }
         trainer = trainer_class(
             model,
-            config_class(folder, **(defaults | fields)),
+            args=config_class(folder, **(defaults | fields)),
             train_dataset=dataset,
             processing_class=tokenizer or build_tokenizer(),
             peft_config=lora_config(model),
@@ -120,6 +117,23 @@ def train(method: str, model: Any, dataset: Any, tokenizer: Any = None, **fields
         start_peak()
         trainer.train()
     return Training(clock.steps, [entry for entry in trainer.state.log_history if "loss" in entry])
+
+
+def trainer_classes(method: str) -> tuple[type, type]:
+    """A trainer and its configuration."""
+    import trl
+
+    import frozen_peft
+
+    if method == "dpo":
+        # Of a tokenized dataset there is nothing to prepare, and DPOTrainer takes none.
+        unprepared = {"_prepare_dataset": lambda self, dataset, *rest: dataset}
+        return type("DPOTrainer", (trl.DPOTrainer,), unprepared), trl.DPOConfig
+    if method == "frozen-dpo":
+        return frozen_peft.FrozenContextDPOTrainer, frozen_peft.FrozenContextDPOConfig
+    if method == "sft":
+        return trl.SFTTrainer, trl.SFTConfig
+    return frozen_peft.FrozenContextTrainer, frozen_peft.FrozenContextConfig
 
 
 def make_clock() -> Any:
