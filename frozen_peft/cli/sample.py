@@ -6,7 +6,9 @@ filter, and writes prompt-completion samples to train on.
 
 A row of PROMPTS has a `prompt`, messages or text, with the instructions in place (a row that was stripped has them in
 `stripped`, and they are put back for sampling). Its other columns come along to OUT, with the decision in
-`completion`, which of the candidates it is in `candidate`, and what it was drawn with in `seed`.
+`completion`, which of the candidates it is in `candidate`, and what it was drawn with in `seed`. With
+--without_instructions they stay out: `frozen_peft.data.join_pairs` makes preference pairs of what was said with and
+without them.
 
 A candidate of a local model is written such that it trains in the tokens that it was generated in, reasoning, calls of
 tools and special tokens included. One whose text the tokenizer has other tokens for is marked, in `retokenized`; one
@@ -80,6 +82,7 @@ def run(arguments: Sequence[str]) -> None:
             options.prompts,
             settings,
             (given_marks(options) or DEFAULT_MARKS) if measures else None,
+            unasked=options.without_instructions,
             on_bad=_skip(bad) if options.skip_bad else None,
         )
         sampler, keep = _loaded(options, settings, rows, keep)
@@ -104,6 +107,8 @@ def _parser() -> CommandParser:
     parser.add_argument("prompts", type=Path, metavar="PROMPTS.jsonl", help="what to sample for")
     parser.add_argument("out", type=Path, metavar="OUT.jsonl", help="where the samples are written")
     parser.option("overwrite", "replace OUT where it exists", False)
+    text = "leave out what is in `stripped`: what the model says unasked, the rejected answers of pairs"
+    parser.option("without_instructions", text, False)
     parser.option("skip_bad", "leave bad rows out, and say which", False)
     parser.add_model(
         "the model to sample from; demo: the one that we ship; with --endpoint, the server's name of one",
@@ -149,6 +154,8 @@ def _require_usable(parser: CommandParser, options: argparse.Namespace) -> None:
     if options.endpoint and not measures:
         local = ("adapter", "tokenizer", "load_in_4bit", "trust_remote_code", "allow_pickle")
         parser.refuse_idle(options, local, "with --endpoint, whose server chooses its model")
+    if measures and options.without_instructions:
+        raise ValueError("--min_margin is what instructions add to a decision, and --without_instructions has none")
     if measures and math.isnan(options.min_margin):
         raise ValueError("--min_margin must be a number, got nan")
     if measures and options.endpoint and options.margin_model is None:
@@ -225,6 +232,8 @@ def _fingerprint(options: argparse.Namespace) -> dict[str, Any]:
     The filter is judged anew in each run, and where and how patiently a server is asked makes no difference.
     """
     names = ["model", "num_candidates", "temperature", "top_p", "max_new_tokens", "seed", "skip_bad"]
+    if options.without_instructions:
+        names.append("without_instructions")
     if options.min_margin is not None:
         names += ["margin_model", "tag", "field", "role", "regex", "predicate"]
     if not options.endpoint or options.margin_model:

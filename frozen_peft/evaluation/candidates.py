@@ -80,7 +80,7 @@ class PromptRow:
         index: Its number among the prompts, counted from 0.
         place: File and line, as messages name them.
         values: The row as it was read.
-        prompt: What candidates answer: messages or text, with the instructions in place.
+        prompt: What candidates answer: messages or text, with the instructions in place unless they are left out.
         stripped: The same without its instructions; None where nothing says what they are.
         seeds: One seed for each candidate.
     """
@@ -143,6 +143,7 @@ def read_prompts(
     settings: SamplingSettings,
     marks: Marks | None = None,
     *,
+    unasked: bool = False,
     on_bad: Callable[[str], None] | None = None,
 ) -> list[PromptRow]:
     """Reads the prompts of a file.
@@ -152,6 +153,8 @@ def read_prompts(
         settings: How many candidates each gets, and the seed.
         marks: What the instructions are, in rows that have no `stripped`; a row without any is bad then. None: nobody
             asks for them.
+        unasked: Candidates answer to the prompt without its instructions, which are those in `stripped`; a row without
+            any is bad then.
         on_bad: Called with the message of a bad row, which is then left out. Without it a bad row is an error.
 
     Raises:
@@ -164,6 +167,10 @@ def read_prompts(
     def made(row: Row) -> PromptRow:
         _require_prompt(row.values)
         prompt, stripped = _prompts(row.values, marks)
+        if unasked:
+            if not row.values.get(STRIPPED):
+                raise ValueError("there are no instructions to leave out: no `stripped` (`frozen-peft strip`)")
+            prompt = row.values["prompt"]
         key = json.dumps(prompt, sort_keys=True)
         numbers = range(settings.num_candidates)
         seeds = tuple(candidate_seed(settings.seed, prompt, occurrences[key], number) for number in numbers)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from frozen_peft.cli import main
+from frozen_peft.data import join_pairs
 from tests.evaluation.answering import Reply, Request, answering, chat
 from tests.evaluation.checkpoint import write_checkpoint
 
@@ -51,6 +52,21 @@ def test_help_names_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(f"\n{part}:\n" in text for part in ("model", "endpoint", "candidates", "filter"))
     assert "with the prompt, what each candidate is drawn\n                        with (default: 0)" in text
+
+
+def test_pairs_of_what_is_said_with_and_without_instructions(folder: Path, tmp_path: Path) -> None:
+    marked = {"role": "system", "content": "<instruction>Roads are long.</instruction>"}
+    rows = [{"prompt": [marked, *row["prompt"]]} for row in PROMPTS]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["strip", str(tmp_path / "prompts.jsonl"), str(tmp_path / "stripped.jsonl")]) == 0
+    options = ["--model", str(folder), "--num_candidates", "1", "--max_new_tokens", "6", "--keep_unfinished"]
+    for name, more in (("chosen", []), ("rejected", ["--without_instructions"])):
+        out = str(tmp_path / f"{name}.jsonl")
+        assert main(["sample", str(tmp_path / "stripped.jsonl"), out, *options, *more]) == 0
+    pairs = join_pairs(lines(tmp_path / "chosen.jsonl"), lines(tmp_path / "rejected.jsonl"))
+    assert pairs
+    assert all(row["prompt"] == PROMPTS[number]["prompt"] for number, row in enumerate(pairs) if len(pairs) == 5)
+    assert all(row["chosen"] != row["rejected"] for row in pairs)
 
 
 def test_a_local_model(folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

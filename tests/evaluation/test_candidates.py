@@ -45,6 +45,14 @@ def test_instructions_that_were_stripped_are_put_back(tmp_path: Path) -> None:
     assert marked.seeds == row.seeds
 
 
+def test_without_instructions_a_prompt_is_what_stripping_left(tmp_path: Path) -> None:
+    stripped = strip_instructions({"prompt": ASKED})
+    (row,) = read_prompts(written(tmp_path / "p.jsonl", stripped), SETTINGS, unasked=True)
+    assert row.prompt == stripped["prompt"] != ASKED
+    with pytest.raises(ValueError, match="no instructions to leave out"):
+        read_prompts(written(tmp_path / "q.jsonl", {"prompt": ASKED}), SETTINGS, unasked=True)
+
+
 def test_seeds_hang_on_the_prompt_and_not_on_its_place(tmp_path: Path) -> None:
     first, second, again, changed = (
         [row.seeds for row in read_prompts(written(tmp_path / "p.jsonl", *({"prompt": p} for p in prompts)), settings)]
