@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from trl import KTOConfig, KTOTrainer
 
-from frozen_peft.training.preference import PreferenceFields, PreferenceMixin
+from frozen_peft.training.preference import PreferenceMixin
+from frozen_peft.training.preference_fields import PreferenceFields
 
 __all__ = ["FrozenContextKTOConfig", "FrozenContextKTOTrainer"]
 

@@ -3,7 +3,6 @@
 
 import copy
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from datasets import Dataset, IterableDataset
@@ -11,10 +10,8 @@ from datasets.fingerprint import Hasher
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.hf_argparser import HfArg
 
 from frozen_peft.adapters import BaseSamples, active_everywhere, require_base
-from frozen_peft.config import ContextFields
 from frozen_peft.context import TAIL, Carried, Cut, EncodeAgain, carried_context, trained_base_weights
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.data import as_table, needs_python_rows, python_rows
@@ -33,52 +30,15 @@ from frozen_peft.training.model_setup import (
     sample_base,
 )
 from frozen_peft.training.pairs import PROMPT, AnswerLimits, check_answers, limit_prompts
+from frozen_peft.training.preference_fields import PreferenceFields
 from frozen_peft.training.reference import Reference
 from frozen_peft.training.samples import require_rows
 from frozen_peft.training.sampling import require_groupable
 from frozen_peft.utils.compat.trl import count_tokens, precomputed_for, trainer_tokenizer
 
-__all__ = ["PreferenceFields", "PreferenceMixin"]
+__all__ = ["PreferenceMixin"]
 
 REFERENCE_NEEDED_FOR = "The reference of a preference loss is the model without its adapters"
-
-
-@dataclass
-class PreferenceFields(ContextFields):
-    """What configurations of preference trainers have in common; stands before one of TRL.
-
-    Raises:
-        ValueError: A field is out of range, or two fields contradict each other.
-    """
-
-    max_length: int | None = HfArg(
-        default=None,
-        help="Longest prompt with its longest answer, in tokens. A longer prompt loses its oldest tokens; an answer "
-        "is never cut.",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.decision_mode != "tail":
-            raise ValueError(
-                f"`decision_mode={self.decision_mode!r}`: an answer that is preferred is one decision, whatever turns "
-                "it has. Leave `decision_mode` at 'tail'."
-            )
-        if self.use_liger_kernel and self.runs_in_parts:
-            raise ValueError(
-                "`use_liger_kernel=True` puts other kernels into the layers, which were never run over frozen "
-                "contexts or in stretches. Leave it out, or train with `tier: 1`."
-            )
-
-    @property
-    def rows_per_sample(self) -> int:
-        """Of a pair both answers, of an answer the mismatched one; and of their context one, and the reference's."""
-        return 2
-
-    @property
-    def keeps_other_contexts(self) -> bool:
-        """Those of the reference, where they are not its answers' log-probabilities alone that are kept."""
-        return not self.precompute_ref_log_probs
 
 
 class PreferenceMixin(FrozenContextMixin):

@@ -118,7 +118,7 @@ def test_without_arguments_the_output_folder_is_named_after_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("frozen_peft.training.model_setup.FrozenContextConfig", OnCpu)
+    monkeypatch.setattr("frozen_peft.training.sft.FrozenContextConfig", OnCpu)
     model = adapted("llama")
     model.config._name_or_path = "someone/tiny-llama"
     trainer = FrozenContextTrainer(model, train_dataset=as_dataset(samples()), processing_class=word_tokenizer())
