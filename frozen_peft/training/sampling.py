@@ -110,7 +110,9 @@ def _longest_context(row: dict[str, Any], index: int, cut: Cut) -> np.ndarray:
 def _read_contexts(dataset: Dataset, cut: Cut) -> Iterator[bytes]:
     """The context of each row, 4 bytes per token."""
     names = (PROMPT,) if PROMPT in dataset.column_names else ("input_ids", "labels", BRANCHES)
-    for index, row in enumerate(tqdm(numpy_rows(dataset, names), "Grouping contexts", len(dataset), unit=" rows", delay=2)):
+    for index, row in enumerate(
+        tqdm(numpy_rows(dataset, names), "Grouping contexts", len(dataset), unit=" rows", delay=2)
+    ):
         context = row[PROMPT][:-1] if PROMPT in row else _longest_context(row, index, cut)
         kept = cut.kept(context, cut.num_excess(len(context), len(context)))
         yield kept.astype(TOKEN_TYPE).tobytes()
