@@ -40,11 +40,12 @@ def decision_logits(
     starts = torch.tensor([sample.boundary for sample in samples])
     if frozen is not None:
         assert frozen.lengths == starts.tolist()
+    device = next(model.parameters()).device
     with decision_forward(model):
         logits = model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=starts[:, None] + torch.arange(width),
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=(starts[:, None] + torch.arange(width)).to(device),
             **{CACHE: frozen},
             use_cache=False,
         ).logits

@@ -97,14 +97,14 @@ def reference_logprobs(
 def token_logprobs(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Log-probability of each token but the first, from logits `[T, V]` and ids `[T]`: float64 `[T - 1]`."""
     logprobs = logits[:-1].double().log_softmax(dim=-1)
-    return logprobs.gather(-1, input_ids[1:, None])[:, 0]
+    return logprobs.gather(-1, input_ids[1:, None].to(logits.device))[:, 0]
 
 
 def negative_log_likelihood(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum over supervised labels of their negative log-likelihood, from logits `[T, V]` and labels `[T]`."""
     return nn.functional.cross_entropy(
         logits[:-1].float() if logits.dtype != torch.float64 else logits[:-1],
-        labels[1:],
+        labels[1:].to(logits.device),
         ignore_index=IGNORED,
         reduction="sum",
     )

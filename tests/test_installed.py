@@ -2,6 +2,7 @@
 """Versions by the names that modules and distributions really have, on a path made for the test."""
 
 import importlib.metadata
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,13 @@ def test_damaged_metadata_is_as_good_as_none(site: Site) -> None:
 def test_what_is_not_there_has_no_version(site: Site) -> None:
     assert installed.module_versions("mamba_ssm") == {}
     assert installed.installed_version("mamba-ssm") is None
+
+
+def test_a_folder_of_that_name_is_no_package(site: Site) -> None:
+    """What is left where a repository was cloned beside a script."""
+    (site.folder / "fla").mkdir()
+    (site.folder / "fla" / "README.md").touch()
+    site.forget()
+    assert importlib.util.find_spec("fla") is not None
+    assert installed.module_versions("fla") == {}
+    assert kernel_table.current_capabilities(torch.device("cpu")).fla is None

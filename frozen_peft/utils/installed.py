@@ -51,7 +51,8 @@ def module_versions(module: str) -> dict[str, str]:
         or `"unknown"`, where no metadata tells. Empty where there is no such module.
     """
     spec = importlib.util.find_spec(module)
-    if spec is None:
+    # A folder of that name on the path, such as the one that a repository was cloned into, is no module of it.
+    if spec is None or spec.origin is None:
         return {}
     usual = next((package for package, name in _MODULES.items() if name == module), module.replace("_", "-"))
     # An installation in place lists none of its modules.
@@ -89,7 +90,8 @@ def _without_warning() -> Iterator[None]:
 
 def _declared_version(spec: ModuleSpec) -> str:
     """What a module's own files say, as most do; they are read and not run, since some need a GPU to be imported."""
-    files = [] if spec.origin is None else [Path(spec.origin)]
+    assert spec.origin is not None, "a folder is no module"
+    files = [Path(spec.origin)]
     files += [Path(folder) / name for folder in spec.submodule_search_locations or () for name in _VERSION_FILES]
     for file in files:
         if file.suffix == ".py" and file.is_file():

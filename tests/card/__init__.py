@@ -26,16 +26,19 @@ import pytest
 import torch
 from torch.nn.attention import bias
 
+from frozen_peft.context.kernels import choice, table
+from frozen_peft.context.store import residence
 from tests.card import surface
-from tests.card.memory import CARD, GIBIBYTE, Card, Event, Stream, _current, like
+from tests.card.memory import CARD, GIBIBYTE, HOST, Card, Event, Stream, _current, like, real_device
 from tests.card.operations import Functions, Operations
 
-__all__ = ["CARD", "GIBIBYTE", "Card", "stand_in_card"]
+__all__ = ["CARD", "GIBIBYTE", "HOST", "Card", "real_device", "stand_in_card"]
 
 
 @contextmanager
 def stand_in_card(**facts: Any) -> Iterator[Card]:
     """Has this machine have a card; `facts` are those of `Card`."""
+    _forget_the_machine()
     on = Card(**facts)
     on.default_stream = Stream()
     autocast = surface.Autocast()
@@ -63,11 +66,18 @@ def stand_in_card(**facts: Any) -> Iterator[Card]:
             patch.setattr(torch.Tensor, name, method)
         _current.append(on)
         stack.callback(_current.pop)
+        stack.callback(_forget_the_machine)
         run = thread._WorkItem.run
         # Modes are of one thread, and the store has threads of its own.
         patch.setattr(thread._WorkItem, "run", lambda *args, **kwargs: _in_modes(run, *args, **kwargs))
         stack.enter_context(_modes())
         yield on
+
+
+def _forget_the_machine() -> None:
+    """What the package has read of this machine's devices once and for all."""
+    for cached in (table.current_capabilities, choice._is_accelerated, residence._copy_stream):
+        cached.cache_clear()
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -127,6 +128,8 @@ class Card:
         self.limit, self.peak, self._counted = total_bytes, 0, 0
         self.calls: set[str] = set()
         self._places: dict[int, Place] = {}
+        # The store reads and writes in threads of its own.
+        self._lock = threading.RLock()
         self.default_stream: Any = None
         self._of_thread = threading.local()
 
@@ -139,6 +142,19 @@ class Card:
     def stream(self, stream: Any) -> None:
         self._of_thread.stream = stream
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Has tensors say where they really are inside, for what computes them."""
+        before, self._of_thread.is_aside = self.is_aside, True
+        try:
+            yield
+        finally:
+            self._of_thread.is_aside = before
+
+    @property
+    def is_aside(self) -> bool:
+        return getattr(self._of_thread, "is_aside", False)
+
     def place(self, tensor: torch.Tensor) -> Place | None:
         """Where a tensor lies; None where nothing was said of it, which is in host memory."""
         with torch._C.DisableTorchFunction():
@@ -146,6 +162,10 @@ class Card:
                 return None
             found = self._places.get(tensor.untyped_storage()._cdata)
         return None if found is None or found.storage.expired() else found
+
+    def device(self, tensor: torch.Tensor) -> torch.device:
+        """Where a tensor says that it is."""
+        return CARD if not self.is_aside and self.holds(tensor) else real_device(tensor)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         place = self.place(tensor)
@@ -161,13 +181,13 @@ class Card:
             if not is_plain(tensor) or self.place(tensor) is not None:
                 return
             storage = tensor.untyped_storage()
-        num_bytes = storage.nbytes()
-        if on_card:
-            self._take(num_bytes)
-        stream = self.stream if on_card else None
-        self._places[storage._cdata] = Place(
-            StorageWeakRef(storage), num_bytes, on_card, pinned, stream, self.stream.steps
-        )
+        num_bytes, stream = storage.nbytes(), self.stream if on_card else None
+        with self._lock:
+            if on_card:
+                self._take(num_bytes)
+            self._places[storage._cdata] = Place(
+                StorageWeakRef(storage), num_bytes, on_card, pinned, stream, self.stream.steps
+            )
 
     def _take(self, num_bytes: int) -> None:
         self._counted += num_bytes
@@ -181,8 +201,10 @@ class Card:
 
     def allocated(self) -> int:
         """Bytes of the card's tensors."""
-        self._places = {key: place for key, place in self._places.items() if not place.storage.expired()}
-        return sum(place.num_bytes for place in self._places.values() if place.on_card)
+        with self._lock:
+            for key in [key for key, place in self._places.items() if place.storage.expired()]:
+                del self._places[key]
+            return sum(place.num_bytes for place in self._places.values() if place.on_card)
 
     def forget_peak(self) -> None:
         self.peak = self._counted = self.allocated()

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tests.card.memory import HOST, Place, card, real_device
+from tests.card.memory import CARD, HOST, Place, card, real_device
 
 aten = torch.ops.aten
 # Operations that CUDA runs with tensors in either memory.
@@ -28,10 +28,12 @@ class Operations(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         on, asked = card(), kwargs.get("device")
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if (asked is not None and asked.type == "meta") or any(real_device(t).type == "meta" for t in tensors):
+        without_memory = [tensor for tensor in tensors if real_device(tensor).type == "meta"]
+        if (asked is None and without_memory) or (asked is not None and asked.type == "meta"):
             return func(*args, **kwargs)
         places = [on.place(tensor) for tensor in tensors]
-        _require_one_memory(func, tensors, places)
+        if not without_memory:
+            _require_one_memory(func, tensors, places)
         for place in filter(None, places):
             on.require_readable(place, func)
         to_card = _target(asked, places)
@@ -43,7 +45,8 @@ class Operations(TorchDispatchMode):
         own = EMULATED.get(func) if to_card else None
         if own is not None:
             on.calls.add(str(func))
-        results = (own or func)(*args, **kwargs)
+        with on.aside():
+            results = (own or func)(*args, **kwargs)
         on.stream.steps += 1
         for result in tree_leaves(results):
             if isinstance(result, torch.Tensor):
@@ -55,7 +58,9 @@ class Operations(TorchDispatchMode):
 
 def _require_one_memory(func: Any, tensors: list[torch.Tensor], places: list[Place | None]) -> None:
     """A number of the host is taken anywhere."""
-    found = {place is not None and place.on_card for tensor, place in zip(tensors, places, strict=True) if tensor.dim()}
+    found = {
+        place is not None and place.on_card for tensor, place in zip(tensors, places, strict=True) if tensor.dim()
+    }
     found |= {True for place in places if place is not None and place.on_card}
     if len(found) == 2 and func.overloadpacket.__name__ not in MIXING:
         raise RuntimeError(
@@ -64,7 +69,7 @@ def _require_one_memory(func: Any, tensors: list[torch.Tensor], places: list[Pla
 
 
 class _Asked(threading.local):
-    """What the Python functions that run asked for: a device, or none with (`tensors`) or without the card's tensors."""
+    """What the Python functions that run ask for: a device, or none with (`tensors`) or without any of the card."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -102,8 +107,13 @@ class Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
+        # A number is one of a card's.
+        if isinstance(device, int):
+            device = kwargs["device"] = CARD
+        if func is torch.device and len(args) == 1 and isinstance(args[0], int):
+            return CARD
         if device is not None:
-            said = "cuda" if isinstance(device, int) else torch.device(device).type
+            said = torch.device(device).type
         else:
             tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
             said = "tensors" if any(map(card().holds, tensors)) else ""

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch.nn.attention import bias
-from torch.overrides import get_testing_overrides
+from torch.overrides import _get_current_function_mode_stack, get_testing_overrides
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tests.card.memory import CARD, HOST, Card, Stream, like, real_device
+from tests.card.memory import CARD, HOST, Card, Stream, like
 from tests.card.operations import MAX_HEAD_DIM, SIXTEEN_BIT, asking
 
 Function = Callable[..., Any]
@@ -108,7 +109,7 @@ def made_in_host_memory(real: Function) -> Function:
     def make(data: Any, *args: Any, device: Any = None, requires_grad: bool = False, **kwargs: Any) -> torch.Tensor:
         if device is None and isinstance(data, torch.Tensor):
             device = data.device
-        device = CARD if isinstance(device, int) else torch.device(device or torch.get_default_device())
+        device = CARD if isinstance(device, int) else torch.device(device or _default_device())
         if device.type == "meta":
             return real(data, *args, device=device, **kwargs)
         if isinstance(data, torch.Tensor):
@@ -120,13 +121,16 @@ def made_in_host_memory(real: Function) -> Function:
     return make
 
 
+def _default_device() -> torch.device:
+    """As `with torch.device(...)` says; `torch.get_default_device` makes a tensor to find out."""
+    contexts = (mode for mode in reversed(_get_current_function_mode_stack()) if isinstance(mode, DeviceContext))
+    return next((context.device for context in contexts), HOST)
+
+
 def tensor_methods(on: Card) -> dict[str, Any]:
     """By their names in `torch.Tensor`."""
     base, names = torch._C.TensorBase, get_testing_overrides()
     real = {name: getattr(torch.Tensor, name) for name in ("to", "numpy", "__array__", "__deepcopy__")}
-
-    def device_of(tensor: torch.Tensor) -> torch.device:
-        return CARD if on.holds(tensor) else real_device(tensor)
 
     def pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
         assert not on.holds(tensor), "only dense CPU tensors can be pinned"
@@ -147,7 +151,7 @@ def tensor_methods(on: Card) -> dict[str, Any]:
         place.readers.add(stream)
 
     def require_host(tensor: torch.Tensor) -> None:
-        if on.holds(tensor):
+        if on.device(tensor).type == "cuda":
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
 
     def numpy(tensor: torch.Tensor, *, force: bool = False) -> Any:
@@ -164,10 +168,10 @@ def tensor_methods(on: Card) -> dict[str, Any]:
         return copy
 
     return {
-        "device": property(device_of),
-        "is_cuda": property(lambda tensor: device_of(tensor).type == "cuda"),
-        "is_cpu": property(lambda tensor: device_of(tensor).type == "cpu"),
-        "get_device": lambda tensor: 0 if on.holds(tensor) else -1,
+        "device": property(on.device),
+        "is_cuda": property(lambda tensor: on.device(tensor).type == "cuda"),
+        "is_cpu": property(lambda tensor: on.device(tensor).type == "cpu"),
+        "get_device": lambda tensor: 0 if on.device(tensor).type == "cuda" else -1,
         "to": lambda tensor, *args, **kwargs: _to(real["to"], tensor, *args, **kwargs),
         "cuda": lambda tensor, device=None, non_blocking=False: tensor.to(CARD, non_blocking=non_blocking),
         "cpu": lambda tensor: tensor.to(HOST),

@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     if given.smoke and given.output is None:
         parser.error("--smoke needs --output: its figures mean nothing, and do not belong beside measured ones")
     if not given.smoke and not torch.cuda.is_available():
-        parser.error("no CUDA device was found; --smoke runs the same code on a CPU with tiny models")
+        parser.error(
+            f"no CUDA device was found ({_why_no_card()}); --smoke runs the same code on a CPU with tiny models"
+        )
     known = SMOKE_MODELS if given.smoke else MODELS
     wanted = given.models or [model.name for model in known]
     if unknown := set(wanted) - {model.name for model in known}:
@@ -56,6 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
     holds = session.run()
     print((session.folder / f"{session.name}.md").read_text(encoding="utf-8"))
     return 0 if holds else 1
+
+
+def _why_no_card() -> str:
+    """What PyTorch says: no card, no driver, one that is too old for this build, or a build for CPUs."""
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}: {str(error).splitlines()[0]}"
+    return "no card is visible; see CUDA_VISIBLE_DEVICES"
 
 
 if __name__ == "__main__":

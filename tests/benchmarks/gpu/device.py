@@ -62,6 +62,16 @@ class Device:
         if self.on_gpu:
             torch.cuda.synchronize()
 
+    def answers(self) -> bool:
+        """Whether it still computes; after some errors of CUDA it does not, until the process ends."""
+        try:
+            torch.ones(1, device=self.torch).item()
+        except torch.OutOfMemoryError:
+            return True
+        except RuntimeError:
+            return False
+        return True
+
     def clear(self) -> None:
         """Gives back what is no longer used, and begins a new peak."""
         gc.collect()

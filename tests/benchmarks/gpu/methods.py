@@ -4,6 +4,7 @@
 import os
 import tempfile
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from tests.training.runs import word_tokenizer
 Method = Literal["tier 2", "tier 2, reused", "tier 3, stretches", "SFTTrainer", "tier 2, reused and compiled"]
 # The last of them is measured once, since compiling takes minutes.
 METHODS: tuple[Method, ...] = ("tier 2", "tier 2, reused", "tier 3, stretches", "SFTTrainer")
-Outcome = Literal["measured", "out of memory", "no time left", "does not fit", "skipped"]
+Outcome = Literal["measured", "out of memory", "no time left", "does not fit", "failed"]
 # Passes over the context's layers, counted in forwards, by which a step's time is guessed before it is run: one; one
 # to fill the store and nothing; forward, recomputation and two for the backward, once more with stretches.
 FORWARDS: dict[str, float] = {"tier 2": 1.0, "tier 2, reused": 0.1, "tier 3, stretches": 5.0, "SFTTrainer": 4.0}
@@ -107,7 +108,7 @@ def measure(
     chunk_size: int = 2048,
     one_step: bool = False,
 ) -> Measurement:
-    """Trains a step or two, and measures the last; out of memory is an outcome like any other.
+    """Trains a step or two, and measures the last; failing is an outcome like any other.
 
     Args:
         method: What to train with.
@@ -123,17 +124,29 @@ def measure(
     # Reuse needs a first step, which encodes what the second finds.
     steps = 1 if one_step and method not in REUSING else 2
     device.clear()
+    outcome: Outcome
     try:
         with device.capped(cap_gib):
             return _measured(method, name, model, device, context, decision, cap_gib, chunk_size, steps)
     except torch.OutOfMemoryError as error:
-        note = str(error).splitlines()[0][:200]
+        outcome, note = "out of memory", described(error)
+    # Whatever it is: the other measurements are worth having.
+    except Exception as error:
+        traceback.print_exc()
+        outcome, note = "failed", described(error)
     finally:
         model.zero_grad(set_to_none=True)
         _uncompile(model)
     # Not inside `except`, where the exception holds the step's tensors.
-    device.clear()
-    return Measurement(name, method, context, decision, cap_gib, "out of memory", note)
+    if outcome == "out of memory" or device.answers():
+        device.clear()
+    return Measurement(name, method, context, decision, cap_gib, outcome, note)
+
+
+def described(error: BaseException) -> str:
+    """An error in one line."""
+    text = (str(error).splitlines() or [""])[0][:200]
+    return text if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {text}"
 
 
 def _uncompile(model: PeftModel) -> None:
@@ -212,10 +225,15 @@ def _trainer(
         # As large as it takes; after the first step every context is found.
         fields |= {"context_cache_size": "1TiB", "max_context_staleness": 1 << 20}
     if method == COMPILED:
-        fields |= {"torch_compile": True} | ({} if device.on_gpu else {"torch_compile_backend": "aot_eager"})
+        fields |= compiled_fields(device)
     if method == "tier 3, stretches":
         fields |= {"tier": 3, "sequence_chunk_size": STRETCH}
     return FrozenContextTrainer(model, FrozenContextConfig(folder, **fields), **shared)
+
+
+def compiled_fields(device: Device) -> dict[str, Any]:
+    """What has a training compiled; on a CPU without a compiler of C++."""
+    return {"torch_compile": True} | ({} if device.on_gpu else {"torch_compile_backend": "aot_eager"})
 
 
 def sample(vocabulary: int, context: int, decision: int) -> Dataset:

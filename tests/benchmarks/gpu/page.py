@@ -45,6 +45,13 @@ def markdown(results: Mapping[str, Any]) -> str:
         sections += ["## Where the time goes", _profiles(results["profiles"])]
     if results["chunks"]:
         sections += ["## Prefill by chunk size", _chunks(results["chunks"])]
+    failures = [
+        f"- {row['model']}, {row['method']}, {row['context']:,} tokens: {row['note']}"
+        for row in results["measurements"]
+        if row["outcome"] == "failed"
+    ]
+    if failures:
+        sections += ["## Failures", "\n".join(failures)]
     sections += ["## Kernels", _kernels(results["kernels"])]
     if results["skipped"]:
         sections += ["## Not run", "\n".join(f"- {line}" for line in results["skipped"])]

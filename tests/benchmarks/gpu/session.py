@@ -2,6 +2,7 @@
 """The benchmark from beginning to end, within its time."""
 
 import importlib.util
+import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tests.benchmarks.gpu import page
 from tests.benchmarks.gpu.build import build_model, needed_bytes
 from tests.benchmarks.gpu.device import Budget, Device, host_copy_rate, matmul_rate
 from tests.benchmarks.gpu.flops import prefill_flops
-from tests.benchmarks.gpu.methods import COMPILE_SECONDS, COMPILED, FORWARDS, REUSING, Measurement, measure
+from tests.benchmarks.gpu.methods import COMPILE_SECONDS, COMPILED, FORWARDS, REUSING, Measurement, described, measure
 from tests.benchmarks.gpu.parity import check_parity
 from tests.benchmarks.gpu.planned import planned_bytes
 from tests.benchmarks.gpu.profiles import prefill_by_chunk, profile_step
@@ -79,9 +80,28 @@ class Session:
         }
 
     def run(self) -> bool:
-        """Measures what there is time for; False where the device's kernels are wrong, and nothing is worth timing."""
+        """Measures what there is time for; False where something went wrong that makes the rest not worth timing.
+
+        Whatever ends it, also an interruption, is named in the results, which are written by then.
+        """
+        try:
+            return self._run()
+        except KeyboardInterrupt:
+            self._skip("everything after that: it was interrupted")
+        # Whatever it is, what was measured before is paid for.
+        except Exception as error:
+            traceback.print_exc()
+            self._skip(f"everything after that: {described(error)}")
+        return False
+
+    def _run(self) -> bool:
         self._name_what_is_missing()
-        self.results["parity"] = [parity.as_figures() for parity in check_parity(self.device)]
+        try:
+            self.results["parity"] = [parity.as_figures() for parity in check_parity(self.device)]
+        except Exception as error:
+            traceback.print_exc()
+            self._skip(f"everything: the kernels of this device could not be run: {described(error)}")
+            return False
         self._write()
         if not all(parity["holds"] for parity in self.results["parity"]):
             self._skip("everything else: the kernels of this device do not agree with the reference")
@@ -96,7 +116,7 @@ class Session:
             self._write()
         # Last, since planning takes time and no GPU.
         self._compare_with_plans()
-        return True
+        return all(row["outcome"] != "failed" for row in self.results["measurements"])
 
     def _compare_with_plans(self) -> None:
         """Sets the peaks of tier 2 against the planner's, while there is time."""
@@ -153,6 +173,9 @@ class Session:
             seconds, model = self._built(shape, config)
         except torch.OutOfMemoryError:
             return self._skip(f"{shape.name}: ran out of memory while it was built")
+        except Exception as error:
+            traceback.print_exc()
+            return self._skip(f"{shape.name}: could not be built: {described(error)}")
         weights = self.device.allocated_bytes()
         self.results["models"].append(
             {"name": shape.name, "computed_bytes": num_bytes, "allocated_bytes": weights, "build_seconds": seconds}
@@ -177,6 +200,9 @@ class Session:
         while waiting:
             task = waiting.pop(0)
             found = self._measured(shape, config, model, task, failed)
+            if found.outcome == "failed" and not self.device.answers():
+                self._add(found, config)
+                raise RuntimeError("the card no longer answers, since an error of CUDA ends its process's use of it")
             if found.outcome == "out of memory":
                 if task.cap_gib is not None:
                     # Without the cap it may fit, and was not going to be measured.
@@ -187,7 +213,11 @@ class Session:
             progress.update()
             # After the comparison that matters most, and before the long tail.
             if profiled and task.method == "SFTTrainer" and task.context == self.plan.goal_context:
-                self._profile(shape, config, model)
+                try:
+                    self._profile(shape, config, model)
+                except Exception as error:
+                    traceback.print_exc()
+                    self._skip(f"{shape.name}: the profile: {described(error)}")
         progress.close()
 
     def _measured(
