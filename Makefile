@@ -56,7 +56,7 @@ bench: $(STAMP)  ## What takes too long for every change: tests, and costs again
 
 # What speeds up a GPU is not everywhere to be had; the benchmark runs without it and says so.
 bench-gpu: $(STAMP)  ## Models of true shape on one GPU, in under eight minutes, written to docs/benchmarks
-	$(BIN)/python -m tests.benchmarks.gpu.install -c constraints.txt
+	$(BIN)/python -m tests.benchmarks.gpu.install -c constraints.txt || echo "== going on with what is installed"
 	$(BIN)/python -m tests.benchmarks.gpu
 
 clean:  ## Remove the environment, caches and outputs

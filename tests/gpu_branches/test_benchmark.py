@@ -3,7 +3,8 @@
 
 import json
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,25 @@ from tests.benchmarks.gpu.methods import COMPILED, METHODS
 from tests.benchmarks.gpu.schedule import SMOKE
 from tests.benchmarks.gpu.session import Session
 from tests.benchmarks.gpu.shapes import SMOKE_MODELS
-from tests.card import stand_in_card
+from tests.card import Card, stand_in_card
+
+
+def run_on_stand_in(folder: Path, patch: pytest.MonkeyPatch) -> tuple[dict[str, Any], Card]:
+    """All of it but the profiler and the compiler, which take a real card, with a tiny model; its results."""
+    patch.setattr(program, "FULL", SMOKE)
+    patch.setattr(program, "MODELS", SMOKE_MODELS)
+    patch.setattr(session, "matmul_rate", lambda *_: 1e12)
+    patch.setattr(profiles, "profiled", lambda device, run: {"gaps": float(run() is None)})
+    patch.setattr(methods, "compiled_fields", lambda device: {})
+    with stand_in_card() as card:
+        assert program.main(["--output", str(folder)]) == 0
+    return json.loads((folder / "gpu.json").read_text()), card
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_the_whole_of_it_runs_on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the profiler and the compiler, which take a real one."""
-    monkeypatch.setattr(program, "FULL", SMOKE)
-    monkeypatch.setattr(program, "MODELS", SMOKE_MODELS)
-    monkeypatch.setattr(session, "matmul_rate", lambda *_: 1e12)
-    monkeypatch.setattr(profiles, "profiled", lambda device, run: {"gaps": float(run() is None)})
-    monkeypatch.setattr(methods, "compiled_fields", lambda device: {})
-    with stand_in_card() as card:
-        assert program.main(["--output", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "gpu.json").read_text())
+    results, card = run_on_stand_in(tmp_path, monkeypatch)
     assert results["facts"]["device"].startswith("NVIDIA H100 (none), 80.0 GiB")
     assert all(parity["holds"] for parity in results["parity"])
     rows = results["measurements"]
@@ -160,21 +165,22 @@ def test_why_there_is_no_card_is_what_pytorch_says(
 
 
 def pip(failing: dict[str, str], broken: tuple[str, ...] = ()) -> tuple[Callable[..., Any], list[list[str]]]:
-    """Stands in for `subprocess.run`: what cannot be installed, with what is said; what cannot load."""
+    """Stands in for `run_within`: what cannot be installed, with what is said; what cannot load."""
     calls: list[list[str]] = []
 
-    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        assert options["capture_output"]
-        assert options["text"]
+    def run(
+        command: list[str], limit_seconds: float | None = None, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         calls.append(command[2:] if command[1] == "-c" else command[3:])
         if command[1] == "-c":
             failed = any(module in command[2] for module in broken)
-            return subprocess.CompletedProcess(command, failed, "", "ImportError: undefined symbol" * failed)
+            return subprocess.CompletedProcess(command, failed, "ImportError: undefined symbol" * failed)
         said = next((text for name, text in failing.items() if any(name in part for part in command)), None)
         if said == "forever":
-            raise subprocess.TimeoutExpired(command, options["timeout"])
-        wants_wheel = said == "URLError: no network" and "CAUSAL_CONV1D_FORCE_BUILD" in options["env"]
-        return subprocess.CompletedProcess(command, said is not None and not wants_wheel, "", said or "")
+            assert limit_seconds is not None
+            raise subprocess.TimeoutExpired(command, limit_seconds)
+        compiles = said == "URLError: no network" and "CAUSAL_CONV1D_FORCE_BUILD" in (environment or {})
+        return subprocess.CompletedProcess(command, said is not None and not compiles, said or "")
 
     return run, calls
 
@@ -186,24 +192,24 @@ FAILURES = [
         None,
         "NOT installed (it has to be compiled",
     ),
-    ({"causal": "RuntimeError: CUDA mismatch"}, (), "nvcc", "NOT installed: RuntimeError: CUDA mismatch"),
-    ({"causal": "URLError: no network"}, (), "nvcc", "causal-conv1d: installed"),
-    ({"causal": "forever"}, (), "nvcc", "NOT installed: it took more than 900 s"),
-    ({}, ("causal_conv1d",), "nvcc", "NOT usable here, and removed again: ImportError: undefined symbol"),
+    ({"causal": "RuntimeError: CUDA mismatch"}, (), "/usr/local/cuda", "NOT installed: RuntimeError: CUDA mismatch"),
+    ({"causal": "URLError: no network"}, (), "/usr/local/cuda", "causal-conv1d: installed"),
+    ({"causal": "forever"}, (), "/usr/local/cuda", "NOT installed: it took more than 900 s"),
+    ({}, ("causal_conv1d",), "/usr/local/cuda", "NOT usable here, and removed again: ImportError: undefined symbol"),
 ]
 
 
-@pytest.mark.parametrize(("failing", "broken", "compiler", "said"), FAILURES)
+@pytest.mark.parametrize(("failing", "broken", "toolkit", "said"), FAILURES)
 def test_a_kernel_package_that_fails_takes_no_other_with_it(
     failing: dict[str, str],
     broken: tuple[str, ...],
-    compiler: str | None,
+    toolkit: str | None,
     said: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("shutil.which", lambda name: compiler)
+    monkeypatch.setattr(install.cpp_extension, "CUDA_HOME", toolkit)
     run, calls = pip(failing, broken)
     assert install.main(["-c", "constraints.txt"], run) == 0
     printed = capsys.readouterr().out
@@ -222,3 +228,13 @@ def test_without_a_card_nothing_is_installed(
     assert install.main([], run) == 0
     assert calls == []
     assert "no card was found" in capsys.readouterr().out
+
+
+def test_what_takes_too_long_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    """A compiler that outlives pip holds its pipes open, and computes beside what is measured."""
+    mark = tmp_path / "alive"
+    with pytest.raises(subprocess.TimeoutExpired):
+        install.run_within(["sh", "-c", f"(sleep 4; touch {mark}) & sleep 60"], 0.5)
+    time.sleep(5)
+    assert not mark.exists()
+    assert install.run_within(["sh", "-c", "echo out; echo $NAME >&2"], 9, {"NAME": "err"}).stdout == "out\nerr\n"

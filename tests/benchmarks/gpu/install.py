@@ -4,31 +4,61 @@
     python -m tests.benchmarks.gpu.install [-c constraints.txt]
 
 Those are the requirements of the extra `cuda`. causal-conv1d has no wheel on the index: its own build looks for one on
-GitHub, and compiles it where there is none, which needs `nvcc`. It is built with the PyTorch that is installed here
-(`--no-build-isolation`), since pip would fetch another for the build, whose result this one could not load.
+GitHub, and compiles it where there is none, which needs a CUDA toolkit. It is built with the PyTorch that is installed
+here (`--no-build-isolation`), since pip would fetch another for the build, whose result this one could not load.
 """
 
 import argparse
 import importlib.metadata
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 
 import torch
 from packaging.requirements import Requirement
+from torch.utils import cpp_extension
 
 BUILD_TOOLS = ("setuptools", "wheel", "ninja")
 # Compiling for every architecture takes minutes; a card is paid for by the hour.
 LIMIT_SECONDS = 900
 # By the name on the index, where modules are called otherwise.
 MODULES = {"flash-linear-attention": "fla.ops.gated_delta_rule"}
+# What brings the module that is imported, where that is another.
+PARTS = {"flash-linear-attention": ("fla-core",)}
 # Has causal-conv1d compile without looking for a wheel, which fails where there is no network but the index.
 WITHOUT_LOOKING = {"CAUSAL_CONV1D_FORCE_BUILD": "TRUE"}
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def run_within(
+    command: list[str], limit_seconds: float | None = None, environment: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Runs a command and takes what it prints; past its time it is ended with the compilers that it has started.
+
+    Raises:
+        TimeoutExpired: It took longer.
+    """
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=os.environ | dict(environment or {}),
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit_seconds)
+    except BaseException:
+        # Also where it is interrupted; what they compile would take the time of what is measured.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 def requirements() -> list[Requirement]:
@@ -42,7 +72,7 @@ def install(requirement: Requirement, options: list[str], run: Run) -> str:
     """Installs one package, and removes it where it cannot be imported; what came of it, in words."""
     text = f"{requirement.name}{requirement.specifier}"
     environments: list[Mapping[str, str]] = [{}]
-    if shutil.which("nvcc") is not None:
+    if cpp_extension.CUDA_HOME is not None:
         environments.append(WITHOUT_LOOKING)
     for environment in environments:
         try:
@@ -52,18 +82,18 @@ def install(requirement: Requirement, options: list[str], run: Run) -> str:
         if done.returncode == 0:
             break
     else:
-        compiler = "" if len(environments) > 1 else " (it has to be compiled, and there is no `nvcc` on the path)"
-        return f"NOT installed{compiler}: {_last_error(done.stdout + done.stderr)}"
+        compiler = "" if len(environments) > 1 else " (it has to be compiled, and no CUDA toolkit was found)"
+        return f"NOT installed{compiler}: {_last_error(done.stdout)}"
     module = MODULES.get(requirement.name, requirement.name.replace("-", "_"))
-    tried = run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True)
+    tried = run([sys.executable, "-c", f"import {module}"])
     if tried.returncode:
         # transformers would import it with the models that it could speed up.
-        _pip(["uninstall", "-y", requirement.name], run, {})
-        return f"NOT usable here, and removed again: {_last_error(tried.stderr)}"
+        _pip(["uninstall", "-y", requirement.name, *PARTS.get(requirement.name, ())], run, {})
+        return f"NOT usable here, and removed again: {_last_error(tried.stdout)}"
     return "installed"
 
 
-def main(arguments: list[str] | None = None, run: Run = subprocess.run) -> int:
+def main(arguments: list[str] | None = None, run: Run = run_within) -> int:
     """Installs what can be, says what cannot and why, and goes on either way."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu.install")
     parser.add_argument("-c", dest="constraints", help="pip's file of constraints")
@@ -82,7 +112,7 @@ def main(arguments: list[str] | None = None, run: Run = subprocess.run) -> int:
 
 def _pip(arguments: list[str], run: Run, environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check"]
-    return run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=os.environ | dict(environment))
+    return run(command, LIMIT_SECONDS, environment)
 
 
 def _last_error(output: str) -> str:
