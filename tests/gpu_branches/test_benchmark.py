@@ -15,21 +15,21 @@ from tests.benchmarks.gpu import __main__ as program
 from tests.benchmarks.gpu import install, methods, profiles, session
 from tests.benchmarks.gpu.device import Budget, Device
 from tests.benchmarks.gpu.methods import COMPILED, METHODS
-from tests.benchmarks.gpu.schedule import SMOKE
+from tests.benchmarks.gpu.schedule import SMOKE, Plan
 from tests.benchmarks.gpu.session import Session
 from tests.benchmarks.gpu.shapes import SMOKE_MODELS
 from tests.card import Card, stand_in_card
 
 
-def run_on_stand_in(folder: Path, patch: pytest.MonkeyPatch) -> tuple[dict[str, Any], Card]:
+def run_on_stand_in(folder: Path, patch: pytest.MonkeyPatch, plan: Plan = SMOKE) -> tuple[dict[str, Any], Card]:
     """All of it but the profiler and the compiler, which take a real card, with a tiny model; its results."""
-    patch.setattr(program, "FULL", SMOKE)
+    patch.setattr(program, "FULL", plan)
     patch.setattr(program, "MODELS", SMOKE_MODELS)
     patch.setattr(session, "matmul_rate", lambda *_: 1e12)
     patch.setattr(profiles, "profiled", lambda device, run: {"gaps": float(run() is None)})
     patch.setattr(methods, "compiled_fields", lambda device: {})
     with stand_in_card() as card:
-        assert program.main(["--output", str(folder)]) == 0
+        assert program.main(["--seconds", "1e6", "--output", str(folder)]) == 0
     return json.loads((folder / "gpu.json").read_text()), card
 
 
