@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that are compared, in the order in which they are measured, and how much is measured."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.benchmarks.real.tasks import TASKS, TaskName
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        name: What it is called.
+        fields: Fields of the configuration, beside those that all share.
+        preset: Roles that get adapters.
+        is_short: Trained on short texts.
+        length: Steps, as a multiple of everybody's.
+        has_flow: Whether its gradient is compared with the full one.
+    """
+
+    name: str
+    fields: dict[str, Any] = field(default_factory=lambda: {"tier": 2})
+    preset: str = "response"
+    is_short: bool = False
+    length: int = 1
+    has_flow: bool = True
+
+
+BASE, TIER_2, TIER_3 = "base", "tier 2", "tier 3"
+# Those that answer the study's question; they get all their seeds before others get their first.
+CORE = (
+    Method(TIER_2),
+    Method("tier 1, short texts", {"tier": 1}, is_short=True),
+    Method(TIER_3, {"tier": 3}),
+)
+OTHERS = (
+    Method("tier 2, all-linear", preset="all-linear"),
+    Method("tier 3, all-linear", {"tier": 3}, preset="all-linear"),
+    Method("tier 2, three times the steps", length=3),
+    Method("horizon 128", {"tier": 2, "gradient_horizon": 128}),
+    Method("context adapters off", {"tier": 2, "context_adapters": False}, has_flow=False),
+    Method("distillation", {"tier": 2, "loss_type": "distill"}),
+)
+METHODS = (*CORE, *OTHERS)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and measured.
+
+    Attributes:
+        tasks: Which are trained.
+        seeds: Of samples and adapters.
+        rates: Learning rates to choose from.
+        steps: Optimizer steps of a training; half of them where a rate is tried.
+        batch_size: Samples per step.
+        measured: Steps of a training after which held-out samples are scored, beside the last.
+        num_tokens: Of a text, from and to.
+        short_tokens: The same for tier 1.
+        long_tokens: The same for the check at length.
+        num_dev: Samples that a learning rate is chosen by.
+        num_held_out: Samples that are scored.
+        num_long: Of the check at length.
+        num_flow: Samples whose gradients are compared.
+        answer_tokens: Where an answer of the base is cut off.
+        rank: Of adapters.
+    """
+
+    tasks: tuple[TaskName, ...] = TASKS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    steps: int = 40
+    batch_size: int = 4
+    measured: tuple[int, ...] = (10, 20)
+    num_tokens: tuple[int, int] = (300, 800)
+    short_tokens: tuple[int, int] = (48, 96)
+    long_tokens: tuple[int, int] = (4000, 5000)
+    num_dev: int = 16
+    num_held_out: int = 32
+    num_long: int = 8
+    num_flow: int = 4
+    answer_tokens: int = 24
+    rank: int = 16

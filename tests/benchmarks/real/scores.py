@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model makes of rows: greedy exact match, margin, loss, and divergence from the base, one entry per row."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.evaluation.decision_scores import DecisionScorer, Weights
+from frozen_peft.evaluation.decision_tokens import TokenizedDecision, stop_tokens
+from tests.benchmarks.real.samples import Row
+
+Score = dict[str, Any]
+
+
+def score_rows(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    condition: str = "given",
+    weights: Sequence[Weights] = ("base", "adapted"),
+) -> dict[Weights, list[Score]]:
+    """Scores the decisions of rows in one kind of context.
+
+    Args:
+        model: A model, or one with adapters.
+        tokenizer: Its tokenizer.
+        rows: What to score.
+        condition: The context that they stand in.
+        weights: With adapters, without, or both, which is what the divergence takes.
+
+    Returns:
+        By weights, for each row its `kind`; whether greedy decoding gives the decision (`exact`); the decision's
+        negative log-probability and tokens; the `margin`, by which it is more likely than the rejected one, or None;
+        and `kl`, KL(base || adapted) per token of the decision, or None. Log-probabilities are in nats.
+    """
+    stops = stop_tokens(tokenizer, get_pretrained_model(model).generation_config)
+    scorer = DecisionScorer(model, batch_size=4, stop_tokens=stops)
+    asked = [
+        (index, name)
+        for index, row in enumerate(rows)
+        for name in ("decision", "rejected")
+        if row[name] is not None
+    ]
+    decisions = [
+        TokenizedDecision(torch.tensor(rows[index][condition]), torch.tensor(rows[index][name]), f"row {index}")
+        for index, name in asked
+    ]
+    found = scorer.score(decisions, weights=weights)
+    return {which: _by_row(rows, dict(zip(asked, found[which], strict=True))) for which in weights}
+
+
+def loss(scores: Sequence[Score]) -> float:
+    """Mean over rows of the decision's loss per token, so that long answers count no more than short ones."""
+    return sum(score["nll"] / score["tokens"] for score in scores) / len(scores)
+
+
+def _by_row(rows: Sequence[Row], scores: dict[tuple[int, str], Any]) -> list[Score]:
+    found = []
+    for index, row in enumerate(rows):
+        own, rejected = scores[index, "decision"], scores.get((index, "rejected"))
+        margin = None if rejected is None else round(own.logprob - rejected.logprob, 4)
+        figures = {"kind": row["kind"], "exact": own.is_greedy, "margin": margin, "kl": own.kl_to_base}
+        found.append(figures | {"nll": round(-own.logprob, 4), "tokens": own.num_tokens})
+    return found

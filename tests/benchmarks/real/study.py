@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fills the cells: the base model's figures, a choice of learning rate per method, and the trainings at it."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
+
+from frozen_peft import FrozenContextConfig, FrozenContextTrainer, gradient_flow, lora_config
+from tests.benchmarks.real.cells import Cell, CellFiles, Figures
+from tests.benchmarks.real.methods import BASE, CORE, METHODS, OTHERS, Method, Size
+from tests.benchmarks.real.samples import Row, SampleFiles, digest, training_rows
+from tests.benchmarks.real.scores import loss, score_rows
+from tests.benchmarks.real.tasks import TaskName
+from tests.benchmarks.real.texts import Part, Texts
+
+# Of held-out and dev samples, which are the same for all seeds.
+PROBE_SEED = 0
+FLOW_SEED = 1_000
+
+
+def plan(size: Size) -> Iterator[Cell]:
+    """All cells, the most telling first, and a cell behind those that it needs."""
+    first, *later = size.seeds
+    for task in size.tasks:
+        yield Cell(task, BASE)
+        yield from _of_methods(task, CORE, [first], size)
+    for task in size.tasks:
+        yield from _of_methods(task, CORE, later, size)
+    for method in OTHERS:
+        for task in size.tasks:
+            yield from _of_methods(task, [method], size.seeds, size)
+
+
+def _of_methods(task: str, methods: Sequence[Method], seeds: Sequence[int], size: Size) -> Iterator[Cell]:
+    for method in methods:
+        if size.seeds[0] in seeds:
+            yield from (Cell(task, method.name, rate=rate) for rate in size.rates)
+        yield from (Cell(task, method.name, seed) for seed in seeds)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One model, its texts, and where figures go.
+
+    Attributes:
+        model_folder: The checkpoint.
+        samples: Makes samples.
+        cells: Keeps figures.
+        size: How much.
+    """
+
+    model_folder: Path
+    samples: SampleFiles
+    cells: CellFiles
+    size: Size
+
+    @classmethod
+    def of(cls, model_folder: Path, texts: Texts, results: Path, size: Size, gathered: Path | None = None) -> "Study":
+        """A study whose results go to a folder."""
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        samples = SampleFiles(results / "samples", texts, model, tokenizer, size.answer_tokens)
+        return cls(model_folder, samples, CellFiles(results / "cells", gathered), size)
+
+    def run(self, say: Callable[[str], None] = print) -> None:
+        """Measures every cell that was not, and leaves alone those that another process works on.
+
+        A cell that needs what another process still measures comes at a later pass.
+        """
+        while open_cells := [cell for cell in plan(self.size) if self.cells.get(cell) is None]:
+            if not any([self._try(cell, say) for cell in open_cells]):
+                time.sleep(10)
+
+    def _try(self, cell: Cell, say: Callable[[str], None]) -> bool:
+        """Whether the cell was measured now."""
+        rate = cell.rate
+        if cell.method != BASE and rate is None:
+            rate = self.cells.best_rate(cell.task, cell.method, self.size.rates)
+            if rate is None:
+                return False
+        with self.cells.claim(cell) as is_free:
+            if not is_free or self.cells.get(cell) is not None:
+                return False
+            start = time.perf_counter(), time.process_time()
+            figures = self.base(cell) if cell.method == BASE else self.trained(cell, rate)
+            figures["wall_seconds"] = time.perf_counter() - start[0]
+            figures["cpu_seconds"] = time.process_time() - start[1]
+            self.cells.put(cell, figures)
+            shown = f"dev loss {figures['dev_loss']:.3f}" if cell.rate else ""
+            say(f"{cell.name}: {figures['cpu_seconds']:.0f} s {shown}")
+        return True
+
+    def base(self, cell: Cell) -> Figures:
+        """The model before training: as it is, with examples before the text, and without the text."""
+        rows = self._rows(cell.task, "held-out")
+        given = {
+            condition: score_rows(self.samples.model, self.samples.tokenizer, rows, condition, ["base"])["base"]
+            for condition in ("given", "examples", "shuffled", "empty")
+        }
+        return {"rows": digest(rows), "scores": given}
+
+    def trained(self, cell: Cell, rate: float) -> Figures:
+        """Trains once: for a choice of the rate, or to the end with everything that is measured."""
+        (method,) = (method for method in METHODS if method.name == cell.method)
+        is_trial = cell.rate is not None
+        steps = self.size.steps // 2 if is_trial else self.size.steps * method.length
+        num_tokens = self.size.short_tokens if method.is_short else self.size.num_tokens
+        num = self.size.steps * method.length * self.size.batch_size
+        rows = self.samples.rows(cell.task, "train", cell.seed, num, num_tokens)
+        probes = self._rows(cell.task, "dev" if is_trial else "held-out")
+        tokenizer = self.samples.tokenizer
+        figures: Figures = {"rate": rate, "steps": steps, "rows": digest(rows)}
+        watch = _Watch(
+            () if is_trial else tuple(step * method.length for step in self.size.measured),
+            lambda model: score_rows(model, tokenizer, probes, weights=["adapted"])["adapted"],
+        )
+        model = AutoModelForCausalLM.from_pretrained(self.model_folder, dtype=torch.float32)
+        with_flow = method.has_flow and not is_trial and cell.seed == self.size.seeds[0]
+        if with_flow:
+            watch.at_start = lambda model: figures.update(cosine_at_start=self._cosine(model, cell.task))
+        model = self._fit(model, method, rows, steps, rate, cell.seed, watch)
+        figures["seconds"] = watch.seconds
+        if is_trial:
+            figures["dev_loss"] = loss(score_rows(model, tokenizer, probes, weights=["adapted"])["adapted"])
+            return figures
+        if with_flow:
+            figures["cosine_at_end"] = self._cosine(model, cell.task)
+        both = score_rows(model, tokenizer, probes)
+        figures["curve"] = watch.curve
+        figures["scores"] = {"given": both["adapted"]}
+        for condition in ("shuffled", "empty"):
+            scored = score_rows(model, tokenizer, probes, condition, ["adapted"])
+            figures["scores"][condition] = scored["adapted"]
+        if cell.seed == self.size.seeds[0] and cell.task == self.size.tasks[0]:
+            long = self.samples.rows(cell.task, "held-out", PROBE_SEED, self.size.num_long, self.size.long_tokens)
+            figures["scores"]["long"] = score_rows(model, tokenizer, long)["adapted"]
+        return figures
+
+    def _rows(self, task: TaskName, part: Part) -> list[Row]:
+        num = self.size.num_dev if part == "dev" else self.size.num_held_out
+        return self.samples.rows(task, part, PROBE_SEED, num, self.size.num_tokens)
+
+    def _cosine(self, model: torch.nn.Module, task: TaskName) -> float | None:
+        rows = self.samples.rows(task, "train", FLOW_SEED, self.size.num_flow, self.size.num_tokens)
+        batches = [
+            {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")} for row in training_rows(rows)
+        ]
+        return gradient_flow(model, batches).horizons[0].total.cosine
+
+    def _fit(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        rows: list[Row],
+        steps: int,
+        rate: float,
+        seed: int,
+        watch: "_Watch",
+    ) -> torch.nn.Module:
+        """Trains fresh adapters on the rows in their order."""
+        torch.manual_seed(seed)
+        with tempfile.TemporaryDirectory() as output:
+            args = FrozenContextConfig(
+                output,
+                max_steps=steps,
+                per_device_train_batch_size=1,
+                gradient_accumulation_steps=self.size.batch_size,
+                learning_rate=rate,
+                # The same at every step, so that equal steps and equal time can be read off one curve.
+                lr_scheduler_type="constant",
+                train_sampling_strategy="sequential",
+                seed=seed,
+                bf16=False,
+                use_cpu=True,
+                dataloader_pin_memory=False,
+                disable_tqdm=True,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                **method.fields,
+            )
+            columns = None if "loss_type" in method.fields else ("input_ids", "labels")
+            dataset = Dataset.from_list(training_rows(rows))
+            trainer = FrozenContextTrainer(
+                model,
+                args,
+                train_dataset=dataset if columns is None else dataset.select_columns(list(columns)),
+                processing_class=self.samples.tokenizer,
+                peft_config=lora_config(model, method.preset, r=self.size.rank, lora_alpha=2 * self.size.rank),
+                callbacks=[watch],
+            )
+            trainer.train()
+        return trainer.model
+
+
+class _Watch(TrainerCallback):
+    """Keeps the processor time of steps, without that of measuring, and measures on the way."""
+
+    def __init__(self, measured: Sequence[int], measure: Callable[[Any], Any]) -> None:
+        self.measured, self.measure = measured, measure
+        self.curve: list[Figures] = []
+        self.seconds = 0.0
+        self.at_start: Callable[[Any], None] = lambda model: None
+
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.at_start(model)
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.start = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.seconds += time.process_time() - self.start
+        if state.global_step in self.measured:
+            self.curve.append({"step": state.global_step, "seconds": self.seconds, "scores": self.measure(model)})
