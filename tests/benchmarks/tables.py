@@ -2,6 +2,7 @@
 """Pages of figures: a table in Markdown, and everything behind it in JSON."""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,3 +52,14 @@ def _aligned(line: Sequence[str], widths: Sequence[int], num_words: int) -> list
         cell.ljust(width) if column < num_words else cell.rjust(width)
         for column, (cell, width) in enumerate(zip(line, widths, strict=True))
     ]
+
+
+def filled(page: str) -> str:
+    """A page whose paragraphs have lines of 119 characters; headings, tables, lists, pictures and HTML stay."""
+    return "\n\n".join(map(_filled, page.split("\n\n")))
+
+
+def _filled(paragraph: str) -> str:
+    if paragraph.startswith(("#", "|", "- ", "![", "<")):
+        return paragraph
+    return textwrap.fill(paragraph, width=119, break_long_words=False, break_on_hyphens=False)

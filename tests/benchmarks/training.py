@@ -78,7 +78,7 @@ def build_tokenizer() -> Any:
     )
 
 
-def train(method: str, model: Any, dataset: Any, tokenizer: Any = None, **fields: Any) -> Training:
+def train(method: str, model: Any, dataset: Any, *, tokenizer: Any = None, **fields: Any) -> Training:
     """Trains with a trainer.
 
     Args:
@@ -86,7 +86,8 @@ def train(method: str, model: Any, dataset: Any, tokenizer: Any = None, **fields
             FrozenContextTrainer.
         model: What to train; its adapters are the preset's.
         dataset: Samples, read in their order.
-        tokenizer: Prepares them; None: they are tokenized.
+        tokenizer: The model's, which prepares samples that are not tokenized; None: one of its own words
+            (`build_tokenizer`).
         fields: More fields of the configuration.
     """
     from frozen_peft import lora_config

@@ -2,7 +2,6 @@
 """Writes the study's page; every number in its text comes from the results."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -19,14 +18,14 @@ from tests.benchmarks.enough.report import (
     shortest_seconds,
 )
 from tests.benchmarks.enough.study import CONTEXT_TOKENS, TASKS, TRAINED_HORIZONS
+from tests.benchmarks.tables import filled
 
 GRADIENT_TASKS = ("habit", "new form")
 
 
 def write_page(results: dict[str, Any], path: Path) -> None:
     """Writes the page from the results of the study."""
-    paragraphs = _page(results).split("\n\n")
-    path.write_text("\n\n".join(map(_wrap, paragraphs)))
+    path.write_text(filled(_page(results)))
 
 
 def _page(results: dict[str, Any]) -> str:
@@ -80,13 +79,6 @@ the quickest of the three trainings. The last column is what is left of recall o
 
 {facts}
 """
-
-
-def _wrap(paragraph: str) -> str:
-    """Fills the lines of a paragraph; headings, tables, lists and pictures stay as they are."""
-    if paragraph.startswith(("#", "|", "- ", "![")):
-        return paragraph
-    return textwrap.fill(paragraph, width=119, break_long_words=False, break_on_hyphens=False)
 
 
 def _plural(word: str, count: int) -> str:

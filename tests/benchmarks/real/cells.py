@@ -84,7 +84,7 @@ def write_json(path: Path, values: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".part{os.getpid()}")
     part.write_text(json.dumps(values) + "\n")
-    os.replace(part, path)
+    part.replace(path)
 
 
 @contextmanager

@@ -39,10 +39,7 @@ def score_rows(
     stops = stop_tokens(tokenizer, get_pretrained_model(model).generation_config)
     scorer = DecisionScorer(model, batch_size=4, stop_tokens=stops)
     asked = [
-        (index, name)
-        for index, row in enumerate(rows)
-        for name in ("decision", "rejected")
-        if row[name] is not None
+        (index, name) for index, row in enumerate(rows) for name in ("decision", "rejected") if row[name] is not None
     ]
     decisions = [
         TokenizedDecision(torch.tensor(rows[index][condition]), torch.tensor(rows[index][name]), f"row {index}")

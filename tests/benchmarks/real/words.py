@@ -55,8 +55,8 @@ _TRAIN = Words(
         "Olsen, Price, Weber, Nash, Petrov, Lane, Fischer, Bishop, Duarte, Quinn"
     ),
     verbs=_split(
-        "sort, number, translate, shorten, underline, copy, check, print, rename, group, mark, rewrite, merge, archive, "
-        "count, describe, publish, collect, move, compare"
+        "sort, number, translate, shorten, underline, copy, check, print, rename, group, mark, rewrite, merge, "
+        "archive, count, describe, publish, collect, move, compare"
     ),
     objects=_split(
         "the questions, the headings, the dates, the greetings, the names, the pictures, the long sentences, the "

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes page, figures and plot of the study from the cells that are there, and says which are not."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from frozen_peft.evaluation.intervals import Mean, Proportion, bootstrap_mean
+from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.real.cells import Cell, CellFiles
+from tests.benchmarks.real.cost_cells import COMPARED, COST, LENGTHS
+from tests.benchmarks.real.methods import BASE, TIER_2, TIER_3, Size
+from tests.benchmarks.real.plot import draw_figure
+from tests.benchmarks.real.report import READING, Reader, groups, hours, per_row, preferred, share
+from tests.benchmarks.tables import filled, markdown_table
+
+NAME = "real"
+TARGET, CONTROL = ("target",), ("control",)
+INTRODUCTION = """\
+# A real model, real text
+
+Made by `python -m tests.benchmarks.real`; do not edit. SmolLM2-135M-Instruct, in float32; pages of the Debian
+Administrator's Handbook and conversations that people wrote (`chitchat-dataset`), {low} to {high} tokens of one of
+them before each direction or question. Held-out samples share no document, person, direction, thing or wording with
+training, nor with the dev part by which learning rates were chosen.
+
+- **accept**: take up a direction ("I will ...") instead of suggesting something else.
+- **conditional**: take up the directions of the person whom the text names as responsible, and answer those of others
+  as the base does. Only the text tells which of the two a direction is.
+- **encoding**: two words have changed places, says the first line of the text; what a crate holds, which later lines
+  say, has to be read that way.
+
+*Targets* are what training is to bring about. *Text read* are directions of others (conditional) and crates whose word
+kept its place (encoding): the share whose own decision is more likely than the one that is right elsewhere. *Controls*
+are questions whose answer is to stay the base's own, token by token as far as {answer} tokens; *KL* is KL(base ||
+trained) per token of those answers. *Examples* are two requests with good answers before the text; every method but
+the base with examples is measured without them. Adapters of rank {rank}; AdamW at a constant learning rate, for each
+method the best of {rates} on the dev part, tried for half the steps; {steps} steps of {batch} samples, every sample
+seen once. {held_out} held-out samples per task. Intervals are of 95 % and are of these samples: seeds are averaged
+and do not narrow them."""
+
+
+def write_results(results: Path, pages: Path, size: Size) -> None:
+    """Gathers the cells of a folder with those gathered before, and writes page, figures and plot."""
+    path = pages / f"{NAME}.json"
+    cells = CellFiles(results / "cells", path).all()
+    path.write_text(json.dumps({"cells": cells}, indent=None, separators=(",", ":")).replace('},"', '},\n"') + "\n")
+    reader = Reader(cells, size)
+    draw_figure(reader, pages / f"{NAME}.png")
+    path.with_suffix(".md").write_text(filled(render_page(reader)))
+
+
+def render_page(reader: Reader) -> str:
+    """The page."""
+    size = reader.size
+    introduction = INTRODUCTION.format(
+        low=size.num_tokens[0],
+        high=size.num_tokens[1],
+        answer=size.answer_tokens,
+        rank=size.rank,
+        rates=", ".join(f"{rate:g}" for rate in size.rates),
+        steps=size.steps,
+        batch=size.batch_size,
+        held_out=size.num_held_out,
+    )
+    parts = [introduction, _missing(reader), f"![Held-out targets against processor time]({NAME}.png)"]
+    for task in size.tasks:
+        parts += [f"## Task: {task}", _results(reader, task), _contexts(reader, task), _equal_time(reader, task)]
+    parts += ["## Where tier 2 loses", _losses(reader), "## What it costs", _costs(reader), _facts(reader)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _missing(reader: Reader) -> str:
+    missing = reader.missing()
+    if not missing:
+        return "Every cell that was planned is measured."
+    lines = "\n".join(f"- {what}: {', '.join(which)}" for what, which in groups(missing).items())
+    return (
+        f"**{len(missing)} of the planned measurements are missing.** Tables and plot show what is there, which may "
+        "be of fewer seeds for some methods than for others.\n\n"
+        f"<details><summary>What is missing</summary>\n\n{lines}\n\n</details>"
+    )
+
+
+def _results(reader: Reader, task: str) -> str:
+    """The table at equal steps."""
+    rows = []
+    for method, condition in [
+        (BASE, "given"),
+        (BASE, "examples"),
+        *((m, "given") for m in reader.measured_methods(task)),
+    ]:
+        seeds = reader.scores(task, method, condition)
+        if not seeds:
+            continue
+        runs = reader.runs(task, method)
+        is_base = method == BASE
+        rows.append(
+            (
+                method if condition == "given" else f"{method}, examples",
+                "" if is_base else f"{len(seeds)}",
+                "" if is_base else f"{runs[0]['rate']:g}",
+                "" if is_base else f"{runs[0]['steps']}",
+                _percent(share(per_row(seeds, TARGET, "exact"))),
+                _nats(per_row(seeds, TARGET, "margin")),
+                _percent(share(preferred(seeds, READING))),
+                _percent(share(per_row(seeds, CONTROL, "exact"))),
+                "" if is_base else _nats(per_row(seeds, CONTROL, "kl"), digits=3),
+                "" if is_base else f"{sum(run['seconds'] for run in runs) / len(runs):.0f}",
+            )
+        )
+    if not rows:
+        return "Nothing measured yet."
+    header = (
+        "method",
+        "seeds",
+        "rate",
+        "steps",
+        "targets exact",
+        "margin, nats",
+        "text read",
+        "controls kept",
+        "KL",
+        "s",
+    )
+    return markdown_table(header, rows, 1)
+
+
+def _contexts(reader: Reader, task: str) -> str:
+    """Whether the text is used, and what the gradient knows about it."""
+    rows = []
+    for method in [BASE, *reader.measured_methods(task)]:
+        cosines = [run for run in reader.runs(task, method) if "cosine_at_start" in run]
+        cells = []
+        for condition in ("given", "shuffled", "empty", "long"):
+            seeds = reader.scores(task, method, condition)
+            cells.append(_percent(share(per_row(seeds, TARGET, "exact"))) if seeds else "")
+        both = [f"{run[name]:.2f}" for run in cosines for name in ("cosine_at_start", "cosine_at_end") if run[name]]
+        if any(cells):
+            rows.append((method, *cells, *(both if len(both) == 2 else ("", ""))))
+    if not rows:
+        return ""
+    header = ("method", "own text", "text of another", "no text", "long text", "cosine, start", "end")
+    low, high = reader.size.long_tokens
+    return (
+        f"Targets exact with another sample's text before the same request, with none, and with {low:,} to {high:,} "
+        "tokens; cosine of the frozen with the full gradient of the method's adapters, before and after training.\n\n"
+        + markdown_table(header, rows, 1)
+    )
+
+
+def _equal_time(reader: Reader, task: str) -> str:
+    """Targets exact within the processor time that a whole training of tier 2, and of tier 3, takes."""
+    limits = {name: reader.points(task, name)[-1][1] for name in (TIER_2, TIER_3) if reader.runs(task, name)}
+    if not limits:
+        return ""
+    rows = []
+    for method in reader.measured_methods(task):
+        cells = []
+        for seconds in limits.values():
+            within = [(step, rate) for step, spent, rate in reader.points(task, method) if spent <= seconds * 1.02]
+            cells.append(f"{within[-1][1]:.0%} ({within[-1][0]:.0f} steps)" if within else "none measured so early")
+        rows.append((method, *cells))
+    header = ("method", *(f"in the {seconds:.0f} s of {name}" for name, seconds in limits.items()))
+    return (
+        "At equal processor time: targets exact at the last measurement within it, and its steps.\n\n"
+        + markdown_table(header, rows, 1)
+    )
+
+
+def _losses(reader: Reader) -> str:
+    """For each task the methods that met more of the targets than tier 2, or the best of the others."""
+    lines = []
+    for task in reader.size.tasks:
+        ahead = {
+            method: found
+            for method in reader.measured_methods(task)
+            if method != TIER_2 and (found := reader.ahead_of_tier_2(task, method)) is not None
+        }
+        if not ahead:
+            lines.append(f"- {task}: not known yet, as tier 2 or all it is to be compared with is missing.")
+            continue
+        told = [f"{method} by {_points(found)}" for method, found in ahead.items() if found.mean > 0]
+        lines.append(
+            f"- {task}: behind {', '.join(told)}."
+            if told
+            else f"- {task}: nowhere; it met at least as many targets as {', '.join(ahead)}."
+        )
+    return (
+        "By how many points of targets met exactly tier 2 is behind, at equal steps and at each method's own learning "
+        "rate; in brackets the interval over held-out samples. One that holds 0 tells no difference.\n\n"
+        + "\n".join(lines)
+    )
+
+
+def _costs(reader: Reader) -> str:
+    """Processor time and memory by length."""
+    rows = []
+    for method in (*COMPARED, "nf4"):
+        cells = []
+        for tokens in LENGTHS:
+            found = reader.cells.get(Cell(COST, f"{method} {tokens}").name)
+            shown = "" if found is None else f"{found['cpu_seconds']:.1f} s, {found['peak_bytes'] / 2**20:,.0f} MiB"
+            cells.append(shown)
+        if any(cells):
+            rows.append(("SFTTrainer" if method == "sft" else method, *cells))
+    if not rows:
+        return "Not measured yet."
+    return (
+        "Processor time of one thread per decision of 48 tokens, and the peak above the loaded model. `SFTTrainer` "
+        "with its defaults; `turns`: four decisions in a sample; `shared`: four samples of a step in one document; "
+        "`store`: adapters off in contexts, found in the store from the second step on; `nf4`: over a 4-bit base. "
+        "Empty: not measured.\n\n" + markdown_table(("method", *(f"{tokens:,} tokens" for tokens in LENGTHS)), rows, 1)
+    )
+
+
+def _facts(reader: Reader) -> str:
+    machines = sorted({figures["machine"] for figures in reader.cells.values() if "machine" in figures})
+    facts = describe_machine() | {"processor": ", ".join(machines) or "none yet"}
+    facts |= {
+        "processor time": f"{hours(reader.cells):.1f} h for what is there, costs apart; other work ran beside it"
+    }
+    return "\n".join(f"- {name}: {text}" for name, text in facts.items())
+
+
+def _percent(found: Proportion | None) -> str:
+    return "" if found is None else f"{found.rate:.0%} ({found.low:.0%} to {found.high:.0%})"
+
+
+def _nats(values: Sequence[float], digits: int = 1) -> str:
+    return "" if not values else _interval(bootstrap_mean(values), digits)
+
+
+def _points(found: Mean) -> str:
+    scaled = Mean(
+        *(None if value is None else 100 * value for value in (found.mean, found.low, found.high)), found.total
+    )
+    return _interval(scaled, 0)
+
+
+def _interval(found: Mean, digits: int) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.mean:.{digits}f}"
+    return f"{found.mean:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
