@@ -24,20 +24,21 @@ Administrator's Handbook and conversations that people wrote (`chitchat-dataset`
 them before each direction or question. Held-out samples share no document, person, direction, thing or wording with
 training, nor with the dev part by which learning rates were chosen.
 
-- **accept**: take up a direction ("I will ...") instead of suggesting something else.
+- **accept**: take up a direction ("I will ...") instead of what the base makes of it behind so much text.
 - **conditional**: take up the directions of the person whom the text names as responsible, and answer those of others
   as the base does. Only the text tells which of the two a direction is.
 - **encoding**: two words have changed places, says the first line of the text; what a crate holds, which later lines
   say, has to be read that way.
 
-*Targets* are what training is to bring about. *Text read* are directions of others (conditional) and crates whose word
-kept its place (encoding): the share whose own decision is more likely than the one that is right elsewhere. *Controls*
-are questions whose answer is to stay the base's own, token by token as far as {answer} tokens; *KL* is KL(base ||
-trained) per token of those answers. *Examples* are two requests with good answers before the text; every method but
-the base with examples is measured without them. Adapters of rank {rank}; AdamW at a constant learning rate, for each
-method the best of {rates} on the dev part, tried for half the steps; {steps} steps of {batch} samples, every sample
-seen once. {held_out} held-out samples per task. Intervals are of 95 % and are of these samples: seeds are averaged
-and do not narrow them."""
+*Targets* are what training is to bring about; their *margin* is the log-probability of the wanted decision less that
+of what the base says instead (encoding: of the word as it is written). *Text read* are directions of others
+(conditional) and crates whose word kept its place (encoding): the share whose own decision is more likely than the one
+that is right elsewhere. *Controls* are questions whose answer is to stay the base's own, token by token as far as
+{answer} tokens; *KL* is KL(base || trained) per token of those answers. *Examples* are two requests with good answers
+before the text; every method but the base with examples is measured without them. Adapters of rank {rank}; AdamW at a
+constant learning rate, for each method the best of {rates} on the dev part, tried for half the steps; {steps} steps of
+{batch} samples, every sample seen once. {held_out} held-out samples per task. Intervals are of 95 % and are of these
+samples: seeds are averaged and do not narrow them."""
 
 
 def write_results(results: Path, pages: Path, size: Size) -> None:

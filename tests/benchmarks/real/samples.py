@@ -16,9 +16,9 @@ from tests.benchmarks.real.cells import locked, write_json
 from tests.benchmarks.real.tasks import Sample, TaskName, draw_samples
 from tests.benchmarks.real.texts import Part, Texts
 
-# A row: its `kind`; the tokens of `decision` and, or None, of `rejected`; and of the contexts that they stand in:
-# `given`, `examples` (with the memories before it), `shuffled` (another sample's text before its request) and `empty`
-# (no text before it).
+# A row: its `kind`; the tokens of `decision` and of `rejected`, None where there is none to compare with; and of the
+# contexts that they stand in: `given`, `examples` (with the memories before it), `shuffled` (another sample's text
+# before its request) and `empty` (no text before it).
 Row = dict[str, Any]
 CONDITIONS = ("given", "examples", "shuffled", "empty")
 
@@ -49,14 +49,16 @@ class SampleFiles:
             if path.exists():
                 return json.loads(path.read_text())
             samples = draw_samples(task, part, seed, num, self.texts, self._count, num_tokens)
-            rows = [self._row(sample, other) for sample, other in zip(samples, _others(samples), strict=True)]
+            # What is trained on needs no decision to compare with, which takes the model seconds.
+            pairs = zip(samples, _others(samples), strict=True)
+            rows = [self._row(sample, other, is_scored=part != "train") for sample, other in pairs]
             write_json(path, rows)
         return rows
 
     def _count(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _row(self, sample: Sample, other: str) -> Row:
+    def _row(self, sample: Sample, other: str, is_scored: bool) -> Row:
         request = sample.request
         memories = [
             {"role": role, "content": text}
@@ -69,8 +71,12 @@ class SampleFiles:
             "shuffled": self._prompt(f"{other}\n\n{request}"),
             "empty": self._prompt(request),
         }
-        decision = self.answer(prompts["given"]) if sample.decision is None else self._tokens(sample.decision)
+        decision = self._answer(prompts["given"]) if sample.decision is None else self._tokens(sample.decision)
         rejected = None if sample.rejected is None else self._tokens(sample.rejected)
+        if rejected is None and sample.decision is not None and is_scored:
+            rejected = self._answer(prompts["given"])
+            # A base that says the very thing leaves nothing to compare.
+            rejected = None if rejected == decision else rejected
         return {"kind": sample.kind, "decision": decision, "rejected": rejected, **prompts}
 
     def _prompt(self, text: str, memories: list[dict[str, str]] | None = None) -> list[int]:
@@ -81,7 +87,7 @@ class SampleFiles:
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
 
     @torch.no_grad()
-    def answer(self, prompt: list[int]) -> list[int]:
+    def _answer(self, prompt: list[int]) -> list[int]:
         """What the base model says: the most likely token each time, to the end of the turn or to the limit."""
         stops = stop_tokens(self.tokenizer, self.model.generation_config)
         tokens = torch.tensor([prompt])

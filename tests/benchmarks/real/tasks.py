@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Three tasks behind real text, which ask different things of a method.
 
-- *accept*: take up a direction instead of suggesting something else, whatever the text before it says.
+- *accept*: take up a direction ("I will ...") instead of what the base model makes of it behind so much text.
 - *conditional*: take up the directions of the person whom the text names as responsible, and answer those of others as
   the base model does. Only the text tells which of the two a direction is.
 - *encoding*: two words have changed places, says the text's first line, so that what its later lines say means
@@ -42,7 +42,7 @@ class Sample:
         document: The text, with the lines that the task needs in it.
         request: A direction or a question.
         decision: The answer that is wanted; None: what the base model says.
-        rejected: One that is not; None where there is none to compare with.
+        rejected: One that is not; None: what the base model says, where that is not the decision.
         memories: Requests and answers that show the good behaviour, for the beginning of the context.
     """
 
@@ -89,7 +89,7 @@ def _accept(kind: Kind, paragraphs: Sequence[str], words: Words, choice: random.
     if kind == "control":
         return _question(paragraphs, words, choice, memories)
     request, decision = _accepted(words, choice)
-    return Sample(kind, "\n".join(paragraphs), request, decision, _alternative(words, choice), memories)
+    return Sample(kind, "\n".join(paragraphs), request, decision, None, memories)
 
 
 def _conditional(kind: Kind, paragraphs: Sequence[str], words: Words, choice: random.Random) -> Sample:
@@ -107,8 +107,7 @@ def _conditional(kind: Kind, paragraphs: Sequence[str], words: Words, choice: ra
     request, decision = _accepted(words, choice)
     if kind == "other":
         return Sample(kind, "\n".join(told), f"{choice.choice(others)}: {request}", None, decision, memories)
-    rejected = _alternative(words, choice)
-    return Sample(kind, "\n".join(told), f"{responsible}: {request}", decision, rejected, memories)
+    return Sample(kind, "\n".join(told), f"{responsible}: {request}", decision, None, memories)
 
 
 def _encoding(kind: Kind, paragraphs: Sequence[str], words: Words, choice: random.Random) -> Sample:
@@ -144,10 +143,6 @@ def _accepted(words: Words, choice: random.Random) -> tuple[str, str]:
     """A direction and its acceptance."""
     asked = _to_do(words, choice)
     return choice.choice(words.directions).format(asked), f"I will {asked}."
-
-
-def _alternative(words: Words, choice: random.Random) -> str:
-    return choice.choice(words.alternatives).format(_to_do(words, choice))
 
 
 def _to_do(words: Words, choice: random.Random) -> str:

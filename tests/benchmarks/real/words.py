@@ -21,7 +21,6 @@ class Words:
         questions: Whose answers are to stay as they are.
         responsible: Wordings of who is responsible, with `{}` for the person.
         bystanders: Wordings of who is not.
-        alternatives: Wordings of an answer that suggests something else.
         swaps: Wordings of the rule that two words have changed places, with `{0}` and `{1}` for them.
         contents: Questions for what is in the crate of `{}`.
     """
@@ -36,7 +35,6 @@ class Words:
     questions: tuple[str, ...]
     responsible: tuple[str, ...]
     bystanders: tuple[str, ...]
-    alternatives: tuple[str, ...]
     swaps: tuple[str, ...]
     contents: tuple[str, ...]
 
@@ -82,7 +80,6 @@ _TRAIN = Words(
     ),
     responsible=("{} is responsible for this text.", "Responsible for this text: {}."),
     bystanders=("{} has read this text.", "{} has a copy of this text.", "A friend of the authors: {}."),
-    alternatives=("Perhaps it would be better to {}.", "You could also {} instead."),
     swaps=(
         "In this text {0} and {1} have changed places: {0} means {1}, {1} means {0}.",
         "Read {0} as {1} below, and {1} as {0}.",
@@ -102,7 +99,6 @@ _DEV = Words(
     questions=("Does this text ask for something?", "Which language is this text in?", "How does this text begin?"),
     responsible=("The one in charge of this text is {}.",),
     bystanders=("{} once heard of this text.", "This text was sent to {}."),
-    alternatives=("It might be nicer to {}.",),
     swaps=("Take {0} for {1} here, and {1} for {0}.",),
     contents=("Which goods lie in the crate of {}?",),
 )
@@ -126,7 +122,6 @@ _HELD_OUT = Words(
     ),
     responsible=("The person responsible for the text is {}.", "{} bears the responsibility for this text."),
     bystanders=("{} was told about this text.", "{} keeps this text in a drawer.", "{} likes this text."),
-    alternatives=("I would rather suggest to {}.", "Why not {}?"),
     swaps=("The words {0} and {1} are swapped: {0} stands for {1}, {1} stands for {0}.",),
     contents=("What is kept in the crate of {}?",),
 )
