@@ -47,7 +47,7 @@ def samples(method: str, tokens: int, steps: int, tokenizer: Any) -> Any:
     header = header["input_ids"][len(bare["input_ids"]) :]
 
     def drawn(num: int) -> list[int]:
-        return torch.randint(100, 1000, (num,)).tolist()
+        return torch.randint(100, min(1000, len(tokenizer)), (num,)).tolist()
 
     shared = drawn(tokens - DECISION - len(header))
     rows = []

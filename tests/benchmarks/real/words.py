@@ -109,9 +109,9 @@ _HELD_OUT = Words(
     verbs=_split("list, encrypt, illustrate, delete, paraphrase, colour, fold, index, simplify, record"),
     objects=_split(
         "the instructions, the paintings, the errors, the stories, the signatures, the chapters, the receipts, the "
-        "jokes, the letters, the diagrams, the adjectives, the opinions"
+        "jokes, the postcards, the diagrams, the adjectives, the opinions"
     ),
-    manners=_split("in Spanish, within an hour, by author, without a computer, in small print, from memory"),
+    manners=_split("in Spanish, within an hour, by author, without a computer, in tiny type, from memory"),
     things=_split("brass, velvet, tea, gravel, ink, oats, ivory, resin, butter, zinc, straw, porcelain"),
     directions=("I'd like you to {}.", "Kindly {}.", "Now {}, and nothing else."),
     questions=(
