@@ -17,12 +17,15 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from frozen_peft import lora_config
+from frozen_peft.data import strip_instructions
+from frozen_peft.evaluation import read_probes
 from tests.benchmarks.real.cells import Cell, CellFiles
 from tests.benchmarks.real.cost import FIELDS, samples
 from tests.benchmarks.real.fetch import conversation, paragraphs
 from tests.benchmarks.real.methods import BASE, CORE, METHODS, Size
 from tests.benchmarks.real.page import render_page, write_results
 from tests.benchmarks.real.report import Reader, per_row, share
+from tests.benchmarks.real.road import write_road
 from tests.benchmarks.real.samples import Row, SampleFiles, training_rows
 from tests.benchmarks.real.scores import score_rows
 from tests.benchmarks.real.smoke import SMALLEST, make
@@ -354,3 +357,18 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(folder: Path, tmp_path: P
         assert ("cosine_at_end" in run) == method.has_flow
         assert {score["kl"] > 0 for score in run["scores"]["given"]} == {True}
     assert "all-linear" in render_page(reader)
+
+
+def test_files_for_the_command_line_are_ones_that_it_takes(folder: Path, tmp_path: Path) -> None:
+    write_road(folder / "model", tmp_path, 4, 4)
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert [len(row["prompt"]) for row in rows] == [5, 5, 5]
+    decided = [row | {"completion": [{"role": "assistant", "content": "I will."}]} for row in rows]
+    assert [len(strip_instructions(row)["prompt"]) for row in decided] == [1, 1, 1]
+    probes = read_probes(tmp_path / "probes.jsonl")
+    assert [probe.kind for probe in probes] == ["target", "target", "target", "control"]
+    for probe in probes:
+        (message,) = probe.prompt
+        assert probe.stripped
+        if probe.kind == "target":
+            assert probe.expected.removeprefix("I will ").removesuffix(".") in message["content"].splitlines()[-1]

@@ -48,14 +48,15 @@ class SampleFiles:
             path = self.folder / name
             if path.exists():
                 return json.loads(path.read_text())
-            samples = draw_samples(task, part, seed, num, self.texts, self._count, num_tokens)
+            samples = draw_samples(task, part, seed, num, self.texts, self.count, num_tokens)
             # What is trained on needs no decision to compare with, which takes the model seconds.
             pairs = zip(samples, _others(samples), strict=True)
             rows = [self._row(sample, other, is_scored=part != "train") for sample, other in pairs]
             write_json(path, rows)
         return rows
 
-    def _count(self, text: str) -> int:
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _row(self, sample: Sample, other: str, is_scored: bool) -> Row:

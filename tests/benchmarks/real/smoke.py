@@ -32,7 +32,17 @@ SMALL = Size(
     rank=4,
 )
 # In a test: one task goes through every method, the others are drawn only.
-SMALLEST = replace(SMALL, tasks=("conditional",), rates=(3e-3,), steps=2, measured=(1,))
+SMALLEST = replace(
+    SMALL,
+    tasks=("conditional",),
+    rates=(3e-3,),
+    steps=2,
+    measured=(1,),
+    num_held_out=4,
+    num_dev=2,
+    num_long=1,
+    num_flow=1,
+)
 
 
 def make(folder: Path) -> Path:
