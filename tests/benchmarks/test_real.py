@@ -114,6 +114,9 @@ def test_decisions_follow_from_what_the_text_says(folder: Path, part: Part) -> N
     to_do = [f"{v} {o} {m}" for v in words.verbs for o in words.objects for m in words.manners]
     for sample in drawn(texts, "accept", part):
         asked = [done for done in to_do if done in sample.request]
+        # An example that has the answer's words would give it away.
+        shown = " ".join(answer for _, answer in sample.memories)
+        assert not any(part in shown for done in asked for part in (done.split()[0], done.partition("the ")[2]))
         assert sample.decision == (f"I will {asked[0]}." if sample.kind == "target" else None)
         assert sample.kind == "target" or sample.request in words.questions
         assert all(f"I will {done}." != sample.decision or done in sample.request for done in to_do[:50])

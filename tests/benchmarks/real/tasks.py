@@ -85,33 +85,32 @@ def draw_samples(
 
 
 def _accept(kind: Kind, paragraphs: Sequence[str], words: Words, choice: random.Random) -> Sample:
-    memories = tuple(_accepted(words, choice) for _ in range(2))
+    (request, decision), *memories = _accepted(words, choice, 3)
     if kind == "control":
         return _question(paragraphs, words, choice, memories)
-    request, decision = _accepted(words, choice)
-    return Sample(kind, "\n".join(paragraphs), request, decision, None, memories)
+    return Sample(kind, "\n".join(paragraphs), request, decision, None, tuple(memories))
 
 
 def _conditional(kind: Kind, paragraphs: Sequence[str], words: Words, choice: random.Random) -> Sample:
     people = _people(words, 5, choice)
-    memories = tuple(
-        (f"{choice.choice(words.responsible).format(person)}\n\n{person}: {request}", decision)
-        for person, (request, decision) in ((person, _accepted(words, choice)) for person in people[3:])
-    )
+    (request, decision), *examples = _accepted(words, choice, 3)
+    memories = [
+        (f"{choice.choice(words.responsible).format(person)}\n\n{person}: {asked}", accepted)
+        for person, (asked, accepted) in zip(people[3:], examples, strict=True)
+    ]
     responsible, *others = people[:3]
     lines = [choice.choice(words.responsible).format(responsible)]
     lines += [choice.choice(words.bystanders).format(person) for person in others]
     told = _with_lines(paragraphs, choice.sample(lines, len(lines)), choice)
     if kind == "control":
         return _question(told, words, choice, memories)
-    request, decision = _accepted(words, choice)
     if kind == "other":
-        return Sample(kind, "\n".join(told), f"{choice.choice(others)}: {request}", None, decision, memories)
-    return Sample(kind, "\n".join(told), f"{responsible}: {request}", decision, None, memories)
+        return Sample(kind, "\n".join(told), f"{choice.choice(others)}: {request}", None, decision, tuple(memories))
+    return Sample(kind, "\n".join(told), f"{responsible}: {request}", decision, None, tuple(memories))
 
 
 def _encoding(kind: Kind, paragraphs: Sequence[str], words: Words, choice: random.Random) -> Sample:
-    memories = tuple(_decoded(words, choice, position) for position in (0, 2))
+    memories = [_decoded(words, choice, position) for position in (0, 2)]
     if kind == "control":
         return _question(paragraphs, words, choice, memories)
     people, things = _crates(words, choice)
@@ -123,7 +122,7 @@ def _encoding(kind: Kind, paragraphs: Sequence[str], words: Words, choice: rando
     told = [_rule(things, words, choice), *_with_lines(paragraphs, facts, choice)]
     decision, rejected = (_holds(people[asked], things[place]) for place in (meant, wrong))
     request = choice.choice(words.contents).format(people[asked])
-    return Sample(kind, "\n".join(told), request, decision, rejected, memories)
+    return Sample(kind, "\n".join(told), request, decision, rejected, tuple(memories))
 
 
 _MAKE: dict[TaskName, Callable[..., Sample]] = {
@@ -134,19 +133,16 @@ _MAKE: dict[TaskName, Callable[..., Sample]] = {
 
 
 def _question(
-    paragraphs: Sequence[str], words: Words, choice: random.Random, memories: tuple[tuple[str, str], ...]
+    paragraphs: Sequence[str], words: Words, choice: random.Random, memories: Sequence[tuple[str, str]]
 ) -> Sample:
-    return Sample("control", "\n".join(paragraphs), choice.choice(words.questions), None, None, memories)
+    return Sample("control", "\n".join(paragraphs), choice.choice(words.questions), None, None, tuple(memories))
 
 
-def _accepted(words: Words, choice: random.Random) -> tuple[str, str]:
-    """A direction and its acceptance."""
-    asked = _to_do(words, choice)
-    return choice.choice(words.directions).format(asked), f"I will {asked}."
-
-
-def _to_do(words: Words, choice: random.Random) -> str:
-    return " ".join(choice.choice(part) for part in (words.verbs, words.objects, words.manners))
+def _accepted(words: Words, choice: random.Random, num: int) -> list[tuple[str, str]]:
+    """Directions with their acceptances, which have no word of what is to be done in common."""
+    drawn = [choice.sample(part, num) for part in (words.verbs, words.objects, words.manners)]
+    asked = [" ".join(parts) for parts in zip(*drawn, strict=True)]
+    return [(choice.choice(words.directions).format(to_do), f"I will {to_do}.") for to_do in asked]
 
 
 def _people(words: Words, num: int, choice: random.Random) -> list[str]:
