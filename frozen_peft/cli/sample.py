@@ -100,6 +100,11 @@ def run(arguments: Sequence[str]) -> None:
     print(summary.table())
     if bad:
         print(f"  {len(bad)} bad rows of {options.prompts} left out, named above")
+    if summary.num_candidates and not summary.num_kept:
+        raise CommandError(
+            f"no candidate was kept, so {options.out} was not written; the candidates stay in "
+            f"{work_file(options.out)}, and the same command with another filter judges them anew"
+        )
 
 
 def _parser() -> CommandParser:

@@ -8,7 +8,7 @@
 3. The filter judges all of them in each run. It may therefore be another one when a job goes on: one that is mended
    after it failed, for instance.
 4. When all are there, what was kept is written in the order of the prompts, the output appears under its name, and the
-   work file goes.
+   work file goes. Where nothing was kept, there is no output, and the candidates stay for another filter.
 """
 
 import time
@@ -32,6 +32,8 @@ __all__ = ["SampleSummary", "Sampler", "run_sample_job", "work_file"]
 
 # Candidates of an earlier run that are judged together.
 _FOUND_BATCH = 64
+# Characters of a candidate that the summary shows.
+_SHOWN = 60
 
 
 class Sampler(Protocol):
@@ -53,6 +55,7 @@ class SampleSummary:
         num_found: Those of them that an earlier run had sampled.
         num_kept: Candidates kept.
         rejected: Candidates that were not, by reason, most frequent first.
+        examples: The text of the first of them, by reason.
         num_retokenized: Those of the kept ones that train in other tokens than they were generated in.
         num_tokens: Tokens generated, as far as they are known.
         seconds: Time that this run took.
@@ -67,6 +70,7 @@ class SampleSummary:
     num_tokens: int
     seconds: float
     rejected: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
 
     def table(self) -> str:
         """The summary in aligned lines."""
@@ -79,11 +83,16 @@ class SampleSummary:
             ("kept", f"{self.num_kept:,}", ""),
             *other,
             ("rejected", f"{self.num_candidates - self.num_kept:,}", ""),
-            *((f"  {reason}", f"{number:,}", "") for reason, number in self.rejected.items()),
+            *((f"  {reason}", f"{number:,}", self._example(reason)) for reason, number in self.rejected.items()),
             ("tokens", f"{self.num_tokens:,}", ""),
             ("seconds", f"{self.seconds:,.1f}", ""),
         ]
         return "\n".join(aligned(rows, right=[1]))
+
+    def _example(self, reason: str) -> str:
+        """How the first that was rejected for this reason begins."""
+        text = self.examples.get(reason, "")
+        return f"such as {text[:_SHOWN]!r}{' ...' if len(text) > _SHOWN else ''}" if text else ""
 
 
 def work_file(output: Path) -> Path:
@@ -102,7 +111,7 @@ def run_sample_job(
 
     Args:
         rows: The prompts.
-        output: The file to write, replaced where it exists.
+        output: The file to write, replaced where it exists. If nothing is kept it is not, and the work file stays.
         sampler: Where candidates come from.
         keep: Which of them are kept.
         settings: All that candidates and margins depend on, as JSON; a run with others does not go on with the work
@@ -123,12 +132,13 @@ def run_sample_job(
         candidates = {candidate.key: candidate for candidate in found}
         num_found = len(candidates)
         rejected = _judged(rows, sampler, keep, candidates, margins, journal)
-        with whole_file(output) as file:
-            for row in rows:
-                for key in ((row.index, number) for number in range(len(row.seeds))):
-                    if rejected[key] is None:
-                        file.write(dump_row(completed(row, candidates[key], margins.get(key))))
-        journal.remove()
+        if None in rejected.values():
+            with whole_file(output) as file:
+                for row in rows:
+                    for key in ((row.index, number) for number in range(len(row.seeds))):
+                        if rejected[key] is None:
+                            file.write(dump_row(completed(row, candidates[key], margins.get(key))))
+            journal.remove()
     return _summary(rows, candidates, rejected, num_found, time.monotonic() - start)
 
 
@@ -186,6 +196,9 @@ def _summary(
 ) -> SampleSummary:
     kept = [key for key, reason in rejected.items() if reason is None]
     reasons = Counter(reason for reason in rejected.values() if reason is not None)
+    first = {
+        reason: candidates[key].text for key, reason in sorted(rejected.items(), reverse=True) if reason is not None
+    }
     return SampleSummary(
         num_prompts=len(rows),
         num_without=len(rows) - len({index for index, _ in kept}),
@@ -196,4 +209,5 @@ def _summary(
         num_tokens=sum(candidate.num_tokens or 0 for candidate in candidates.values()),
         seconds=seconds,
         rejected=dict(reasons.most_common()),
+        examples=first,
     )

@@ -73,7 +73,7 @@ def test_what_is_kept_is_in_the_order_of_the_prompts(tmp_path: Path) -> None:
         ["candidates", "12"],
         ["kept", "8"],
         ["rejected", "4"],
-        ["refused", "by", "refuse_some", "4"],
+        ["refused", "by", "refuse_some", "4", "such", "as", "'é1/2'"],
         ["tokens", "24"],
     ]
     assert table.splitlines()[6].split()[0] == "seconds"
@@ -138,6 +138,18 @@ def test_a_filter_that_fails_loses_nothing(tmp_path: Path) -> None:
     assert lines(output) == EXPECTED
     assert not {*mended.asked} & {*dealer.asked}
     assert len(dealer.asked) == 5
+
+
+def test_where_nothing_is_kept_the_candidates_wait_for_another_filter(tmp_path: Path) -> None:
+    output, nothing = tmp_path / "out.jsonl", CandidateFilter(function=lambda sample: False, function_name="nothing")
+    summary = run_sample_job(ROWS, output, Dealer(), nothing, SETTINGS)
+    assert (summary.num_kept, summary.examples) == (0, {"refused by nothing": "é0/0"})
+    assert not output.exists()
+    dealer = Dealer()
+    assert run_sample_job(ROWS, output, dealer, KEEP, SETTINGS).num_found == 12
+    assert dealer.asked == []
+    assert lines(output) == EXPECTED
+    assert not work_file(output).exists()
 
 
 def test_margins_are_measured_once(tmp_path: Path) -> None:
