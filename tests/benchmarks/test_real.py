@@ -301,7 +301,14 @@ def test_the_page_shows_what_is_there_and_names_what_is_not(tmp_path: Path) -> N
     assert "Nothing measured yet" in empty
     assert "planned measurements are missing" in empty
     seeds = [[score("target", i < met) for i in range(10)] + [score("control", True, None)] for met in (9, 5)]
-    run = {"rate": 1e-3, "steps": 4, "seconds": 8.0, "curve": [], "cpu_seconds": 3600.0, "machine": "abacus"}
+    run = {
+        "rate": 1e-3,
+        "steps": 4,
+        "seconds": 8.0,
+        "curve": [],
+        "cpu_seconds": 3600.0,
+        "machine": {"processor": "abacus"},
+    }
     files = CellFiles(tmp_path / "results" / "cells")
     for seed, scores in enumerate(seeds):
         files.put(Cell("accept", "tier 3", seed), run | {"scores": {"given": scores}})

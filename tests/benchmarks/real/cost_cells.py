@@ -4,7 +4,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.benchmarks.machine import processor_name
+from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.processes import measure
 from tests.benchmarks.real.cells import Cell, CellFiles
 
@@ -30,5 +30,5 @@ def run_costs(model: Path, results: Path, gathered: Path | None = None, lengths:
             steps = 2 if int(tokens) < LENGTHS[-1] or method == "store" else 1
             environment = {"OMP_NUM_THREADS": "1"}
             figures = measure("real.cost", environment, model=model, method=method, tokens=tokens, steps=steps)
-            cells.put(cell, figures | {"machine": processor_name()})
+            cells.put(cell, figures | {"machine": describe_machine()})
             print(f"{cell.name}: {figures['cpu_seconds']:.1f} s, {figures['peak_bytes'] >> 20} MiB", flush=True)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from frozen_peft.evaluation.intervals import Mean, Proportion, bootstrap_mean
-from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.real.cells import Cell, CellFiles
 from tests.benchmarks.real.cost_cells import COMPARED, COST, LENGTHS
 from tests.benchmarks.real.methods import BASE, TIER_2, TIER_3, Size
@@ -216,11 +215,13 @@ def _costs(reader: Reader) -> str:
 
 
 def _facts(reader: Reader) -> str:
-    machines = sorted({figures["machine"] for figures in reader.cells.values() if "machine" in figures})
-    facts = describe_machine() | {"processor": ", ".join(machines) or "none yet"}
-    facts |= {
-        "processor time": f"{hours(reader.cells):.1f} h for what is there, costs apart; other work ran beside it"
-    }
+    """The machines that the figures are from, which may be several, and the time it took."""
+    found: dict[str, set[str]] = {}
+    for figures in reader.cells.values():
+        for name, text in figures["machine"].items():
+            found.setdefault(name, set()).add(text)
+    facts = {name: "; ".join(sorted(texts)) for name, texts in found.items()}
+    facts["processor time"] = f"{hours(reader.cells):.1f} h for what is there, costs apart; other work ran beside it"
     return "\n".join(f"- {name}: {text}" for name, text in facts.items())
 
 

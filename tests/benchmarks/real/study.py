@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from frozen_peft import FrozenContextConfig, FrozenContextTrainer, gradient_flow, lora_config
-from tests.benchmarks.machine import processor_name
+from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.real.cells import Cell, CellFiles, Figures
 from tests.benchmarks.real.methods import BASE, CORE, METHODS, OTHERS, Method, Size
 from tests.benchmarks.real.samples import Row, SampleFiles, digest, training_rows
@@ -93,7 +93,7 @@ class Study:
             start = time.perf_counter(), time.process_time()
             figures = self.base(cell) if cell.method == BASE else self.trained(cell, rate)
             figures["wall_seconds"] = time.perf_counter() - start[0]
-            figures["machine"] = processor_name()
+            figures["machine"] = describe_machine()
             figures["cpu_seconds"] = time.process_time() - start[1]
             self.cells.put(cell, figures)
             shown = f"dev loss {figures['dev_loss']:.3f}" if cell.rate else ""
