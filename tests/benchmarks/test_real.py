@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from frozen_peft import lora_config
 from frozen_peft.data import strip_instructions
 from frozen_peft.evaluation import read_probes
+from tests.benchmarks.real.__main__ import main
 from tests.benchmarks.real.cells import Cell, CellFiles
 from tests.benchmarks.real.cost import FIELDS, samples
 from tests.benchmarks.real.fetch import conversation, paragraphs
@@ -282,7 +283,8 @@ def test_scores_are_those_of_plain_forwards(folder: Path, files: SampleFiles) ->
             assert score["kind"] == row["kind"]
             if row["rejected"] is not None:
                 other = plain_logits(files.model if which == "base" else adapted, row["shuffled"], row["rejected"])
-                margin = chosen - other.gather(1, torch.tensor(row["rejected"])[:, None]).sum()
+                other = other.gather(1, torch.tensor(row["rejected"])[:, None]).mean()
+                margin = chosen / len(tokens) - other
                 assert score["margin"] == pytest.approx(float(margin), abs=1e-3)
         kl = (before.exp() * (before - after)).sum(-1).mean()
         assert found["adapted"][index]["kl"] == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
@@ -326,6 +328,17 @@ def test_the_page_shows_what_is_there_and_names_what_is_not(tmp_path: Path) -> N
     write_results(tmp_path / "elsewhere", tmp_path, size)
     assert (tmp_path / "real.md").read_text() == page
     assert share(per_row(seeds, ("target",), "exact")).rate == pytest.approx(0.7)
+
+
+def test_the_command_writes_a_page_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--page-only", "--tasks", "accept", "--results", str(tmp_path / "results"), "--pages", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["real", *options])
+    main()
+    assert "## Task: accept" in (tmp_path / "real.md").read_text()
+    assert (tmp_path / "real.png").stat().st_size > 0
+    monkeypatch.setattr("sys.argv", ["real", *options[1:]])
+    with pytest.raises(SystemExit):
+        main()
 
 
 @pytest.mark.parametrize("method", FIELDS)

@@ -29,10 +29,10 @@ training, nor with the dev part by which learning rates were chosen.
 - **encoding**: two words have changed places, says the first line of the text; what a crate holds, which later lines
   say, has to be read that way.
 
-*Targets* are what training is to bring about; their *margin* is the log-probability of the wanted decision less that
-of what the base says instead (encoding: of the word as it is written). *Text read* are directions of others
-(conditional) and crates whose word kept its place (encoding): the share whose own decision is more likely than the one
-that is right elsewhere. *Controls* are questions whose answer is to stay the base's own, token by token as far as
+*Targets* are what training is to bring about; their *margin* is the log-probability per token of the wanted decision
+less that of what the base says instead (encoding: of the word as it is written). *Text read* are directions of others
+(conditional) and crates whose word kept its place (encoding): the share whose own decision is more likely, per token, than
+the one that is right elsewhere. *Controls* are questions whose answer is to stay the base's own, token by token as far as
 {answer} tokens; *KL* is KL(base || trained) per token of those answers. *Examples* are two requests with good answers
 before the text; every method but the base with examples is measured without them. Adapters of rank {rank}; AdamW at a
 constant learning rate, for each method the best of {rates} on the dev part, tried for half the steps; {steps} steps of
@@ -102,7 +102,7 @@ def _results(reader: Reader, task: str) -> str:
                 "" if is_base else f"{runs[0]['rate']:g}",
                 "" if is_base else f"{runs[0]['steps']}",
                 _percent(share(per_row(seeds, TARGET, "exact"))),
-                _nats(per_row(seeds, TARGET, "margin")),
+                _nats(per_row(seeds, TARGET, "margin"), digits=2),
                 _percent(share(preferred(seeds, READING))),
                 _percent(share(per_row(seeds, CONTROL, "exact"))),
                 "" if is_base else _nats(per_row(seeds, CONTROL, "kl"), digits=3),

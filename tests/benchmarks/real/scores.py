@@ -33,8 +33,9 @@ def score_rows(
 
     Returns:
         By weights, for each row its `kind`; whether greedy decoding gives the decision (`exact`); the decision's
-        negative log-probability and tokens; the `margin`, by which it is more likely than the rejected one, or None;
-        and `kl`, KL(base || adapted) per token of the decision, or None. Log-probabilities are in nats.
+        negative log-probability and tokens; the `margin` by which it is more likely than the rejected one, or None;
+        and `kl`, KL(base || adapted) per token of the decision, or None. All in nats, margins between means per token:
+        an answer of the base that is cut off is twice as long as most decisions, and less likely for that alone.
     """
     stops = stop_tokens(tokenizer, get_pretrained_model(model).generation_config)
     scorer = DecisionScorer(model, batch_size=4, stop_tokens=stops)
@@ -58,7 +59,8 @@ def _by_row(rows: Sequence[Row], scores: dict[tuple[int, str], Any]) -> list[Sco
     found = []
     for index, row in enumerate(rows):
         own, rejected = scores[index, "decision"], scores.get((index, "rejected"))
-        margin = None if rejected is None else round(own.logprob - rejected.logprob, 4)
+        per_token = [one.logprob / one.num_tokens for one in (own, rejected) if one is not None]
+        margin = None if rejected is None else round(per_token[0] - per_token[1], 4)
         figures = {"kind": row["kind"], "exact": own.is_greedy, "margin": margin, "kl": own.kl_to_base}
         found.append(figures | {"nll": round(-own.logprob, 4), "tokens": own.num_tokens})
     return found
