@@ -31,13 +31,13 @@ training, nor with the dev part by which learning rates were chosen.
 
 *Targets* are what training is to bring about; their *margin* is the log-probability per token of the wanted decision
 less that of what the base says instead (encoding: of the word as it is written). *Text read* are directions of others
-(conditional) and crates whose word kept its place (encoding): the share whose own decision is more likely, per token, than
-the one that is right elsewhere. *Controls* are questions whose answer is to stay the base's own, token by token as far as
-{answer} tokens; *KL* is KL(base || trained) per token of those answers. *Examples* are two requests with good answers
-before the text; every method but the base with examples is measured without them. Adapters of rank {rank}; AdamW at a
-constant learning rate, for each method the best of {rates} on the dev part, tried for half the steps; {steps} steps of
-{batch} samples, every sample seen once. {held_out} held-out samples per task. Intervals are of 95 % and are of these
-samples: seeds are averaged and do not narrow them."""
+(conditional) and crates whose word kept its place (encoding): the share whose own decision is more likely, per token,
+than the one that is right elsewhere. *Controls* are questions whose answer is to stay the base's own, token by token
+as far as {answer} tokens; *KL* is KL(base || trained) per token of those answers. *Examples* are two requests with
+good answers before the text; every method but the base with examples is measured without them. Adapters of rank
+{rank}; AdamW at a constant learning rate, for each method the best of {rates} on the dev part, tried for half the
+steps; {steps} steps of {batch} samples, every sample seen once. {held_out} held-out samples per task. Intervals are
+of 95 % and are of these samples: seeds are averaged and do not narrow them."""
 
 
 def write_results(results: Path, pages: Path, size: Size) -> None:
