@@ -77,7 +77,7 @@ def run(method: str, row: dict[str, Any], turns: list[Any], repeats: int) -> tup
         template = f"{TEMPLATE}_training"
         fields |= {"decision_mode": "turns", "assistant_only_loss": True}
     start = time.process_time()
-    training = train(method, build_model(), Dataset.from_list(rows), template_tokenizer(template), **fields)
+    training = train(method, build_model(), Dataset.from_list(rows), tokenizer=template_tokenizer(template), **fields)
     return training, time.process_time() - start - sum(cpu for _, cpu in training.steps)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention import bias
+from transformers.utils import import_utils
 
 from frozen_peft.context.kernels import choice, table
 from frozen_peft.context.store import residence
@@ -75,9 +76,12 @@ def stand_in_card(**facts: Any) -> Iterator[Card]:
 
 
 def _forget_the_machine() -> None:
-    """What the package has read of this machine's devices once and for all."""
+    """What the package and transformers have read of this machine's devices once and for all."""
     for cached in (table.current_capabilities, choice._is_accelerated, residence._copy_stream):
         cached.cache_clear()
+    for name, function in vars(import_utils).items():
+        if name.startswith("is_torch_") and hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 @contextmanager
