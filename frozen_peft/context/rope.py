@@ -17,7 +17,7 @@ The second is why a conversation's turns share less where it crosses a limit, an
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -135,13 +135,34 @@ def rows_of_lengths(model: PreTrainedModel, lengths: Sequence[int]) -> Iterator[
 
 
 @contextmanager
-def rows_on_their_own(model: PreTrainedModel, attention_mask: torch.Tensor) -> Iterator[None]:
-    """The same for rows that are whole samples, padded on the right, of a mask of shape `(B, S)`."""
+def rows_on_their_own(model: PreTrainedModel) -> Iterator[None]:
+    """The same for forwards of whole samples, padded on the right, each by its own attention mask, shape `(B, S)`."""
     if not rope_limits(model).all:
         yield
         return
-    with rows_of_lengths(model, attention_mask.sum(-1).tolist()):
+    decoder = get_decoder(model)
+    running: list[ExitStack] = []
+
+    def begin(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A loss may run rows of several lengths, such as KTO's mismatched answers.
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        mask = (dict(zip(names, args, strict=False)) | kwargs).get("attention_mask")
+        running.append(ExitStack())
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            running[-1].enter_context(rows_of_lengths(model, mask.sum(-1).tolist()))
+
+    def end(*_: Any) -> None:
+        running.pop().close()
+
+    handles = [
+        decoder.register_forward_pre_hook(begin, with_kwargs=True),
+        decoder.register_forward_hook(end, always_call=True),
+    ]
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

@@ -123,5 +123,5 @@ class DecisionForwards:
             return decision_forward(model)
         if self.args.gradient_horizon != -1 and "attention_mask" in inputs:
             # No sample of this batch has a context; each has its own positions, as if another one had.
-            return rows_on_their_own(get_pretrained_model(model), inputs["attention_mask"])
+            return rows_on_their_own(get_pretrained_model(model))
         return nullcontext()
