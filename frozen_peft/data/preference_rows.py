@@ -30,9 +30,13 @@ def pair_of_probe(probe: dict[str, Any]) -> dict[str, Any]:
     is_text = isinstance(probe["prompt"], str)
     answers = {"chosen": probe["preferred"], "rejected": probe["rejected"]}
     kept = {name: value for name, value in probe.items() if name not in _OWN}
-    return kept | {
-        name: answer if is_text else [{"role": "assistant", "content": answer}] for name, answer in answers.items()
-    }
+    if is_text and not all(isinstance(answer, str) for answer in answers.values()):
+        raise ValueError("`preferred` and `rejected` of a probe whose `prompt` is text must be text too")
+    return kept | {name: answer if is_text else [_as_message(answer)] for name, answer in answers.items()}
+
+
+def _as_message(answer: Any) -> dict[str, Any]:
+    return answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
 
 
 def join_pairs(chosen: Iterable[dict[str, Any]], rejected: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -58,3 +58,8 @@ class FrozenContextKTOTrainer(PreferenceMixin, KTOTrainer):
     _answers = ("completion_ids", "KL_completion_ids")
     _row_keys = frozenset({"label", "ref_logps", "ref_KL_logps"})
     _beside = ("KL_",)
+
+    def _required(self, args: PreferenceFields) -> tuple[str, ...]:
+        """The mismatched answers only where the loss estimates a divergence by them."""
+        answers = self._answers[:1] if args.loss_type == "apo_zero_unpaired" else self._answers
+        return (*answers, "label")

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from frozen_peft.context.boundary import TAIL, Cut, decision_start
 from frozen_peft.utils.numpy_rows import numpy_rows
 
-__all__ = ["ANSWERS", "PROMPT", "AnswerLimits", "check_answers", "limit_prompts", "longest_answer"]
+__all__ = ["ANSWERS", "PROMPT", "AnswerLimits", "check_answers", "limit_prompts", "longest_answer", "require_columns"]
 
 logger = logging.get_logger(__name__)
 
@@ -103,6 +103,19 @@ class AnswerLimits:
                     f"has {self.max_positions} positions. Set `max_context_length` or `max_length`, or use a model "
                     "with longer contexts."
                 )
+
+
+def require_columns(row: Mapping[str, Any], names: Sequence[str], dataset: str) -> None:
+    """Refuses a tokenized row that lacks something.
+
+    Raises:
+        ValueError: Names what is missing.
+    """
+    if missing := [name for name in names if name not in row]:
+        raise ValueError(
+            f"The {dataset} dataset has `{PROMPT}`, so its rows count as tokenized, and lacks "
+            f"{', '.join(f'`{name}`' for name in missing)}. Add what is missing, or give it text or messages."
+        )
 
 
 def check_answers(dataset: Dataset | IterableDataset, name: str, limits: AnswerLimits) -> Dataset | IterableDataset:

@@ -2,6 +2,7 @@
 """What trainers of preferences share: answers behind one frozen context, and a reference with contexts of its own."""
 
 import copy
+import inspect
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -29,7 +30,7 @@ from frozen_peft.training.model_setup import (
     prepare_model,
     sample_base,
 )
-from frozen_peft.training.pairs import PROMPT, AnswerLimits, check_answers, limit_prompts
+from frozen_peft.training.pairs import PROMPT, AnswerLimits, check_answers, limit_prompts, require_columns
 from frozen_peft.training.preference_fields import PreferenceFields
 from frozen_peft.training.reference import Reference
 from frozen_peft.training.samples import require_rows
@@ -82,7 +83,9 @@ class PreferenceMixin(FrozenContextMixin):
             require_rows(dataset, name)
         if args.group_by_context:
             require_groupable(train_dataset)
-        peft_config = kwargs.get("peft_config")
+        signature = inspect.signature(type(self))
+        given = (model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional)
+        peft_config = signature.bind_partial(*given, **kwargs).arguments.get("peft_config")
         check_model(model, args, adapters_come=peft_config is not None or bool(positional), peft_config=peft_config)
         Reference.require_plain(ref_model)
         if ref_model is not None:
@@ -167,7 +170,9 @@ class PreferenceMixin(FrozenContextMixin):
         uncut = copy.copy(args)
         uncut.max_length = None
         first = next(iter(dataset))
-        if PROMPT not in first:
+        if PROMPT in first:
+            require_columns(first, self._required(args), dataset_name)
+        else:
             exactly = needs_python_rows(dataset)
             rows = python_rows(dataset, args.dataset_num_proc) if exactly else dataset
             prepared = super()._prepare_dataset(rows, processing_class, uncut, dataset_name)
@@ -175,6 +180,10 @@ class PreferenceMixin(FrozenContextMixin):
         limits = self._limits(args)
         dataset = limit_prompts(dataset, dataset_name, args.dataset_num_proc, limits)
         return check_answers(dataset, dataset_name, limits)
+
+    def _required(self, args: PreferenceFields) -> tuple[str, ...]:
+        """Columns that a prepared row has."""
+        return self._answers
 
     def _limits(self, args: PreferenceFields, max_positions: int | None = None) -> AnswerLimits:
         return AnswerLimits(self._answers, self._must_differ, max_positions, args.max_length, self._cut)

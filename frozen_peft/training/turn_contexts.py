@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 from trl.trainer.utils import remove_none_values
@@ -109,7 +108,7 @@ def say_dropped_reasoning(
             text = processing_class.apply_chat_template(
                 messages, tokenize=False, chat_template=chat_template, **template_options(row)
             )
-        except (TemplateError, TypeError, ValueError):
+        except Exception:
             # TRL renders it next, and says what is wrong with it.
             return
         for place, (field, reasoning) in reasons:

@@ -72,6 +72,14 @@ def test_a_probe_is_a_pair() -> None:
         pair_of_probe({"prompt": "a", "preferred": "b"})
 
 
+def test_a_probe_may_have_a_whole_message_for_a_decision() -> None:
+    message = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    probe = {"prompt": [ASKED], "preferred": message, "rejected": "no."}
+    assert pair_of_probe(probe) == {"prompt": [ASKED], "chosen": [message], "rejected": answer("no.")}
+    with pytest.raises(ValueError, match="must be text too"):
+        pair_of_probe(probe | {"prompt": "a"})
+
+
 def test_decisions_with_and_without_instructions_make_pairs() -> None:
     stripped = strip_instructions({"prompt": [MARKED, ASKED]})
     other = {"prompt": [{"role": "user", "content": "another"}]}

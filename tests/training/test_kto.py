@@ -96,10 +96,15 @@ def test_the_mismatched_answer_stands_behind_the_same_context(tmp_path: Path) ->
     assert run.trainer._reference_contexts.encoder.counts.num_tokens_encoded == contexts
 
 
-def test_where_positions_hang_on_length_each_answer_has_its_own_context(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"gradient_horizon": 4096}, {"gradient_horizon": 4096, "precompute_ref_log_probs": True}],
+    ids=str,
+)
+def test_where_positions_hang_on_length_each_answer_has_its_own(fields: dict[str, Any], tmp_path: Path) -> None:
     """The answer ends before the limit and the mismatched one beyond it, or the other way round."""
     shapes = ((ROPE_LIMIT - 8, 3), (ROPE_LIMIT - 9, 21))
-    args = settings(tmp_path, FrozenContextKTOConfig, learning_rate=0.0)
+    args = settings(tmp_path, FrozenContextKTOConfig, learning_rate=0.0, **fields)
     run = train_answers(args, rows_of(shapes), "phi3", peft_config=None, ref_model=tiny_model("phi3", seed=1).double())
     with in_float64(untouched(run.trainer.model)) as exact:
         loss = kto_loss(exact, tiny_model("phi3", seed=1).double(), list(run.trainer.train_dataset), "kto")
@@ -129,3 +134,14 @@ def test_a_divergence_of_one_row_is_refused_as_by_trl(tmp_path: Path) -> None:
     args = settings(tmp_path, FrozenContextKTOConfig, per_device_train_batch_size=1)
     with pytest.raises(ValueError, match="batch size must be > 1"):
         train_answers(copy.copy(args), rows_of())
+
+
+@pytest.mark.parametrize("lacking", ["KL_completion_ids", "label"])
+def test_tokenized_rows_that_lack_something(lacking: str, tmp_path: Path) -> None:
+    row = {"prompt_ids": [9, 10], "completion_ids": [11, 12], "KL_completion_ids": [13], "label": True}
+    rows = Dataset.from_list([{name: value for name, value in row.items() if name != lacking}] * 4)
+    with pytest.raises(ValueError, match=f"count as tokenized, and lacks `{lacking}`"):
+        train_answers(settings(tmp_path, FrozenContextKTOConfig), rows)
+    if lacking != "label":
+        args = settings(tmp_path, FrozenContextKTOConfig, loss_type="apo_zero_unpaired")
+        assert train_answers(args, rows).losses
