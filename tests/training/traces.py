@@ -24,12 +24,13 @@ MARKERS = re.compile(r"<[|｜][^<>\s{}'\"]*[|｜]>|</?(?:think|tool_call|tool_re
 QUESTION = "Which of the red ones is it, and how many of them are there, all in all? " * 3
 TOOLS = [
     {
-        "type": "function",
+        # In the order of the alphabet, in which tables of pyarrow before 22 keep the keys of objects.
         "function": {
-            "name": "search",
             "description": "Looks.",
-            "parameters": {"type": "object", "properties": {"q": {"type": "string", "description": "what"}}},
+            "name": "search",
+            "parameters": {"properties": {"q": {"description": "what", "type": "string"}}, "type": "object"},
         },
+        "type": "function",
     }
 ]
 
