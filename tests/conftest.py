@@ -3,9 +3,10 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 # Without a card Triton runs in its interpreter alone, which is chosen before it is imported.
-if importlib.util.find_spec("fla") is not None and not os.path.exists("/dev/nvidiactl"):  # noqa: PTH110
+if importlib.util.find_spec("fla") is not None and not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Both libraries read these at import, so they come before either is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -2,7 +2,6 @@
 """What trainers of preferences share: answers behind one frozen context, and a reference with contexts of its own."""
 
 import copy
-import inspect
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -83,9 +82,8 @@ class PreferenceMixin(FrozenContextMixin):
             require_rows(dataset, name)
         if args.group_by_context:
             require_groupable(train_dataset)
-        signature = inspect.signature(type(self))
         given = (model, ref_model, args, data_collator, train_dataset, eval_dataset, *positional)
-        peft_config = signature.bind_partial(*given, **kwargs).arguments.get("peft_config")
+        peft_config = type(self).__signature__.bind_partial(*given, **kwargs).arguments.get("peft_config")
         check_model(model, args, adapters_come=peft_config is not None or bool(positional), peft_config=peft_config)
         Reference.require_plain(ref_model)
         if ref_model is not None:

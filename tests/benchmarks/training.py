@@ -18,6 +18,16 @@ from typing import Any
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 VOCABULARY = 4096
 MEBIBYTE = 1 << 20
+# Of a training that is measured: on a CPU, samples in their order, nothing written or shown meanwhile.
+ON_A_CPU: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "train_sampling_strategy": "sequential",
+}
 
 # Seconds on the wall, and on processors by all threads of the process.
 Timing = tuple[float, float]
@@ -99,17 +109,11 @@ def train(method: str, model: Any, dataset: Any, *, tokenizer: Any = None, **fie
             "max_length": None,
             "per_device_train_batch_size": 1,
             "learning_rate": 1e-4,
-            "train_sampling_strategy": "sequential",
-            "bf16": False,
-            "use_cpu": True,
             "logging_steps": 1,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
         }
         trainer = trainer_class(
             model,
-            args=config_class(folder, **(defaults | fields)),
+            args=config_class(folder, **(ON_A_CPU | defaults | fields)),
             train_dataset=dataset,
             processing_class=tokenizer or build_tokenizer(),
             peft_config=lora_config(model),

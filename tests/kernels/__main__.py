@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import tests.conftest
-import tests.kernels.conftest  # noqa: F401
 from tests.benchmarks.tables import Page, markdown_table
 from tests.kernels.card import on_card
+from tests.kernels.conftest import HAS_INTERPRETER
 from tests.kernels.machines import table_of_kernels
 from tests.kernels.rules import RULES, worst_errors
 from tests.kernels.trainings import ARCHITECTURES, FAULTS, WAYS, planted, step_errors
@@ -77,6 +76,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
+    if not HAS_INTERPRETER:
+        parser.error("TRITON_INTERPRET=1 has to be set, in the environment that `make kernels` makes")
     page = make_page(_rules(), _steps(), _faults())
     page.write(arguments.output)
     print(page.text)

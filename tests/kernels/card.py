@@ -21,10 +21,25 @@ from frozen_peft.context.kernels import choice
 from frozen_peft.context.kernels.table import Capabilities, current_capabilities
 from frozen_peft.utils.compat.transformers import replace_kernels
 
-__all__ = ["CARDS", "on_card", "plain_kernels"]
+__all__ = ["CARDS", "launches", "on_card", "plain_kernels"]
 
 # With every kernel, and where the table has the gated delta rule's backward run in PyTorch.
 CARDS = {"A100": (8, 0), "B200": (10, 0)}
+
+
+@contextmanager
+def launches() -> Iterator[Counter[str]]:
+    """Counts how often each Triton kernel is launched, by `package.function`."""
+    launched: Counter[str] = Counter()
+    launch = interpreter.GridExecutor.__call__
+
+    def counted(self: interpreter.GridExecutor, *args: object, **kwargs: object) -> None:
+        launched[f"{self.fn.__module__.partition('.')[0]}.{self.fn.__name__}"] += 1
+        launch(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", counted)
+        yield launched
 
 
 @contextmanager
@@ -34,24 +49,18 @@ def on_card(card: str = "A100") -> Iterator[Counter[str]]:
     Attention asks the same table elsewhere, and stays as it is on a CPU.
 
     Yields:
-        How often each Triton kernel was launched, by `package.function`.
+        What `launches` counts.
     """
-    launched: Counter[str] = Counter()
-    launch, is_accelerated = interpreter.GridExecutor.__call__, choice.is_accelerated
+    is_accelerated = choice.is_accelerated
     machine = dataclasses.replace(
         current_capabilities(torch.device("cpu")), device_type="cuda", compute_capability=CARDS[card]
     )
-
-    def counted(self: interpreter.GridExecutor, *args: object, **kwargs: object) -> None:
-        launched[f"{self.fn.__module__.partition('.')[0]}.{self.fn.__name__}"] += 1
-        launch(self, *args, **kwargs)
 
     def answer(operation: choice.Operation, gradient: bool, _: Capabilities) -> tuple[bool, str]:
         return is_accelerated(operation, gradient, machine)
 
     choice._is_accelerated.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.GridExecutor, "__call__", counted)
+    with launches() as launched, pytest.MonkeyPatch.context() as patch:
         patch.setattr(choice, "is_accelerated", answer)
         # mamba-ssm makes the device of its tensors the current one, and asks how wide it is.
         patch.setattr(torch.cuda, "device", contextlib.nullcontext)

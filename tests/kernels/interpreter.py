@@ -2,7 +2,7 @@
 """Triton's interpreter, mended where the kernels that training on a GPU runs meet its limits.
 
 `TRITON_INTERPRET=1` has to stand in the environment before Triton is imported; `tests.conftest` sees to it. Nothing
-here touches a kernel. Four things stand in the way (Triton 3.7 to 3.9), each with its remedy:
+here touches a kernel. Four things stand in the way (Triton 3.9), each with its remedy:
 
 1. The autotuner asks a driver for its timer: the first configuration of each kernel is taken.
 2. `range` gives Python's numbers, which have none of the methods of Triton's scalars (`i.to(tl.int64)`): kernels get

@@ -2,7 +2,6 @@
 """What a store and a resumed run ask of the packages of kernels, of those that are really installed."""
 
 import importlib.metadata
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,7 @@ from tests.card import CARD, stand_in_card
 from tests.reference import random_sample
 from tests.tiny_models import tiny_model
 
-pytestmark = [
-    pytest.mark.kernels,
-    pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed"),
-]
+pytestmark = pytest.mark.kernels
 PARTS = ("fla-core", "flash-linear-attention")
 
 

@@ -2,8 +2,8 @@
 """The trainer and the benchmark on the stand-in for a card, with flash-linear-attention in Triton's interpreter."""
 
 import dataclasses
-import importlib.util
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,29 +13,17 @@ from tests.benchmarks.gpu.schedule import SMOKE
 from tests.card import stand_in_card
 from tests.gpu_branches import test_trainings
 from tests.gpu_branches.test_benchmark import run_on_stand_in
+from tests.kernels.card import launches
 from tests.reference import random_sample
 
-pytestmark = [
-    pytest.mark.kernels,
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed"),
-]
+pytestmark = [pytest.mark.kernels, pytest.mark.slow]
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def launched() -> Iterator[Counter[str]]:
     """How often each kernel was launched."""
-    from triton.runtime import interpreter
-
-    counts: Counter[str] = Counter()
-    launch = interpreter.GridExecutor.__call__
-
-    def counted(self: interpreter.GridExecutor, *args: object, **kwargs: object) -> None:
-        counts[f"{self.fn.__module__.partition('.')[0]}.{self.fn.__name__}"] += 1
-        launch(self, *args, **kwargs)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
-    return counts
+    with launches() as counts:
+        yield counts
 
 
 def test_a_training_is_that_of_the_cpu(

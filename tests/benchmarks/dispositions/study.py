@@ -20,6 +20,7 @@ from frozen_peft import FrozenContextConfig, FrozenContextTrainer, lora_config
 from frozen_peft.data import VariantSettings, vary_context
 from frozen_peft.demo import CHECKPOINT, DemoData, DemoFiles, write_demo_files
 from frozen_peft.evaluation import ProbeTokens, compare_probes, read_probes, summarize
+from tests.benchmarks.training import ON_A_CPU
 
 __all__ = ["EQUAL_TIME", "VARIANTS", "Size", "Variant", "demo_files", "run_variant"]
 
@@ -115,17 +116,10 @@ def run_variant(
             learning_rate=LEARNING_RATE,
             # The same at every step, so that equal steps and equal time are comparable.
             lr_scheduler_type="constant",
-            train_sampling_strategy="sequential",
             verify_context="never",
             seed=seed,
-            bf16=False,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
             logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            **variant.fields,
+            **(ON_A_CPU | variant.fields),
         )
         trainer = FrozenContextTrainer(
             model,

@@ -20,6 +20,7 @@ from frozen_peft.adapters import PRESETS
 from frozen_peft.gradient.flow import GradientShare, HorizonFlow, pooled
 from tests.benchmarks.enough.model import evaluate
 from tests.benchmarks.enough.world import VOCABULARY, Sample, draw, habit, new_form, old_form
+from tests.benchmarks.training import ON_A_CPU
 
 # Context tokens of a task's samples. The longest horizon reaches nearly all of them, the middle one half.
 CONTEXT_TOKENS = (200, 300)
@@ -178,17 +179,10 @@ def _fit(
             output_dir=folder,
             gradient_horizon=horizon,
             lr_scheduler_type="constant",
-            train_sampling_strategy="sequential",
             verify_context="never",
             gradient_checkpointing=False,
-            use_cpu=True,
-            bf16=False,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
             logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            **fields,
+            **(ON_A_CPU | fields),
         )
         dataset = Dataset.from_list([asdict(sample) for sample in samples])
         trainer = FrozenContextTrainer(

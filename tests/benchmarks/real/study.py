@@ -20,6 +20,7 @@ from tests.benchmarks.real.samples import Row, SampleFiles, digest, training_row
 from tests.benchmarks.real.scores import loss, score_rows
 from tests.benchmarks.real.tasks import TaskName
 from tests.benchmarks.real.texts import Part, Texts
+from tests.benchmarks.training import ON_A_CPU
 
 # Of held-out and dev samples, which are the same for all seeds.
 PROBE_SEED = 0
@@ -178,16 +179,9 @@ class Study:
                 learning_rate=rate,
                 # The same at every step, so that equal steps and equal time can be read off one curve.
                 lr_scheduler_type="constant",
-                train_sampling_strategy="sequential",
                 seed=seed,
-                bf16=False,
-                use_cpu=True,
-                dataloader_pin_memory=False,
-                disable_tqdm=True,
                 logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                **method.fields,
+                **(ON_A_CPU | method.fields),
             )
             columns = None if "loss_type" in method.fields else ("input_ids", "labels")
             dataset = Dataset.from_list(training_rows(rows))
