@@ -23,11 +23,11 @@ from tests.benchmarks.real.__main__ import main
 from tests.benchmarks.real.cells import Cell, CellFiles
 from tests.benchmarks.real.cost import FIELDS, samples
 from tests.benchmarks.real.fetch import conversation, paragraphs
-from tests.benchmarks.real.methods import BASE, CORE, METHODS, Size
+from tests.benchmarks.real.methods import BASE, METHODS, Size
 from tests.benchmarks.real.page import render_page, write_results
 from tests.benchmarks.real.report import Reader, per_row, share
 from tests.benchmarks.real.road import write_road
-from tests.benchmarks.real.samples import Row, SampleFiles, training_rows
+from tests.benchmarks.real.samples import Row, SampleFiles, training_pairs, training_rows
 from tests.benchmarks.real.scores import score_rows
 from tests.benchmarks.real.smoke import SMALLEST, make
 from tests.benchmarks.real.study import Study, plan
@@ -183,10 +183,6 @@ def test_the_plan_measures_what_a_cell_needs_before_it() -> None:
     for cell in cells:
         if cell.rate is None and cell.method != BASE:
             assert all(place[Cell(cell.task, cell.method, rate=rate)] < place[cell] for rate in size.rates)
-    core = {method.name for method in CORE} | {BASE}
-    assert max(place[cell] for cell in cells if cell.method in core) < min(
-        place[cell] for cell in cells if cell.method not in core
-    )
 
 
 # Light enough to be imported without torch, as the test waits for it.
@@ -261,6 +257,19 @@ def test_decisions_of_the_base_are_its_most_likely_tokens_and_are_kept(files: Sa
             assert [token for token in sample[labels] if token != -100] == row["decision"]
 
 
+def test_pairs_prefer_the_decision_to_what_training_could_spill(files: SampleFiles) -> None:
+    rows = files.rows("conditional", "train", 3, 8, (40, 80), as_pairs=True)
+    plain = files.rows("conditional", "train", 3, 8, (40, 80))
+    assert [row["decision"] for row in rows] == [row["decision"] for row in plain]
+    targets = {tuple(row["decision"]) for row in rows if row["kind"] == "target"}
+    for row, pair in zip(rows, training_pairs(rows), strict=True):
+        assert (pair["prompt_ids"], pair["chosen_ids"]) == (row["given"], row["decision"])
+        assert pair["rejected_ids"] != pair["chosen_ids"]
+        # The base's own answer is what a target is preferred to; what it is to keep is preferred to accepting.
+        assert row["kind"] != "target" or pair["rejected_ids"] == files._answer(row["given"])
+        assert row["kind"] != "control" or tuple(pair["rejected_ids"]) in targets
+
+
 def test_scores_are_those_of_plain_forwards(folder: Path, files: SampleFiles) -> None:
     rows: list[Row] = files.rows("encoding", "held-out", 0, 4, (40, 80))
     rows = [rows[0] | {"decision": files._answer(rows[0]["shuffled"])}, *rows[1:]]
@@ -270,7 +279,7 @@ def test_scores_are_those_of_plain_forwards(folder: Path, files: SampleFiles) ->
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
-    found = score_rows(adapted, files.tokenizer, rows, "shuffled")
+    found = score_rows(adapted, files.tokenizer, rows, ["given", "shuffled"])["shuffled"]
     for index, row in enumerate(rows):
         before, after = (plain_logits(one, row["shuffled"], row["decision"]) for one in (files.model, adapted))
         tokens = torch.tensor(row["decision"])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -22,7 +23,18 @@ from frozen_peft.demo import CHECKPOINT, DemoData, DemoFiles, write_demo_files
 from frozen_peft.evaluation import ProbeTokens, compare_probes, read_probes, summarize
 from tests.benchmarks.training import ON_A_CPU
 
-__all__ = ["EQUAL_TIME", "VARIANTS", "Size", "Variant", "demo_files", "run_variant"]
+__all__ = [
+    "EQUAL_TIME",
+    "SAMPLES_PER_STEP",
+    "VARIANTS",
+    "Size",
+    "Variant",
+    "Watch",
+    "demo_files",
+    "measure",
+    "probe_tokens",
+    "run_variant",
+]
 
 SAMPLES_PER_STEP = 8
 LEARNING_RATE = 5e-3
@@ -102,11 +114,11 @@ def run_variant(
     Returns:
         The variant's names, the seed, and a list of figures per measured step.
     """
-    probes = _probes(folder, size)
+    probes = probe_tokens(folder, size)
     samples = _samples(variant, demo_files(folder, seed + 1, size), seed, size)
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
-    watch = _Watch(size, max_seconds, lambda model: measure(model, probes))
+    watch = Watch(size, max_seconds, lambda model: measure(model, probes))
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as output:
         args = FrozenContextConfig(
@@ -135,17 +147,26 @@ def run_variant(
 
 
 def measure(model: PeftModel, probes: ProbeTokens) -> dict[str, float]:
-    """Shares of directions accepted and questions answered, and KL to the base on the questions, in nats a token."""
-    results = compare_probes(model, probes.tokenizer, probes, ["given"], batch_size=32)
-    figures = summarize(next(result for result in results if result.model == "adapted"))
+    """Figures of held-out directions and questions.
+
+    Returns:
+        `acceptance` and `control`, shares of directions accepted and questions answered; `kl` to the base on the
+        questions, in nats a token; `drift_preferred` and `drift_rejected`, how much likelier than to the base the
+        right and the wrong answers to directions are, in nats an answer.
+    """
+    base, adapted = compare_probes(model, probes.tokenizer, probes, ["given"], batch_size=32)
+    figures = summarize(adapted)
+    directions = [pair for pair in zip(base.scores, adapted.scores, strict=True) if pair[0].probe.kind == "target"]
     return {
         "acceptance": figures["target"].exact_match.rate,
         "control": figures["control"].exact_match.rate,
         "kl": figures["control"].kl_to_base.mean,
+        "drift_preferred": mean(after.preferred.logprob - before.preferred.logprob for before, after in directions),
+        "drift_rejected": mean(after.rejected.logprob - before.rejected.logprob for before, after in directions),
     }
 
 
-class _Watch(TrainerCallback):
+class Watch(TrainerCallback):
     """Measures as a training goes, and keeps the time that measuring takes out of the training's."""
 
     def __init__(self, size: Size, max_seconds: float | None, measure: Callable[[Any], dict[str, float]]) -> None:
@@ -166,7 +187,7 @@ class _Watch(TrainerCallback):
 
 
 @cache
-def _probes(folder: Path, size: Size) -> ProbeTokens:
+def probe_tokens(folder: Path, size: Size) -> ProbeTokens:
     return ProbeTokens(AutoTokenizer.from_pretrained(CHECKPOINT), read_probes(demo_files(folder, 0, size).probes))
 
 

@@ -14,6 +14,7 @@ class Method:
     Attributes:
         name: What it is called.
         fields: Fields of the configuration, beside those that all share.
+        trainer: As in `trainer_classes`.
         preset: Roles that get adapters.
         is_short: Trained on short texts.
         length: Steps, as a multiple of everybody's.
@@ -22,6 +23,7 @@ class Method:
 
     name: str
     fields: dict[str, Any] = field(default_factory=lambda: {"tier": 2})
+    trainer: str = "frozen-sft"
     preset: str = "response"
     is_short: bool = False
     length: int = 1
@@ -29,13 +31,12 @@ class Method:
 
 
 BASE, TIER_2, TIER_3 = "base", "tier 2", "tier 3"
-# Those that answer the study's question; they get all their seeds before others get their first.
-CORE = (
+# In the order in which they are measured: those first that answer the study's question.
+METHODS = (
     Method(TIER_2),
     Method("tier 1, short texts", {"tier": 1}, is_short=True),
+    Method("preference", trainer="frozen-dpo", has_flow=False),
     Method(TIER_3, {"tier": 3}),
-)
-OTHERS = (
     Method("tier 2, all-linear", preset="all-linear"),
     Method("tier 3, all-linear", {"tier": 3}, preset="all-linear"),
     Method("tier 2, three times the steps", length=3),
@@ -43,7 +44,6 @@ OTHERS = (
     Method("context adapters off", {"tier": 2, "context_adapters": False}, has_flow=False),
     Method("distillation", {"tier": 2, "loss_type": "distill"}),
 )
-METHODS = (*CORE, *OTHERS)
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Size:
     tasks: tuple[TaskName, ...] = TASKS
     seeds: tuple[int, ...] = (0, 1, 2)
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    steps: int = 32
+    steps: int = 24
     batch_size: int = 4
-    measured: tuple[int, ...] = (8, 16)
+    measured: tuple[int, ...] = (12,)
     num_tokens: tuple[int, int] = (300, 500)
     short_tokens: tuple[int, int] = (48, 96)
     long_tokens: tuple[int, int] = (4000, 5000)

@@ -41,17 +41,22 @@ class SampleFiles:
     tokenizer: PreTrainedTokenizerBase
     answer_tokens: int
 
-    def rows(self, task: TaskName, part: Part, seed: int, num: int, num_tokens: tuple[int, int]) -> list[Row]:
-        """The rows of a task's samples, arguments as of `draw_samples`."""
-        name = f"{task}_{part}_{seed}_{num}_{num_tokens[0]}-{num_tokens[1]}.json"
+    def rows(
+        self, task: TaskName, part: Part, seed: int, num: int, num_tokens: tuple[int, int], *, as_pairs: bool = False
+    ) -> list[Row]:
+        """The rows of a task's samples, arguments as of `draw_samples`.
+
+        What is trained on has no decision to compare with, which takes the model seconds, unless it is for pairs.
+        """
+        kept = f"{task}_{part}_{seed}_{num}_{num_tokens[0]}-{num_tokens[1]}"
+        name = f"{kept}_pairs.json" if as_pairs else f"{kept}.json"
         with locked(self.folder / name):
             path = self.folder / name
             if path.exists():
                 return json.loads(path.read_text())
             samples = draw_samples(task, part, seed, num, self.texts, self.count, num_tokens)
-            # What is trained on needs no decision to compare with, which takes the model seconds.
-            pairs = zip(samples, _others(samples), strict=True)
-            rows = [self._row(sample, other, is_scored=part != "train") for sample, other in pairs]
+            with_others = zip(samples, _others(samples), strict=True)
+            rows = [self._row(sample, other, as_pairs or part != "train") for sample, other in with_others]
             write_json(path, rows)
         return rows
 
@@ -113,6 +118,22 @@ def training_rows(rows: list[Row]) -> list[dict[str, list[int]]]:
             "teacher_labels": [-100] * len(row["examples"]) + row["decision"],
         }
         for row in rows
+    ]
+
+
+def training_pairs(rows: list[Row]) -> list[dict[str, list[int]]]:
+    """The same decisions as pairs, each preferred to the other one of its row.
+
+    Where a row has none (a question, which the base answers), to that of the next target: what training could spill.
+    """
+    targets = [row["decision"] for row in rows if row["kind"] == "target"]
+    return [
+        {
+            "prompt_ids": row["given"],
+            "chosen_ids": row["decision"],
+            "rejected_ids": row["rejected"] or targets[index % len(targets)],
+        }
+        for index, row in enumerate(rows)
     ]
 
 

@@ -19,35 +19,49 @@ def score_rows(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    condition: str = "given",
+    conditions: Sequence[str] = ("given",),
     weights: Sequence[Weights] = ("base", "adapted"),
-) -> dict[Weights, list[Score]]:
-    """Scores the decisions of rows in one kind of context.
+) -> dict[str, dict[Weights, list[Score]]]:
+    """Scores the decisions of rows in several kinds of context, which share what they begin with.
 
     Args:
         model: A model, or one with adapters.
         tokenizer: Its tokenizer.
         rows: What to score.
-        condition: The context that they stand in.
+        conditions: The contexts that they stand in.
         weights: With adapters, without, or both, which is what the divergence takes.
 
     Returns:
-        By weights, for each row its `kind`; whether greedy decoding gives the decision (`exact`); the decision's
-        negative log-probability and tokens; the `margin` by which it is more likely than the rejected one, or None;
-        and `kl`, KL(base || adapted) per token of the decision, or None. All in nats, margins between means per token:
-        an answer of the base that is cut off is twice as long as most decisions, and less likely for that alone.
+        By condition and weights, for each row its `kind`; whether greedy decoding gives the decision (`exact`); the
+        decision's negative log-probability and tokens; the `margin` by which it is more likely than the rejected one,
+        or None; and `kl`, KL(base || adapted) per token of the decision, or None. All in nats, margins between means
+        per token: an answer of the base that is cut off is twice as long as most decisions, and less likely for that
+        alone.
     """
     stops = stop_tokens(tokenizer, get_pretrained_model(model).generation_config)
     scorer = DecisionScorer(model, batch_size=4, stop_tokens=stops)
     asked = [
-        (index, name) for index, row in enumerate(rows) for name in ("decision", "rejected") if row[name] is not None
+        (condition, index, name)
+        for condition in conditions
+        for index, row in enumerate(rows)
+        for name in ("decision", "rejected")
+        if row[name] is not None
     ]
     decisions = [
-        TokenizedDecision(torch.tensor(rows[index][condition]), torch.tensor(rows[index][name]), f"row {index}")
-        for index, name in asked
+        TokenizedDecision(
+            torch.tensor(rows[index][condition]), torch.tensor(rows[index][name]), f"row {index} ({condition})"
+        )
+        for condition, index, name in asked
     ]
     found = scorer.score(decisions, weights=weights)
-    return {which: _by_row(rows, dict(zip(asked, found[which], strict=True))) for which in weights}
+    by_weights = {which: dict(zip(asked, found[which], strict=True)) for which in weights}
+    return {
+        condition: {
+            which: _by_row(rows, {key[1:]: score for key, score in scores.items() if key[0] == condition})
+            for which, scores in by_weights.items()
+        }
+        for condition in conditions
+    }
 
 
 def loss(scores: Sequence[Score]) -> float:

@@ -12,15 +12,15 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
-from frozen_peft import FrozenContextConfig, FrozenContextTrainer, gradient_flow, lora_config
+from frozen_peft import gradient_flow, lora_config
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.real.cells import Cell, CellFiles, Figures
-from tests.benchmarks.real.methods import BASE, CORE, METHODS, OTHERS, Method, Size
-from tests.benchmarks.real.samples import Row, SampleFiles, digest, training_rows
+from tests.benchmarks.real.methods import BASE, METHODS, Method, Size
+from tests.benchmarks.real.samples import Row, SampleFiles, digest, training_pairs, training_rows
 from tests.benchmarks.real.scores import loss, score_rows
 from tests.benchmarks.real.tasks import TaskName
 from tests.benchmarks.real.texts import Part, Texts
-from tests.benchmarks.training import ON_A_CPU
+from tests.benchmarks.training import ON_A_CPU, trainer_classes
 
 # Of held-out and dev samples, which are the same for all seeds.
 PROBE_SEED = 0
@@ -29,22 +29,11 @@ FLOW_SEED = 1_000
 
 def plan(size: Size) -> Iterator[Cell]:
     """All cells, the most telling first, and a cell behind those that it needs."""
-    first, *later = size.seeds
-    for task in size.tasks:
-        yield Cell(task, BASE)
-        yield from _of_methods(task, CORE, [first], size)
-    for task in size.tasks:
-        yield from _of_methods(task, CORE, later, size)
-    for method in OTHERS:
+    yield from (Cell(task, BASE) for task in size.tasks)
+    for method in METHODS:
         for task in size.tasks:
-            yield from _of_methods(task, [method], size.seeds, size)
-
-
-def _of_methods(task: str, methods: Sequence[Method], seeds: Sequence[int], size: Size) -> Iterator[Cell]:
-    for method in methods:
-        if size.seeds[0] in seeds:
             yield from (Cell(task, method.name, rate=rate) for rate in size.rates)
-        yield from (Cell(task, method.name, seed) for seed in seeds)
+            yield from (Cell(task, method.name, seed) for seed in size.seeds)
 
 
 @dataclass(frozen=True)
@@ -104,11 +93,9 @@ class Study:
     def base(self, cell: Cell) -> Figures:
         """The model before training: as it is, with examples before the text, and without the text."""
         rows = self._rows(cell.task, "held-out")
-        given = {
-            condition: score_rows(self.samples.model, self.samples.tokenizer, rows, condition, ["base"])["base"]
-            for condition in ("given", "examples", "shuffled", "empty")
-        }
-        return {"rows": digest(rows), "scores": given}
+        model, tokenizer = self.samples.model, self.samples.tokenizer
+        scores = score_rows(model, tokenizer, rows, ("given", "examples", "shuffled", "empty"), ["base"])
+        return {"rows": digest(rows), "scores": {condition: found["base"] for condition, found in scores.items()}}
 
     def trained(self, cell: Cell, rate: float) -> Figures:
         """Trains once: for a choice of the rate, or to the end with everything that is measured."""
@@ -117,13 +104,14 @@ class Study:
         steps = self.size.steps // 2 if is_trial else self.size.steps * method.length
         num_tokens = self.size.short_tokens if method.is_short else self.size.num_tokens
         num = self.size.steps * method.length * self.size.batch_size
-        rows = self.samples.rows(cell.task, "train", cell.seed, num, num_tokens)
+        as_pairs = method.trainer == "frozen-dpo"
+        rows = self.samples.rows(cell.task, "train", cell.seed, num, num_tokens, as_pairs=as_pairs)
         probes = self._rows(cell.task, "dev" if is_trial else "held-out")
         tokenizer = self.samples.tokenizer
         figures: Figures = {"rate": rate, "steps": steps, "rows": digest(rows)}
         watch = _Watch(
             () if is_trial else tuple(step * method.length for step in self.size.measured),
-            lambda model: score_rows(model, tokenizer, probes, weights=["adapted"])["adapted"],
+            lambda model: score_rows(model, tokenizer, probes, weights=["adapted"])["given"]["adapted"],
         )
         model = AutoModelForCausalLM.from_pretrained(self.model_folder, dtype=torch.float32)
         with_flow = method.has_flow and not is_trial and cell.seed == self.size.seeds[0]
@@ -132,19 +120,17 @@ class Study:
         model = self._fit(model, method, rows, steps, rate, cell.seed, watch)
         figures["seconds"] = watch.seconds
         if is_trial:
-            figures["dev_loss"] = loss(score_rows(model, tokenizer, probes, weights=["adapted"])["adapted"])
+            scores = score_rows(model, tokenizer, probes, weights=["adapted"])
+            figures["dev_loss"] = loss(scores["given"]["adapted"])
             return figures
         if with_flow:
             figures["cosine_at_end"] = self._cosine(model, cell.task)
-        both = score_rows(model, tokenizer, probes)
+        scores = score_rows(model, tokenizer, probes, ("given", "shuffled", "empty"))
         figures["curve"] = watch.curve
-        figures["scores"] = {"given": both["adapted"]}
-        for condition in ("shuffled", "empty"):
-            scored = score_rows(model, tokenizer, probes, condition, ["adapted"])
-            figures["scores"][condition] = scored["adapted"]
+        figures["scores"] = {condition: found["adapted"] for condition, found in scores.items()}
         if cell.seed == self.size.seeds[0] and cell.task == self.size.tasks[0]:
             long = self.samples.rows(cell.task, "held-out", PROBE_SEED, self.size.num_long, self.size.long_tokens)
-            figures["scores"]["long"] = score_rows(model, tokenizer, long)["adapted"]
+            figures["scores"]["long"] = score_rows(model, tokenizer, long)["given"]["adapted"]
         return figures
 
     def _rows(self, task: TaskName, part: Part) -> list[Row]:
@@ -171,7 +157,8 @@ class Study:
         """Trains fresh adapters on the rows in their order."""
         torch.manual_seed(seed)
         with tempfile.TemporaryDirectory() as output:
-            args = FrozenContextConfig(
+            trainer_class, config_class = trainer_classes(method.trainer)
+            args = config_class(
                 output,
                 max_steps=steps,
                 per_device_train_batch_size=1,
@@ -183,18 +170,23 @@ class Study:
                 logging_strategy="no",
                 **(ON_A_CPU | method.fields),
             )
-            columns = None if "loss_type" in method.fields else ("input_ids", "labels")
-            dataset = Dataset.from_list(training_rows(rows))
-            trainer = FrozenContextTrainer(
+            trainer = trainer_class(
                 model,
-                args,
-                train_dataset=dataset if columns is None else dataset.select_columns(list(columns)),
+                args=args,
+                train_dataset=_dataset(method, rows),
                 processing_class=self.samples.tokenizer,
                 peft_config=lora_config(model, method.preset, r=self.size.rank, lora_alpha=2 * self.size.rank),
                 callbacks=[watch],
             )
             trainer.train()
         return trainer.model
+
+
+def _dataset(method: Method, rows: list[Row]) -> Dataset:
+    if method.trainer == "frozen-dpo":
+        return Dataset.from_list(training_pairs(rows))
+    dataset = Dataset.from_list(training_rows(rows))
+    return dataset if "loss_type" in method.fields else dataset.select_columns(["input_ids", "labels"])
 
 
 class _Watch(TrainerCallback):
