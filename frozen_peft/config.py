@@ -310,6 +310,10 @@ class ContextFields(Config):
             )
 
 
+# Fields of how answers are written, as TRL names them.
+_WRITING = ("num_generations", "max_completion_length", "temperature", "top_p", "top_k")
+
+
 @dataclass
 class FrozenContextConfig(ContextFields, SFTConfig):
     """Configuration of `FrozenContextTrainer`.
@@ -329,11 +333,39 @@ class FrozenContextConfig(ContextFields, SFTConfig):
         "with them; rows need the column `stripped`, and the model adapters.",
         metadata={"choices": ["nll", "dft", "chunked_nll", "distill"]},
     )
-    distill_divergence: Literal["forward_kl", "reverse_kl"] = HfArg(
+    distill_divergence: Literal["forward_kl", "reverse_kl", "jsd"] = HfArg(
         default="forward_kl",
         help="What `loss_type='distill'` makes small. 'forward_kl': KL(teacher || student), which covers all "
         "that the teacher might say. 'reverse_kl': KL(student || teacher), which avoids what the teacher would "
-        "not say.",
+        "not say. 'jsd': what lies between them, by `distill_beta`.",
+    )
+    distill_beta: float = HfArg(
+        default=0.5,
+        help="The teacher's share in the mixture that `distill_divergence='jsd'` compares both with, from 0 "
+        "('forward_kl') to 1 ('reverse_kl'): the `beta` of TRL's generalized Jensen-Shannon divergence.",
+    )
+    distill_on_policy: float = HfArg(
+        default=0.0,
+        help="Share of the samples, from 0 to 1, to which the model writes answers of its own in "
+        "`loss_type='distill'`, for its base with instructions to judge; the others are distilled as they are "
+        "written. With 1, rows need no completion.",
+    )
+    num_generations: int = HfArg(
+        default=8, help="Answers that are written to a sample in each step, with `distill_on_policy`."
+    )
+    max_completion_length: int = HfArg(
+        default=256, help="Tokens after which an answer is cut off, with `distill_on_policy`."
+    )
+    temperature: float = HfArg(
+        default=1.0, help="What logits are divided by before an answer's tokens are drawn, with `distill_on_policy`."
+    )
+    top_p: float = HfArg(
+        default=1.0,
+        help="Draw an answer's tokens from the likeliest that come to this probability, with `distill_on_policy`.",
+    )
+    top_k: int = HfArg(
+        default=0,
+        help="Draw an answer's tokens from so many of the likeliest, with `distill_on_policy`; 0: from all.",
     )
     distill_likelihood_weight: float = HfArg(
         default=0.0,
@@ -388,6 +420,21 @@ class FrozenContextConfig(ContextFields, SFTConfig):
         return self.turn_contexts == "inference"
 
     @property
+    def writes(self) -> bool:
+        """Whether the model writes answers of its own."""
+        return self.loss_type == "distill" and self.distill_on_policy > 0.0
+
+    @property
+    def needs_no_completions(self) -> bool:
+        """Whether rows may be prompts alone, since the model writes every answer."""
+        return self.writes and self.distill_on_policy == 1.0
+
+    @property
+    def keeps_other_contexts(self) -> bool:
+        """Also the teacher's, where what it says is not kept."""
+        return super().keeps_other_contexts or self.writes
+
+    @property
     def base_needed_for(self) -> str | None:
         """Also, in a distillation, the teacher."""
         if (needed_for := super().base_needed_for) is not None or self.loss_type != "distill":
@@ -401,18 +448,58 @@ class FrozenContextConfig(ContextFields, SFTConfig):
         temperature, weight = self.distill_temperature, self.distill_likelihood_weight
         _require(0.0 < temperature < float("inf"), "distill_temperature", temperature, "above 0")
         _require(0.0 <= weight < 1.0, "distill_likelihood_weight", weight, "from 0 to less than 1")
+        _require(0.0 <= self.distill_beta <= 1.0, "distill_beta", self.distill_beta, "from 0 to 1")
         _size(self, "distill_cache_size")
+        self._check_writing()
         if self.loss_type != "distill":
             own = [f for f in fields(self) if f.name.startswith("distill_") and getattr(self, f.name) != f.default]
             for given in own:
                 logger.warning(f"No effect of `{given.name}`: it belongs to `loss_type='distill'`.")
             return
+        if self.distill_beta != 0.5 and self.distill_divergence != "jsd":
+            logger.warning("No effect of `distill_beta`: it belongs to `distill_divergence='jsd'`.")
         _require_rows_of_one(self, "`loss_type='distill'` compares each sample with its own teacher")
         if self.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor={self.label_smoothing_factor}` smooths labels, and `loss_type='distill'` "
                 "learns from the teacher's distribution instead. Leave one of the two out."
             )
+
+    def _check_writing(self) -> None:
+        share = self.distill_on_policy
+        _require(0.0 <= share <= 1.0, "distill_on_policy", share, "from 0 to 1")
+        for name, holds, expected in (
+            ("num_generations", self.num_generations >= 1, "1 answer or more"),
+            ("max_completion_length", self.max_completion_length >= 1, "1 token or more"),
+            ("temperature", 0.0 < self.temperature < float("inf"), "above 0"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (all) or more tokens"),
+        ):
+            _require(holds, name, getattr(self, name), expected)
+        if not self.writes:
+            names = ", ".join(
+                f"`{f.name}`" for f in fields(self) if f.name in _WRITING and getattr(self, f.name) != f.default
+            )
+            if names:
+                logger.warning(f"No effect of {names}: without `distill_on_policy` no answers are written.")
+            return
+        for holds, given, reason in (
+            (self.decision_mode == "tail", "decision_mode='turns'", "an answer is one decision behind one prompt"),
+            (
+                self.distill_likelihood_weight == 0.0,
+                f"distill_likelihood_weight={self.distill_likelihood_weight}",
+                "of its own answers a model learns nothing by their likelihood",
+            ),
+            (
+                self.max_length is None,
+                f"max_length={self.max_length}",
+                "how long an answer becomes is not known; `max_context_length` and `max_completion_length` limit both",
+            ),
+        ):
+            if not holds:
+                raise ValueError(
+                    f"`distill_on_policy={share}` and `{given}` do not go together: {reason}. Leave one of them out."
+                )
 
     def _check_turns(self) -> None:
         _require_choice(self, "turn_contexts")

@@ -16,7 +16,7 @@ from frozen_peft.context.capability import use_segmented_attention
 from frozen_peft.context.carried import Carried, EncodeAgain, adapter_state, carried_context
 from frozen_peft.context.decision import decision_forward
 from frozen_peft.context.encoder import ContextEncoder, EncoderCounts, encode_context
-from frozen_peft.context.generate import generate_over, tokens_within_rope
+from frozen_peft.context.generate import generate_over, stop_tokens_of, tokens_within_rope
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.models import get_decoder, get_pretrained_model
 from frozen_peft.context.modes import prefill_mode, without_dropout
@@ -62,6 +62,7 @@ __all__ = [
     "require_untouched_base",
     "rope_limits",
     "rows_of_lengths",
+    "stop_tokens_of",
     "tokens_within_rope",
     "trained_base_weights",
     "use_segmented_attention",

@@ -6,7 +6,7 @@ the longest of them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -98,11 +98,13 @@ class Decision:
         context: Token ids, shape `(context tokens,)`, possibly empty, int64.
         input_ids: Token ids, shape `(decision tokens,)`, int64.
         labels: Labels, shape `(decision tokens,)`, int64, -100 where nothing is supervised.
+        is_written: The model wrote it while it was trained, so that it will not come again.
     """
 
     context: torch.Tensor
     input_ids: torch.Tensor
     labels: torch.Tensor
+    is_written: bool = False
 
     @property
     def to_encode(self) -> ContextTokens:
@@ -111,7 +113,12 @@ class Decision:
 
     def to(self, device: torch.device | str) -> "Decision":
         """The same on a device."""
-        return Decision(self.context.to(device), self.input_ids.to(device), self.labels.to(device))
+        return replace(
+            self,
+            context=self.context.to(device),
+            input_ids=self.input_ids.to(device),
+            labels=self.labels.to(device),
+        )
 
 
 @dataclass(frozen=True)

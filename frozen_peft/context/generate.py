@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding over frozen contexts: transformers' own `generate`, going on from what is encoded already.
 
-1. The last token of each prompt is left out of its context, as in training: its output is the first token's.
-2. `generate` takes a cache that grows over the frozen contexts (see `writable`), and so begins with that token.
+1. The last token of each prompt, or as many of all of them, is left out of its context, as in training: its output is
+   the first token's.
+2. `generate` takes a cache that grows over the frozen contexts (see `writable`), and so begins with these tokens.
 3. Where the rope follows the length of a forward (see `rope`), each token comes from a forward of the length that it
    stands behind, so a candidate that would cross a limit is refused: decode up to there, and go on from a context that
    is encoded anew.
@@ -22,7 +23,9 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -35,7 +38,7 @@ from frozen_peft.context.rope import rope_limits, rows_of_lengths
 from frozen_peft.context.writable import growing_cache
 from frozen_peft.utils.cache_argument import generation_cache
 
-__all__ = ["generate_over", "tokens_within_rope"]
+__all__ = ["generate_over", "stop_tokens_of", "tokens_within_rope"]
 
 
 class _Drawn(LogitsProcessor):
@@ -46,11 +49,14 @@ class _Drawn(LogitsProcessor):
         num_prompt_tokens: Columns before the first new token.
         temperature: Divides the logits.
         top_p: Probability that the likeliest tokens must come to; the others are left out.
+        top_k: The likeliest tokens that are not left out before that; 0: none are.
     """
 
-    def __init__(self, draws: torch.Tensor, num_prompt_tokens: int, temperature: float, top_p: float):
+    def __init__(self, draws: torch.Tensor, num_prompt_tokens: int, temperature: float, top_p: float, top_k: int):
         self.draws, self.num_prompt_tokens = draws, num_prompt_tokens
         self.warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        if top_k:
+            self.warpers.append(TopKLogitsWarper(top_k))
         if top_p < 1.0:
             self.warpers.append(TopPLogitsWarper(top_p))
 
@@ -76,19 +82,21 @@ def generate_over(
     stop_tokens: Sequence[int],
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = 0,
 ) -> list[list[int]]:
     """Decodes one candidate for each prompt.
 
     Args:
         model: A causal language model of transformers, or a `PeftModel` of one with its adapters on.
-        frozen: The prompts without their last tokens, one row each, encoded by this model; None where every prompt
-            is a single token.
+        frozen: The prompts without their last tokens, as many of each, one row each, encoded by this model; None where
+            nothing is left of any prompt.
         prompts: Token ids of each prompt, at least one each.
         draws: Numbers in [0, 1) that decide what is drawn, shape `(B, max_new_tokens)`; None: the likeliest token.
         max_new_tokens: Tokens after which a candidate ends, finished or not.
         stop_tokens: Tokens that end a candidate.
         temperature: Divides the logits before drawing.
         top_p: Draw from the likeliest tokens that come to this probability.
+        top_k: Draw from so many of the likeliest tokens; 0: from all.
 
     Returns:
         New tokens of each candidate, up to and with the token that ended it.
@@ -109,7 +117,7 @@ def generate_over(
         attention_mask[row, longest - len(prompt) :] = 1
     processors = LogitsProcessorList()
     if draws is not None:
-        processors.append(_Drawn(torch.from_numpy(draws).to(device), longest, temperature, top_p))
+        processors.append(_Drawn(torch.from_numpy(draws).to(device), longest, temperature, top_p, top_k))
     # A configuration of its own: the checkpoint's may hold penalties, other limits and another way to draw.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stop_tokens), pad_token_id=stop_tokens[0]
@@ -128,6 +136,20 @@ def generate_over(
         )
         require_all_read(use, pretrained.config.model_type)
     return [_until_stop(row, stop_tokens) for row in sequences[:, longest:].tolist()]
+
+
+def stop_tokens_of(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
+    """Tokens that end a decision: those of the checkpoint's generation configuration and the tokenizer's own.
+
+    Raises:
+        ValueError: There are none.
+    """
+    configured = generation_config.eos_token_id if generation_config is not None else None
+    tokens = list(configured) if isinstance(configured, list | tuple) else [configured]
+    found = list(dict.fromkeys(token for token in (*tokens, tokenizer.eos_token_id) if token is not None))
+    if not found:
+        raise ValueError("neither the tokenizer nor the generation configuration has a token that ends a decision")
+    return found
 
 
 def tokens_within_rope(model: torch.nn.Module, num_prompt_tokens: int, max_new_tokens: int) -> int:

@@ -33,14 +33,25 @@ class Distiller:
         model: The student, a `PeftModel`; the teacher is the same with its adapters off.
         args: The configuration.
         check: Compares the teacher with plain forwards, for decisions that it is asked about.
+        store: Keeps the teacher's contexts; None: nothing does.
     """
 
-    def __init__(self, model: PeftModel, args: FrozenContextConfig, check: Callable[[Sequence[Decision]], None]):
+    def __init__(
+        self,
+        model: PeftModel,
+        args: FrozenContextConfig,
+        check: Callable[[Sequence[Decision]], None],
+        store: ContextStore | None = None,
+    ):
         self._model = model
         self._check = check
         self._likelihood_weight = args.distill_likelihood_weight
         self._divergence = Divergence(
-            args.distill_divergence, args.distill_top_k, args.distill_temperature, args.distill_chunk_size
+            args.distill_divergence,
+            args.distill_top_k,
+            args.distill_temperature,
+            args.distill_chunk_size,
+            args.distill_beta,
         )
         folder = args.distill_cache_dir
         files = ContextFiles(Path(folder).expanduser(), field="distill_cache_dir") if folder is not None else None
@@ -49,8 +60,7 @@ class Distiller:
             self._divergence,
             AnswerStore(parse_size(args.distill_cache_size), files),
             chunk_size=args.prefill_chunk_size,
-            # Not on disk as well: what is said over a context is kept, and takes a thousandth of it.
-            store=ContextStore(max_bytes) if (max_bytes := parse_size(args.context_cache_size)) else None,
+            store=store,
         )
         self._seconds: dict[Mode, Stopwatch] = {"train": Stopwatch(args.device), "eval": Stopwatch(args.device)}
         self._sums: torch.Tensor | None = None

@@ -6,12 +6,14 @@ over T):
 
 - `forward_kl` is T² KL(p ‖ q): the student covers all that the teacher might say.
 - `reverse_kl` is T² KL(q ‖ p): the student says nothing that the teacher would not.
+- `jsd` is T² (β KL(p ‖ m) + (1 − β) KL(q ‖ m)) with m = β p + (1 − β) q, the generalized Jensen-Shannon divergence of
+  arXiv 2306.13649 (equation 1), as `trl.experimental.gkd` has it: β = 0 is `forward_kl`, and β = 1 `reverse_kl`.
 
 T² keeps gradients as large as they are at T = 1 (Hinton, Vinyals and Dean, arXiv 1503.02531, section 2).
 
 *Top k.* Kept of the teacher are its k most likely tokens and one remainder, which all others fall into. The
 divergence is then that of the two distributions over these k + 1 outcomes. It is a true divergence, zero exactly where
-both agree on them, and never above the one over the whole vocabulary, in both directions (data processing: the log sum
+both agree on them, and never above the one over the whole vocabulary, whichever it is (data processing: the log sum
 inequality, Cover and Thomas, Elements of Information Theory, theorem 2.7.1). Renormalising the k tokens instead would
 leave free how much the student says beside them. TRL's `trl.experimental.sdft` calls the remainder `add_tail`.
 
@@ -21,6 +23,7 @@ changes, makes the logits again: some thousand numbers per token instead of some
 Shapes in this module: N tokens, V vocabulary, H hidden size, K tokens kept.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +34,7 @@ from frozen_peft.distillation.head import LogitHead
 
 __all__ = ["Answers", "Direction", "Divergence", "join_answers", "select_answers"]
 
-Direction = Literal["forward_kl", "reverse_kl"]
+Direction = Literal["forward_kl", "reverse_kl", "jsd"]
 
 # What the teacher says about N tokens, by name: `tokens` (N, K), int32, and `logprobs` (N, K + 1), float32, the
 # remainder last; or `hidden` (N, H), in the model's dtype.
@@ -43,16 +46,18 @@ class Divergence:
     """How teacher and student are compared.
 
     Attributes:
-        direction: Which of the two directions.
+        direction: Which of them.
         top_k: Tokens kept of the teacher; 0: the whole vocabulary.
         temperature: What logits are divided by.
         chunk_size: Tokens whose logits exist at a time.
+        beta: The teacher's share in the mixture of `jsd`, from 0 to 1.
     """
 
     direction: Direction = "forward_kl"
     top_k: int = 0
     temperature: float = 1.0
     chunk_size: int = 128
+    beta: float = 0.5
 
     @torch.no_grad()
     def answers(self, hidden: torch.Tensor, head: LogitHead) -> Answers:
@@ -111,11 +116,17 @@ class Divergence:
         else:
             log_p = answers["logprobs"].to(logits)
             log_q = _coarse(logits, answers["tokens"].to(logits.device).long())
-        if self.direction == "forward_kl":
-            divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-        else:
-            divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
-        return self.temperature**2 * divergence
+        return self.temperature**2 * self._between(log_p, log_q)
+
+    def _between(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        """The divergence `(N,)` of log-probabilities `(N, outcomes)` of teacher and student."""
+        beta = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(self.direction, self.beta)
+        if beta == 0.0:
+            return _kl(log_p, log_q)
+        if beta == 1.0:
+            return _kl(log_q, log_p)
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        return beta * _kl(log_p, log_m) + (1.0 - beta) * _kl(log_q, log_m)
 
 
 def join_answers(parts: list[Answers]) -> Answers:
@@ -126,6 +137,10 @@ def join_answers(parts: list[Answers]) -> Answers:
 def select_answers(answers: Answers, rows: slice) -> Answers:
     """The answers about some tokens."""
     return {name: tensor[rows] for name, tensor in answers.items()}
+
+
+def _kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _coarse(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

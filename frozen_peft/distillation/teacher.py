@@ -124,7 +124,7 @@ class Teacher:
         store: Where its encoded contexts are kept; None: nowhere.
 
     Attributes:
-        num_asked: Decisions that it was asked about, since the last batch.
+        num_asked: Decisions of the data that it was asked about, since the last batch.
         num_computed: Decisions that ran through the model for that.
 
     Raises:
@@ -156,7 +156,7 @@ class Teacher:
     def expect(self, decisions: Sequence[Decision]) -> None:
         """Announces the decisions of an optimizer step, whose contexts may begin alike."""
         self._answers.open(self._model, self._divergence)
-        missing = [decision for decision in decisions if self._answers.find(decision_key(decision)) is None]
+        missing = [decision for decision in decisions if self._found(decision) is None]
         # Its contexts are those of every step: the base model does not learn.
         self._encoder.expect([decision.to_encode for decision in missing if len(decision.context)])
 
@@ -181,16 +181,22 @@ class Teacher:
         """What the teacher says about the supervised tokens of each decision, in their order."""
         self._answers.open(self._model, self._divergence)
         keys = [decision_key(decision) for decision in decisions]
-        found = {key: answers for key in keys if (answers := self._answers.find(key)) is not None}
-        missing = {key: decision for key, decision in zip(keys, decisions, strict=True) if key not in found}
+        asked = dict(zip(keys, decisions, strict=True))
+        found = {key: answers for key, each in asked.items() if (answers := self._found(each)) is not None}
+        missing = {key: decision for key, decision in asked.items() if key not in found}
         if missing:
             computed = self._compute(list(missing.values()))
-            for key, answers in zip(missing, computed, strict=True):
-                self._answers.put(key, answers)
+            for (key, decision), answers in zip(missing.items(), computed, strict=True):
+                if not decision.is_written:
+                    self._answers.put(key, answers)
                 found[key] = answers
-        self.num_asked += len(decisions)
-        self.num_computed += len(missing)
+        self.num_asked += sum(not decision.is_written for decision in decisions)
+        self.num_computed += sum(not decision.is_written for decision in missing.values())
         return [found[key] for key in keys]
+
+    def _found(self, decision: Decision) -> Answers | None:
+        """What is kept about a decision; nothing is about one that will not come again."""
+        return None if decision.is_written else self._answers.find(decision_key(decision))
 
     def _compute(self, decisions: list[Decision]) -> list[Answers]:
         batch = pad_decisions(decisions)

@@ -21,7 +21,6 @@ __all__ = [
     "prompt_tokens",
     "rendered_tokens",
     "row_tools",
-    "stop_tokens",
     "whole_tokens",
 ]
 
@@ -108,20 +107,6 @@ def row_tools(row: TemplateRow) -> Any:
     """A row's tools as the chat template gets them."""
     tools = row.values.get("tools")
     return json.loads(tools) if isinstance(tools, str) else tools
-
-
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
-    """Tokens that end a decision: those of the checkpoint's generation configuration and the tokenizer's own.
-
-    Raises:
-        ValueError: There are none.
-    """
-    configured = generation_config.eos_token_id if generation_config is not None else None
-    tokens = list(configured) if isinstance(configured, list | tuple) else [configured]
-    found = list(dict.fromkeys(token for token in (*tokens, tokenizer.eos_token_id) if token is not None))
-    if not found:
-        raise ValueError("neither the tokenizer nor the generation configuration has a token that ends a decision")
-    return found
 
 
 def rendered_tokens(

@@ -21,6 +21,7 @@ from frozen_peft.context import (
     ContextEncoder,
     ContextTokens,
     generate_over,
+    stop_tokens_of,
     tokens_within_rope,
     use_segmented_attention,
 )
@@ -28,7 +29,7 @@ from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.prefixes import token_order
 from frozen_peft.evaluation.candidate_forms import CandidateForms
 from frozen_peft.evaluation.candidates import Candidate, PromptRow, SamplingSettings
-from frozen_peft.evaluation.decision_tokens import prompt_tokens, stop_tokens
+from frozen_peft.evaluation.decision_tokens import prompt_tokens
 from frozen_peft.evaluation.model_loading import num_positions, require_adapters_on_weights
 
 __all__ = ["LocalSampler"]
@@ -68,7 +69,7 @@ class LocalSampler:
         self._model, self._tokenizer, self._settings, self._batch_size = model, tokenizer, settings, batch_size
         self._pretrained = get_pretrained_model(model)
         self._encoder = ContextEncoder(model, chunk_size=chunk_size)
-        self._stop_tokens = stop_tokens(tokenizer, self._pretrained.generation_config)
+        self._stop_tokens = stop_tokens_of(tokenizer, self._pretrained.generation_config)
         self._forms = CandidateForms(tokenizer, self._stop_tokens)
         self._tokens: dict[str, list[int]] = {}
         use_segmented_attention(model)

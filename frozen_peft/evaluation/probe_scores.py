@@ -15,9 +15,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from frozen_peft.context import stop_tokens_of
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.evaluation.decision_scores import DecisionScore, DecisionScorer, Weights
-from frozen_peft.evaluation.decision_tokens import stop_tokens
 from frozen_peft.evaluation.intervals import Mean, Proportion, bootstrap_mean, wilson_proportion
 from frozen_peft.evaluation.probe_tokens import ProbeDecisions, ProbeTokens
 from frozen_peft.evaluation.probes import CONDITIONS, KINDS, Condition, Probe, ProbeKind
@@ -184,7 +184,7 @@ def compare_probes(
     tokens = probes if isinstance(probes, ProbeTokens) else ProbeTokens(tokenizer, probes, on_bad)
     stops: Sequence[int] = ()
     if any(probe.expected is not None for probe in tokens.probes):
-        stops = stop_tokens(tokenizer, getattr(get_pretrained_model(model), "generation_config", None))
+        stops = stop_tokens_of(tokenizer, getattr(get_pretrained_model(model), "generation_config", None))
     scorer = DecisionScorer(model, batch_size=batch_size, chunk_size=prefill_chunk_size, stop_tokens=stops)
     asked: dict[Condition, list[ProbeDecisions]] = {}
     general, notes = tuple(tokens.notes), {}

@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import remove_none_values
 
 from frozen_peft.adapters import change_of_base
+from frozen_peft.context import stop_tokens_of
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.modes import without_dropout
 from frozen_peft.data import has_json_columns, message_texts, python_row, restore_instructions
@@ -45,7 +46,7 @@ from frozen_peft.data.pieces import STRIPPED, piece_texts
 from frozen_peft.errors import ContextMismatchError
 from frozen_peft.evaluation import LocalSampler, PromptRow, SamplingSettings
 from frozen_peft.evaluation.candidate_forms import CandidateForms
-from frozen_peft.evaluation.decision_tokens import prompt_tokens, stop_tokens
+from frozen_peft.evaluation.decision_tokens import prompt_tokens
 
 __all__ = ["CONTEXT_CHARACTERS", "FORMAT", "VARIANTS", "ExampleSettings", "make_examples"]
 
@@ -233,7 +234,7 @@ def _decide_activated(
 ) -> dict[int, dict[str, Any]]:
     """The same by PEFT's own generation, which switches the adapter on at its invocation; one row at a time."""
     pretrained = get_pretrained_model(model)
-    stops = stop_tokens(tokenizer, pretrained.generation_config)
+    stops = stop_tokens_of(tokenizer, pretrained.generation_config)
     forms = CandidateForms(tokenizer, stops)
     device = pretrained.get_input_embeddings().weight.device
     found = {}

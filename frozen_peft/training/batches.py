@@ -21,6 +21,7 @@ from frozen_peft.context import ContextTokens, Cut, Decision, SplitBatch, cut_ba
 from frozen_peft.context.boundary import IGNORED_LABEL
 from frozen_peft.context.branches import BRANCHES
 from frozen_peft.context.prefixes import num_shared
+from frozen_peft.distillation import Prompt
 from frozen_peft.utils.compat.torch import num_writes
 
 __all__ = [
@@ -46,6 +47,8 @@ class SampleBatch(dict[str, Any]):
         samples: Decisions of each sample; none where the batch is run as it is.
         teachers: For each decision the same with its instructions, with distillation.
         beside: Other decisions behind the same contexts, one of each sample, by what their keys begin with.
+        prompts: For each sample what the model is to answer instead, None for those that stay as they are; empty:
+            nothing was settled yet.
     """
 
     def __init__(
@@ -54,11 +57,12 @@ class SampleBatch(dict[str, Any]):
         samples: Sequence[Sequence[Decision]] = (),
         teachers: Sequence[Decision] = (),
         beside: Mapping[str, Sequence[Decision]] | None = None,
+        prompts: Sequence[Prompt | None] = (),
         *,
         is_cut: bool = False,
     ):
         super().__init__(inputs)
-        self.samples, self.teachers, self.beside = samples, teachers, beside or {}
+        self.samples, self.teachers, self.beside, self.prompts = samples, teachers, beside or {}, prompts
         self._seen = self._stamp() if is_cut else None
 
     def _stamp(self) -> dict[str, tuple[torch.Tensor, int]]:
@@ -83,9 +87,28 @@ class SampleBatch(dict[str, Any]):
 
     @property
     def contexts(self) -> list[ContextTokens]:
-        """Every context to encode."""
-        decisions = itertools.chain(self.decisions, *self.beside.values())
-        return [decision.to_encode for decision in decisions if len(decision.context)]
+        """Every context to encode, as often as it is asked for: once for each decision, and once to write them."""
+        decisions = [decision for sample in self._trained() for decision in sample]
+        contexts = [decision.to_encode for decision in itertools.chain(decisions, *self.beside.values())]
+        contexts += [prompt.to_encode for prompt in self.prompts if prompt is not None]
+        return [context for context in contexts if len(context)]
+
+    @property
+    def told_teachers(self) -> list[Decision]:
+        """All that the teacher will be asked about, of answers to come the prompts."""
+        if not self.prompts:
+            return list(self.teachers)
+        pairs = zip(self.teachers, self.prompts, strict=True)
+        return [
+            each for teacher, prompt in pairs for each in ([teacher] if prompt is None else prompt.repeated("teacher"))
+        ]
+
+    def _trained(self) -> Sequence[Sequence[Decision]]:
+        """Decisions of each sample, of answers to come the prompts."""
+        if not self.prompts:
+            return self.samples
+        pairs = zip(self.samples, self.prompts, strict=True)
+        return [sample if prompt is None else prompt.repeated("student") for sample, prompt in pairs]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SampleBatch":
         """The same on a device; by this, accelerate's dataloaders move a batch."""
@@ -96,8 +119,9 @@ class SampleBatch(dict[str, Any]):
         samples = [[decision.to(device) for decision in sample] for sample in self.samples]
         teachers = [decision.to(device) for decision in self.teachers]
         beside = {name: [decision.to(device) for decision in decisions] for name, decisions in self.beside.items()}
+        prompts = [prompt and prompt.to(device) for prompt in self.prompts]
         # What changed since is a copy in pinned memory.
-        return SampleBatch(inputs, samples, teachers, beside, is_cut=self._seen is not None)
+        return SampleBatch(inputs, samples, teachers, beside, prompts, is_cut=self._seen is not None)
 
 
 class DecisionBatch(dict[str, Any]):
@@ -138,12 +162,13 @@ class BatchCutter:
 
     Attributes:
         cut_at: Where samples are cut.
-        max_decisions: Decisions of a conversation's turns in one batch; None: no bound.
+        max_decisions: Decisions in one batch, where a sample may have several; None: no bound.
         pad_token_id: Token that fills the decisions' padding.
         supervision: Key of a mask that is 1 on supervised tokens, where a batch says it so; None: by `labels`.
         kept_keys: Keys of what a batch holds about samples as a whole, and keeps.
         beside: What keys begin with of other answers to the same prompts, of which a batch holds the like.
         take_teachers: Takes the samples with their instructions out of a collated batch, and gives their decisions.
+        always: Cut batches too in which no sample has a context.
     """
 
     cut_at: Cut
@@ -153,6 +178,7 @@ class BatchCutter:
     kept_keys: frozenset[str] = frozenset()
     beside: tuple[str, ...] = ()
     take_teachers: Callable[[dict[str, Any]], list[Decision]] | None = None
+    always: bool = False
 
     def cut(self, inputs: Mapping[str, Any]) -> SampleBatch:
         """A batch of samples and its decisions; one that is cut already stays as it is.
@@ -205,6 +231,7 @@ class BatchCutter:
         """Decisions of each sample, in keys that begin with a name; none where there is nothing to cut."""
         branches = inputs.get(BRANCHES)
         cuts = self.cut_at.gradient_horizon != -1 or self.cut_at.max_context_length is not None or branches is not None
+        cuts |= self.always
         labels = self._labels(inputs, name)
         if not cuts or labels is None:
             return []
@@ -222,7 +249,7 @@ class BatchCutter:
     def _is_whole(self, inputs: dict[str, Any], samples: list[list[Decision]]) -> bool:
         """Whether the decisions are the samples, so that the batch can stay as the collator made it."""
         decisions = [decision for sample in samples for decision in sample]
-        if BRANCHES in inputs or any(len(decision.context) for decision in decisions):
+        if self.always or BRANCHES in inputs or any(len(decision.context) for decision in decisions):
             return False
         num_tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         return not decisions or (
@@ -307,6 +334,8 @@ def without_labels(batch: DecisionBatch) -> DecisionBatch:
 
 def _num_context_tokens(decisions: Sequence[Decision], *, are_branches: bool) -> int:
     """Tokens of a sample that are kept and belong to no decision; those that decisions share count once."""
+    if any(decision.is_written for decision in decisions):
+        return len(decisions[0].context)
     lengths = [len(decision.context) + len(decision.input_ids) for decision in decisions]
     num_kept = max(lengths)
     if are_branches:

@@ -17,12 +17,11 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from frozen_peft.config import ContextFields
-from frozen_peft.context import Cut
 from frozen_peft.context.compiled import compile_layers
 from frozen_peft.context.kernels import KERNEL_MODULES, current_capabilities, kernel_choices
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.sharding import are_sharded, reshard
-from frozen_peft.training.batches import DecisionBatch, without_labels
+from frozen_peft.training.batches import BatchCutter, DecisionBatch, without_labels
 from frozen_peft.utils.compat.accelerate import forget_preparation, prepared_models
 from frozen_peft.utils.installed import installed_version, module_versions
 
@@ -119,7 +118,9 @@ def require_same(machines: Sequence[Mapping[str, str]]) -> None:
         )
 
 
-def as_many_everywhere(accelerator: Accelerator, parts: list[DecisionBatch], cut: Cut) -> list[DecisionBatch]:
+def as_many_everywhere(
+    accelerator: Accelerator, parts: list[DecisionBatch], cutter: BatchCutter
+) -> list[DecisionBatch]:
     """Parts of a batch, with some that add nothing where another process has more.
 
     The forward and backward of each part have collective operations, which every process must enter.
@@ -127,9 +128,9 @@ def as_many_everywhere(accelerator: Accelerator, parts: list[DecisionBatch], cut
     Args:
         accelerator: Of the training.
         parts: Batches of decisions, one at least.
-        cut: Where samples are cut; but for turns, every process has one part.
+        cutter: Made them; without a bound on decisions, every process has one part.
     """
-    if cut.mode == "tail" or accelerator.num_processes == 1:
+    if cutter.max_decisions is None or accelerator.num_processes == 1:
         return parts
     num_parts = torch.tensor(len(parts), device=accelerator.device)
     missing = int(accelerator.gather(num_parts).max()) - len(parts)

@@ -28,7 +28,7 @@ from frozen_peft.utils.cache_argument import given_cache
 from frozen_peft.utils.sizes import parse_size
 from frozen_peft.utils.stopwatch import Mode
 
-__all__ = ["FrozenContexts", "make_store"]
+__all__ = ["FrozenContexts", "make_base_store", "make_store"]
 
 
 def make_store(config: ContextFields, share: float = 1.0) -> ContextStore | None:
@@ -46,6 +46,20 @@ def make_store(config: ContextFields, share: float = 1.0) -> ContextStore | None
         return None
     disk = DiskLevel(ContextFiles(Path(folder).expanduser())) if folder is not None else None
     return ContextStore(max_bytes, disk, max_staleness=staleness, dtype=dtype)
+
+
+def make_base_store(size: str, folder: str | None) -> ContextStore | None:
+    """A store for what the base encodes for a teacher, as large as the other one; None where it keeps nothing.
+
+    Args:
+        size: `context_cache_size`.
+        folder: `context_cache_dir`; None: in memory alone.
+    """
+    max_bytes = parse_size(size)
+    if not max_bytes and folder is None:
+        return None
+    disk = DiskLevel(ContextFiles(Path(folder).expanduser())) if folder is not None else None
+    return ContextStore(max_bytes, disk)
 
 
 class FrozenContexts:
@@ -131,13 +145,20 @@ class FrozenContexts:
                 name=f"{self._name}s",
                 adapters=self.encoder.adapters,
             )
-        with self.metrics.prefill(mode), self._accelerator.autocast():
-            if not part.contexts:
+        if not part.contexts:
+            with self.metrics.prefill(mode), self._accelerator.autocast():
                 self.encoder.encode_elsewhere(step=step, stale=is_training)
-                return []
-            groups = list(part.all_contexts.values())
-            frozen = self.encoder.encode(list(itertools.chain(*groups)), step=step, stale=is_training)
+            return []
+        groups = list(part.all_contexts.values())
+        frozen = self.encode(list(itertools.chain(*groups)), step=step, mode=mode, is_training=is_training)
         return frozen.split([len(group) for group in groups])
+
+    def encode(self, contexts: Sequence[ContextTokens], *, step: int, mode: Mode, is_training: bool) -> FrozenContext:
+        """Contexts that decisions are trained over, one of which has tokens; where none are frozen, for this once."""
+        if self.encoder is None or self.metrics is None:
+            return self.encode_as_now(contexts)
+        with self.metrics.prefill(mode), self._accelerator.autocast():
+            return self.encoder.encode(contexts, step=step, stale=is_training)
 
     def carried(self, part: DecisionBatch, *, step: int, mode: Mode, is_training: bool) -> list[Carried]:
         """A batch's decisions, and what `freeze` gives for them."""

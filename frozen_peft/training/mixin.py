@@ -123,6 +123,14 @@ class FrozenContextMixin(Trainer):
         if distiller is not None:
             self._memories["teacher"] = distiller.teacher
 
+    def _settled(self, batches: list[SampleBatch], mode: Mode) -> list[SampleBatch]:
+        """Batches of one step, in which it is settled what the model is to answer itself."""
+        return batches
+
+    def _answered(self, batch: SampleBatch, mode: Mode) -> SampleBatch:
+        """A batch with what the model answers to its samples, where it is to write that itself."""
+        return batch
+
     def _target(self, part: DecisionBatch, inputs: dict[str, Any]) -> Answers | None:
         """What a teacher says about a batch, where there is one."""
         return None
@@ -181,7 +189,7 @@ class FrozenContextMixin(Trainer):
         """The micro-batches of an optimizer step, which are announced."""
         with self._timed("data"):
             batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-            batches = [self._frozen.cutter.cut(batch) for batch in batches]
+            batches = self._settled([self._frozen.cutter.cut(batch) for batch in batches], "train")
             if batches:
                 self._expect(batches)
         return batches, num_items_in_batch
@@ -202,8 +210,8 @@ class FrozenContextMixin(Trainer):
         batch = self._frozen.cutter.cut(inputs)
         with self._timed("compute"), self._frozen.timed("train"), advice_on_memory(self.args):
             self._read_ahead()
-            parts = self._frozen.cutter.parts(batch)
-            parts = as_many_everywhere(self.accelerator, parts, self._frozen.cutter.cut_at)
+            parts = self._frozen.cutter.parts(self._answered(batch, "train"))
+            parts = as_many_everywhere(self.accelerator, parts, self._frozen.cutter)
             self._count_tokens(parts[0])
             return self._train_parts(model, parts, num_items_in_batch)
 
@@ -240,12 +248,13 @@ class FrozenContextMixin(Trainer):
         """TRL's, on decisions, which become one row per sample again; see `predictions`."""
         self._frozen.require_own_model(self.accelerator.unwrap_model(model), inputs)
         batch = self._frozen.cutter.cut(inputs)
-        own = self._frozen.cutter.parts(batch)
-        if len(own) > 1:
+        if self._frozen.cutter.max_decisions is not None:
             self._frozen.expect([batch], step=self.state.global_step)
         steps = []
         with advice_on_memory(self.args, evaluation=True), self._frozen.timed("eval"):
-            for part in as_many_everywhere(self.accelerator, own, self._frozen.cutter.cut_at):
+            batch = self._answered(batch, "eval")
+            own = self._frozen.cutter.parts(batch)
+            for part in as_many_everywhere(self.accelerator, own, self._frozen.cutter):
                 steps.append(super().prediction_step(model, part, prediction_loss_only, ignore_keys=ignore_keys))
         if not batch.samples:
             return steps[0]
@@ -314,7 +323,7 @@ class FrozenContextMixin(Trainer):
                 "inside of it. Leave `sequence_chunk_size` out, or mix what is in the other batch into the dataset."
             )
         self._frozen.require_own_model(self.accelerator.unwrap_model(model), inputs)
-        parts = self._frozen.cutter.parts(self._frozen.cutter.cut(inputs))
+        parts = self._frozen.cutter.parts(self._answered(self._frozen.cutter.cut(inputs), self._mode))
         if len(parts) > 1:
             if return_outputs:
                 raise ValueError(

@@ -6,13 +6,14 @@ import inspect
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTTrainer
 
 from frozen_peft.config import FrozenContextConfig
-from frozen_peft.context import TAIL, Cut
+from frozen_peft.context import TAIL, Cut, stop_tokens_of
 from frozen_peft.context.branches import BRANCHES
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.data import as_table, needs_python_rows, python_rows
@@ -21,14 +22,15 @@ from frozen_peft.distillation import (
     Answers,
     Distiller,
     TeacherCollator,
+    Writer,
     check_teacher,
     prepare_with_teacher,
     require_distillable,
     take_decisions,
 )
-from frozen_peft.training.batches import BatchCutter, DecisionBatch, SampleBatch
+from frozen_peft.training.batches import BatchCutter, DecisionBatch, SampleBatch, num_labels
 from frozen_peft.training.checks import BatchChecks
-from frozen_peft.training.frozen import make_store
+from frozen_peft.training.frozen import make_base_store, make_store
 from frozen_peft.training.mixin import FrozenContextMixin
 from frozen_peft.training.model_setup import (
     check_model,
@@ -39,6 +41,7 @@ from frozen_peft.training.model_setup import (
     prepare_model,
     sample_base,
 )
+from frozen_peft.training.prompt_rows import check_prompts, prepare_prompts, require_completions
 from frozen_peft.training.samples import SampleLimits, check_samples, limit_length, require_rows
 from frozen_peft.training.sampling import require_groupable
 from frozen_peft.training.turn_contexts import (
@@ -49,7 +52,9 @@ from frozen_peft.training.turn_contexts import (
     say_dropped_reasoning,
 )
 from frozen_peft.training.turn_rendering import TurnRenderer
-from frozen_peft.utils.compat.trl import count_tokens, passing_loss_type, trainer_tokenizer
+from frozen_peft.training.written import OwnAnswers
+from frozen_peft.utils.compat.trl import count_tokens, logged_metrics, passing_loss_type, trainer_tokenizer
+from frozen_peft.utils.stopwatch import Mode
 
 __all__ = ["FrozenContextTrainer"]
 
@@ -63,6 +68,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
 
     - `_prepare_dataset` cuts contexts where TRL would cut decisions, and checks every sample. With
       `turn_contexts="inference"` it renders conversations turn by turn before.
+    - `_train_parts` weighs what the model writes itself, with `distill_on_policy`.
     - `_set_signature_columns_if_needed` keeps the teacher's columns with `loss_type="distill"`, and `branches`.
 
     A sample without context is a plain SFT sample. With `gradient_horizon=-1` (tiers 1 and 3) nothing is frozen, and
@@ -110,19 +116,24 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
         for name, dataset in {"train": self.train_dataset, **named_datasets(self.eval_dataset)}.items():
             if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
                 self._check_samples(dataset, name, self.args, says_cuts=True)
+                if self.args.writes:
+                    check_prompts(dataset, self.model, self._cut, self.args.max_completion_length, name)
         prepare_model(self, self._cut, base_before)
         self._own_components()
 
     def _own_components(self) -> None:
         checks = BatchChecks(self.args)
         self._distiller = self._make_distiller(checks) if self._distills else None
+        several = self._cut.mode == "turns" or self.args.writes
         cutter = BatchCutter(
             self._cut,
-            self.args.max_decisions_per_forward if self._cut.mode == "turns" else None,
+            self.args.max_decisions_per_forward if several else None,
             trainer_tokenizer(self).pad_token_id or 0,
             take_teachers=partial(take_decisions, mode=self._cut.mode) if self._distills else None,
+            always=self.args.writes,
         )
         self._train_over(cutter, checks, self._distiller, store=make_store(self.args))
+        self._own_answers = self._make_own_answers() if self.args.writes else None
         if self.args.renders_turns:
             self.data_collator = BranchCollator(self.data_collator)
         if self._distiller is not None:
@@ -130,7 +141,15 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
 
     def _make_distiller(self, checks: BatchChecks) -> Distiller:
         require_distillable(self.model, self.accelerator, has_loss_function=self.compute_loss_func is not None)
-        return Distiller(self.model, self.args, partial(checks.check_teacher, self.model))
+        # Not on disk where what is said over a context is kept, which takes a thousandth of it.
+        folder = self.args.context_cache_dir if self.args.writes else None
+        store = make_base_store(self.args.context_cache_size, folder)
+        return Distiller(self.model, self.args, partial(checks.check_teacher, self.model), store)
+
+    def _make_own_answers(self) -> OwnAnswers:
+        stops = stop_tokens_of(trainer_tokenizer(self), get_pretrained_model(self.model).generation_config)
+        writer = Writer(self.model, self.args, stops, num_start_tokens=max(len(self._cut.invocation), 1))
+        return OwnAnswers(self.model, self.args, writer, self._frozen, self.accelerator)
 
     @property
     def cut(self) -> Cut:
@@ -155,10 +174,15 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
         tokens_only = copy.copy(uncut)
         tokens_only.max_length, tokens_only.shuffle_dataset = None, False
         exactly = needs_python_rows(dataset)
-        renderer = TurnRenderer(processing_class) if args.renders_turns else None
+        stop_token = getattr(processing_class, "tokenizer", processing_class).eos_token_id or 0
+        renderer = TurnRenderer(processing_class) if args.renders_turns or args.needs_no_completions else None
+        if args.writes and not args.needs_no_completions:
+            require_completions(dataset, args.distill_on_policy, dataset_name)
 
         def prepare(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
-            if renderer is not None:
+            if renderer is not None and args.needs_no_completions:
+                rows = prepare_prompts(rows, renderer, stop_token, dataset_name, args.dataset_num_proc)
+            elif renderer is not None:
                 rows = render_turns(rows, renderer, dataset_name, args.dataset_num_proc)
             first = exactly and isinstance(rows, IterableDataset)
             return super(FrozenContextTrainer, self)._prepare_dataset(
@@ -219,7 +243,31 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
     def _expect(self, batches: list[SampleBatch]) -> None:
         super()._expect(batches)
         if self._distiller is not None:
-            self._distiller.teacher.expect([decision for batch in batches for decision in batch.teachers])
+            self._distiller.teacher.expect([decision for batch in batches for decision in batch.told_teachers])
+
+    def _settled(self, batches: list[SampleBatch], mode: Mode) -> list[SampleBatch]:
+        if self._own_answers is None:
+            return batches
+        return self._own_answers.settled(batches, step=self.state.global_step, mode=mode)
+
+    def _answered(self, batch: SampleBatch, mode: Mode) -> SampleBatch:
+        if self._own_answers is None:
+            return batch
+        if not batch.prompts:
+            (batch,) = self._settled([batch], mode)
+            self._expect([batch])
+        return self._own_answers.written(batch, logged_metrics(self, mode), step=self.state.global_step, mode=mode)
+
+    def _train_parts(
+        self, model: torch.nn.Module, parts: list[DecisionBatch], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        if self._own_answers is not None:
+            # How many tokens a step has is known when its last answer is written, and not before. So each micro-batch
+            # weighs as much as the next, on each process, and in it each token.
+            num_items_in_batch = sum(map(num_labels, parts)) * self.current_gradient_accumulation_steps
+            if self.args.average_tokens_across_devices:
+                num_items_in_batch *= self.accelerator.num_processes
+        return super()._train_parts(model, parts, num_items_in_batch)
 
     def _target(self, part: DecisionBatch, inputs: dict[str, Any]) -> Answers | None:
         if self._distiller is None:
@@ -230,6 +278,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
         count_tokens(self, part.num_context_tokens)
 
     def _figures(self, seconds_elsewhere: float = 0.0) -> dict[str, float]:
-        seconds = self._distiller.read_seconds(self._mode) if self._distiller is not None else 0.0
-        teacher = {"distill/teacher_seconds": seconds} if seconds else {}
-        return teacher | super()._figures(seconds)
+        teacher = self._distiller.read_seconds(self._mode) if self._distiller is not None else 0.0
+        writing = self._own_answers.read_seconds(self._mode) if self._own_answers is not None else 0.0
+        seconds = {"distill/teacher_seconds": teacher, "distill/writing_seconds": writing}
+        return {name: value for name, value in seconds.items() if value} | super()._figures(teacher + writing)

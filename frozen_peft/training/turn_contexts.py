@@ -16,7 +16,7 @@ from frozen_peft.data.conversation import Message
 from frozen_peft.data.traces import reasoning_of
 from frozen_peft.training.turn_rendering import TurnRenderer, template_options
 
-__all__ = ["ROW_NUMBER", "BranchCollator", "render_turns", "require_branches", "say_dropped_reasoning"]
+__all__ = ["ROW_NUMBER", "BranchCollator", "as_written", "render_turns", "require_branches", "say_dropped_reasoning"]
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +61,7 @@ def render_turns(
     def render(row: dict[str, Any], index: int) -> dict[str, Any]:
         index = row.get(ROW_NUMBER, index)
         try:
-            turns = renderer.turns(_as_written(row) if is_typed else row)
+            turns = renderer.turns(as_written(row) if is_typed else row)
         except ValueError as error:
             raise ValueError(f"Sample {index} of the {name} dataset: {error}") from error
         return fold_branches([turn.input_ids for turn in turns], [turn.first for turn in turns])
@@ -137,7 +137,7 @@ class BranchCollator:
         return {**self._collator(own), BRANCHES: pad_sequence(rows, batch_first=True)}
 
 
-def _as_written(row: dict[str, Any]) -> dict[str, Any]:
+def as_written(row: dict[str, Any]) -> dict[str, Any]:
     """A row without what a table with types fills in: it gives every object the keys that any row's has."""
     written: dict[str, Any] = remove_none_values(row)
     for column in _MESSAGE_COLUMNS:

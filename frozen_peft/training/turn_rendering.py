@@ -89,6 +89,25 @@ class TurnRenderer:
             turns.append(Turn(index, whole, first))
         return turns
 
+    def prompt_tokens(self, messages: list[Message], place: str, options: dict[str, Any]) -> list[int]:
+        """Tokens of what a model is shown that is about to answer messages.
+
+        Args:
+            messages: The messages.
+            place: What errors call them.
+            options: Of the template, see `template_options`.
+
+        Raises:
+            ValueError: The chat template does not render them.
+        """
+        (tokens,) = self._tokens([self._text(messages, place, "it", options, prompts=True)])
+        return tokens
+
+    def text_tokens(self, text: str) -> list[int]:
+        """Tokens of text that no template is applied to, as every sequence begins with them."""
+        tokens: list[int] = self._tokenizer(text)["input_ids"]
+        return tokens
+
     def _shown(self, trace: Trace, index: int, options: dict[str, Any]) -> str:
         """What a model is shown that is about to write a message."""
         return self._text(trace.messages[:index], trace.places[index], "what stands before it", options, prompts=True)

@@ -30,6 +30,7 @@ class Loss:
     top_k: int = 0
     temperature: float = 1.0
     likelihood_weight: float = 0.0
+    beta: float = 0.5
 
     @property
     def fields(self) -> dict[str, object]:
@@ -39,6 +40,7 @@ class Loss:
             "distill_top_k": self.top_k,
             "distill_temperature": self.temperature,
             "distill_likelihood_weight": self.likelihood_weight,
+            "distill_beta": self.beta,
         }
 
 
@@ -111,6 +113,10 @@ def divergences(student: torch.Tensor, teacher: torch.Tensor, loss: Loss) -> tor
             first, rest = order[: loss.top_k], order[loss.top_k :]
             rows.append([torch.cat([part[first], part[rest].sum()[None]]) for part in (own, other)])
         p, q = (torch.stack(part) for part in zip(*rows, strict=True))
+    if loss.direction == "jsd":
+        m = loss.beta * p + (1 - loss.beta) * q
+        of_teacher, of_student = ((own * (own.log() - m.log())).sum(-1) for own in (p, q))
+        return loss.temperature**2 * (loss.beta * of_teacher + (1 - loss.beta) * of_student)
     if loss.direction == "reverse_kl":
         p, q = q, p
     return loss.temperature**2 * (p * (p.log() - q.log())).sum(-1)

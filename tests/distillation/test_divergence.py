@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from trl.experimental.gkd import GKDTrainer
 
 from frozen_peft import ContextMismatchError
 from frozen_peft.distillation import head as head_module
@@ -19,7 +20,7 @@ from tests.distillation.pairs import Loss, divergences
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 HIDDEN, VOCAB = 8, 41
-DIRECTIONS = ("forward_kl", "reverse_kl")
+DIRECTIONS = ("forward_kl", "reverse_kl", "jsd")
 
 
 def problem(num_tokens: int, *, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, LogitHead, LogitHead]:
@@ -46,13 +47,15 @@ def logits(hidden: torch.Tensor, head: LogitHead) -> torch.Tensor:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_values_and_gradients(direction: str, top_k: int, chunk_size: int) -> None:
     student, teacher, head, teacher_head = problem(7)
-    divergence = Divergence(direction, top_k, 1.7, chunk_size)
+    divergence = Divergence(direction, top_k, 1.7, chunk_size, beta=0.3)
     weights = torch.arange(1.0, 8.0, dtype=torch.float64)
     inputs = [student, head.module.weight, head.module.bias]
 
     found = divergence.per_token(student, head, divergence.answers(teacher, teacher_head), teacher_head)
     expected = divergences(
-        logits(student, head), logits(teacher, teacher_head).detach(), Loss(direction, top_k, temperature=1.7)
+        logits(student, head),
+        logits(teacher, teacher_head).detach(),
+        Loss(direction, top_k, temperature=1.7, beta=0.3),
     )
     # What is kept of the teacher is in float32.
     tolerance = 1e-12 if top_k == 0 else 1e-6
@@ -62,6 +65,17 @@ def test_values_and_gradients(direction: str, top_k: int, chunk_size: int) -> No
     )
     for gradient, other in zip(gradients, expected_gradients, strict=True):
         assert torch.allclose(gradient, other, rtol=0, atol=100 * tolerance)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_generalized_divergence_is_that_of_trl(beta: float) -> None:
+    student, teacher, head, teacher_head = problem(6)
+    divergence = Divergence("jsd", 0, beta=beta)
+    values = divergence.per_token(student, head, divergence.answers(teacher, teacher_head), teacher_head)
+    expected = GKDTrainer.generalized_jsd_loss(
+        logits(student, head)[None], logits(teacher, teacher_head)[None], beta=beta, reduction="none"
+    )
+    assert torch.allclose(values, expected.sum(-1).flatten(), atol=1e-9)
 
 
 @settings(max_examples=40, deadline=None)

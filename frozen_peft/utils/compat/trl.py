@@ -11,6 +11,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig
 
+from frozen_peft.utils.stopwatch import Mode
+
 __all__ = [
     "complete_head",
     "count_tokens",
@@ -25,9 +27,9 @@ __all__ = [
 
 # PRIVATE: `SFTTrainer._metrics`, `DPOTrainer._metrics`, `KTOTrainer._metrics`, trl 1.16.
 # Why: what is logged beside the loss is averaged there, per process. Goes when: TRL takes figures from a subclass.
-def logged_metrics(trainer: Trainer) -> dict[str, list[float]]:
-    """Where a trainer collects the figures of training, or of evaluation, until it logs them."""
-    metrics: dict[str, list[float]] = trainer._metrics["train" if trainer.model.training else "eval"]
+def logged_metrics(trainer: Trainer, mode: Mode | None = None) -> dict[str, list[float]]:
+    """Where a trainer collects the figures of training, or of evaluation, until it logs them; None: of what runs."""
+    metrics: dict[str, list[float]] = trainer._metrics[mode or ("train" if trainer.model.training else "eval")]
     return metrics
 
 

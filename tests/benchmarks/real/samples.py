@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from frozen_peft.evaluation.decision_tokens import stop_tokens
+from frozen_peft.context import stop_tokens_of
 from tests.benchmarks.real.cells import locked, write_json
 from tests.benchmarks.real.tasks import Sample, TaskName, draw_samples
 from tests.benchmarks.real.texts import Part, Texts
@@ -95,7 +95,7 @@ class SampleFiles:
     @torch.no_grad()
     def _answer(self, prompt: list[int]) -> list[int]:
         """What the base model says: the most likely token each time, to the end of the turn or to the limit."""
-        stops = stop_tokens(self.tokenizer, self.model.generation_config)
+        stops = stop_tokens_of(self.tokenizer, self.model.generation_config)
         tokens = torch.tensor([prompt])
         found = self.model.generate(
             tokens,

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from frozen_peft.context import stop_tokens_of
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.evaluation.decision_scores import DecisionScorer, Weights
-from frozen_peft.evaluation.decision_tokens import TokenizedDecision, stop_tokens
+from frozen_peft.evaluation.decision_tokens import TokenizedDecision
 from tests.benchmarks.real.samples import Row
 
 Score = dict[str, Any]
@@ -38,7 +39,7 @@ def score_rows(
         per token: an answer of the base that is cut off is twice as long as most decisions, and less likely for that
         alone.
     """
-    stops = stop_tokens(tokenizer, get_pretrained_model(model).generation_config)
+    stops = stop_tokens_of(tokenizer, get_pretrained_model(model).generation_config)
     scorer = DecisionScorer(model, batch_size=4, stop_tokens=stops)
     asked = [
         (condition, index, name)
