@@ -130,7 +130,7 @@ class Writer:
         return [self._prompt(*pair, step, seen) for pair in zip(students, teachers, strict=True)]
 
     def _prompt(self, student: Decision, teacher: Decision, step: int, seen: Counter[str]) -> Prompt | None:
-        key = str(decision_key(student))
+        key = _row_key(student)
         number = seen[key]
         seen[key] += 1
         drawn = _digest(self._args.seed, step, key, number)
@@ -211,6 +211,13 @@ def require_room(model: torch.nn.Module, num_tokens: int, max_completion_length:
             "reaches a limit of the model's rope, where the positions of the context too are computed in another way. "
             "Set `max_context_length`, or lower `max_completion_length`."
         )
+
+
+def _row_key(decision: Decision) -> str:
+    """The name of a sample, wherever it is cut."""
+    input_ids = torch.cat([decision.context, decision.input_ids])
+    labels = torch.cat([torch.full_like(decision.context, IGNORED_LABEL), decision.labels])
+    return str(decision_key(Decision(decision.context[:0], input_ids, labels)))
 
 
 def _rows(frozen: FrozenContext | None, indices: list[int]) -> FrozenContext | None:

@@ -104,7 +104,12 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
         check_model(model, args, adapters_come=peft_config is not None or bool(positional), peft_config=peft_config)
         base_before = sample_base(model, args)
         self._invocation = given_invocation(model, peft_config, args)
-        self._distills = args.loss_type == "distill"
+        # While TRL makes the trainer, `loss_type` is another one.
+        self._distills, self._writes, self._needs_no_completions = (
+            args.loss_type == "distill",
+            args.writes,
+            args.needs_no_completions,
+        )
         self._cut, self._max_positions = TAIL, None
 
         with passing_loss_type(args, "distill"):
@@ -116,7 +121,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
         for name, dataset in {"train": self.train_dataset, **named_datasets(self.eval_dataset)}.items():
             if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
                 self._check_samples(dataset, name, self.args, says_cuts=True)
-                if self.args.writes:
+                if self._writes:
                     check_prompts(dataset, self.model, self._cut, self.args.max_completion_length, name)
         prepare_model(self, self._cut, base_before)
         self._own_components()
@@ -124,16 +129,16 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
     def _own_components(self) -> None:
         checks = BatchChecks(self.args)
         self._distiller = self._make_distiller(checks) if self._distills else None
-        several = self._cut.mode == "turns" or self.args.writes
+        several = self._cut.mode == "turns" or self._writes
         cutter = BatchCutter(
             self._cut,
             self.args.max_decisions_per_forward if several else None,
             trainer_tokenizer(self).pad_token_id or 0,
             take_teachers=partial(take_decisions, mode=self._cut.mode) if self._distills else None,
-            always=self.args.writes,
+            always=self._writes,
         )
         self._train_over(cutter, checks, self._distiller, store=make_store(self.args))
-        self._own_answers = self._make_own_answers() if self.args.writes else None
+        self._own_answers = self._make_own_answers() if self._writes else None
         if self.args.renders_turns:
             self.data_collator = BranchCollator(self.data_collator)
         if self._distiller is not None:
@@ -142,7 +147,7 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
     def _make_distiller(self, checks: BatchChecks) -> Distiller:
         require_distillable(self.model, self.accelerator, has_loss_function=self.compute_loss_func is not None)
         # Not on disk where what is said over a context is kept, which takes a thousandth of it.
-        folder = self.args.context_cache_dir if self.args.writes else None
+        folder = self.args.context_cache_dir if self._writes else None
         store = make_base_store(self.args.context_cache_size, folder)
         return Distiller(self.model, self.args, partial(checks.check_teacher, self.model), store)
 
@@ -175,12 +180,12 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
         tokens_only.max_length, tokens_only.shuffle_dataset = None, False
         exactly = needs_python_rows(dataset)
         stop_token = getattr(processing_class, "tokenizer", processing_class).eos_token_id or 0
-        renderer = TurnRenderer(processing_class) if args.renders_turns or args.needs_no_completions else None
-        if args.writes and not args.needs_no_completions:
+        renderer = TurnRenderer(processing_class) if args.renders_turns or self._needs_no_completions else None
+        if self._writes and not self._needs_no_completions:
             require_completions(dataset, args.distill_on_policy, dataset_name)
 
         def prepare(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
-            if renderer is not None and args.needs_no_completions:
+            if renderer is not None and self._needs_no_completions:
                 rows = prepare_prompts(rows, renderer, stop_token, dataset_name, args.dataset_num_proc)
             elif renderer is not None:
                 rows = render_turns(rows, renderer, dataset_name, args.dataset_num_proc)

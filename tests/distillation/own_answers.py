@@ -21,6 +21,7 @@ from tests.training.runs import Run, config, train
 SHAPES = ((140, 3), (110, 5), (170, 2), (131, 4))
 ROWS = pairs(SHAPES)
 NUM_ANSWERS, MAX_TOKENS = 3, 7
+LOSS = Loss("reverse_kl")
 # So many that some answers end, and some do not.
 STOPS = list(range(3, 15))
 
@@ -50,7 +51,7 @@ class Written:
 
 
 def on_policy(
-    model: PeftModel, folder: Path, rows: Sequence[Pair] = ROWS[:2], loss: Loss = Loss("reverse_kl"), **fields: Any
+    model: PeftModel, folder: Path, rows: Sequence[Pair] = ROWS[:2], loss: Loss = LOSS, **fields: Any
 ) -> Run:
     """Trains a copy of a model, by default one step on its own answers alone."""
     own = {"distill_on_policy": 1.0, "num_generations": NUM_ANSWERS, "max_completion_length": MAX_TOKENS}
