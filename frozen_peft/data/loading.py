@@ -52,6 +52,7 @@ def load_samples(
     streaming: bool = False,
     text_field: str = "text",
     method: str = "sft",
+    prompts_alone: bool = False,
 ) -> Dataset | IterableDataset:
     """Loads one split of a dataset.
 
@@ -67,6 +68,7 @@ def load_samples(
         text_field: Column that holds the text of plain language modelling samples.
         method: What they are trained with: `sft`, `dpo` (pairs of `chosen` and `rejected`) or `kto` (these, or a
             `completion` with its `label`).
+        prompts_alone: Whether rows may be prompts without a `completion`, for `distill_on_policy=1`.
 
     Returns:
         The samples.
@@ -78,11 +80,11 @@ def load_samples(
     """
     path = Path(name)
     kind = _file_kind(path)
+    checks = RowChecks(text_field, method, prompts_alone=prompts_alone)
     if kind is None:
-        return _load_named(name, split, config, streaming, RowChecks(text_field, method))
+        return _load_named(name, split, config, streaming, checks)
     if not path.is_file():
         raise FileNotFoundError(f"no dataset file {name} (looked in {Path.cwd()})")
-    checks = RowChecks(text_field, method)
     return (
         _load_json([path], streaming, checks) if kind == "json" else _load_parquet(path, streaming, checks, text_field)
     )

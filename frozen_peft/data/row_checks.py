@@ -120,13 +120,14 @@ class RowChecks:
     Args:
         text_field: Column that holds the text of plain language modelling samples.
         method: What they are trained with: `sft`, `dpo` or `kto`.
+        prompts_alone: Whether rows may be prompts without a `completion`, since the model writes it.
 
     Attributes:
         columns: The columns that training depends on.
     """
 
-    def __init__(self, text_field: str, method: str = "sft"):
-        self._text_field, self._method = text_field, method
+    def __init__(self, text_field: str, method: str = "sft", *, prompts_alone: bool = False):
+        self._text_field, self._method, self._prompts_alone = text_field, method, prompts_alone
         self.columns = (*TRAINED_COLUMNS, text_field)
         self._first_row: tuple[str, dict[str, str]] | None = None
 
@@ -169,7 +170,9 @@ class RowChecks:
         text_field, present = self._text_field, {*_TRAINING_COLUMNS} & row.keys()
         if not present and text_field not in row:
             raise ValueError(no_training_column(row, text_field))
-        if "prompt" in row and row["prompt"] is not None and "completion" not in row:
+        if self._prompts_alone:
+            row = {name: value for name, value in row.items() if name != "completion"}
+        elif "prompt" in row and row["prompt"] is not None and "completion" not in row:
             pairs = "; pairs of `chosen` and `rejected` are trained with `method: dpo`" if "chosen" in row else ""
             raise ValueError(f"there is a `prompt` but no `completion`{pairs}")
         if "completion" in row and "prompt" not in row and text_field != "completion":
@@ -193,7 +196,7 @@ class RowChecks:
 
     def _require_alike(self, row: dict[str, Any], place: str) -> None:
         """TRL looks at the first row to say what all of them are."""
-        answers = _ANSWERS[self._method]
+        answers = () if self._prompts_alone else _ANSWERS[self._method]
         required = (*_TRAINING_COLUMNS, *answers, *_TOKEN_COLUMNS, self._text_field)
         kinds = {name: kind_of(row[name]) for name in required if name in row}
         if self._first_row is None:

@@ -111,7 +111,11 @@ class Writer:
         num_start_tokens: int = 1,
     ):
         self._model, self._args, self._num_start_tokens = model, args, num_start_tokens
-        self.stop_tokens = tuple(stop_tokens)
+        self._stop_tokens = tuple(stop_tokens)
+
+    def has_ended(self, answer: torch.Tensor) -> bool:
+        """Whether an answer came to its end, and was not cut off."""
+        return int(answer[-1]) in self._stop_tokens
 
     def prompts(
         self, students: Sequence[Decision], teachers: Sequence[Decision], step: int, seen: Counter[str]
@@ -175,7 +179,7 @@ class Writer:
                     [tokens[index] for index, _ in group],
                     draws=draws,
                     max_new_tokens=args.max_completion_length,
-                    stop_tokens=self.stop_tokens,
+                    stop_tokens=self._stop_tokens,
                     temperature=args.temperature,
                     top_p=args.top_p,
                     top_k=args.top_k,

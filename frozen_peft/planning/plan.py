@@ -133,7 +133,7 @@ def _changes(plan: Plan) -> Iterator[dict[str, Any]]:
         checkpointed = base | {"gradient_checkpointing": True}
         if setting.num_frozen:
             fewer = [{"max_decisions_per_forward": n} for n in DECISIONS if n < setting.decisions_per_forward]
-            if setting.num_boundaries > 1:
+            if setting.num_boundaries > 1 or setting.answers > 1:
                 yield from (base | decisions for decisions in fewer)
                 base, checkpointed = ({**each, **(fewer[-1] if fewer else {})} for each in (base, checkpointed))
             size = setting.prefill_chunk_size or setting.num_frozen

@@ -41,7 +41,8 @@ class Setting:
         turn_length: Most context tokens from one decision to the next, or before the first; None: as many for each.
         branch_length: Context tokens of a sample that are encoded beside its longest context, since inference shows an
             earlier turn what it does not show a later one (`turn_contexts: inference`).
-        max_decisions_per_forward: Decisions that run together, of several turns.
+        answers: Decisions behind the whole context of each sample, which the model writes (`distill_on_policy`).
+        max_decisions_per_forward: Decisions that run together, of several turns or answers.
         teacher_length: Tokens of a distillation's teacher before the last decision; None: nothing is distilled.
         distill_top_k: Tokens of the teacher's that are compared one by one; 0: all.
         distill_chunk_size: Tokens of decisions whose logits exist at a time.
@@ -71,6 +72,7 @@ class Setting:
     turns: int = 1
     turn_length: int | None = None
     branch_length: int = 0
+    answers: int = 1
     max_decisions_per_forward: int = 16
     teacher_length: int | None = None
     distill_top_k: int = 100
@@ -99,6 +101,7 @@ class Setting:
             ("decision_length", 2),
             ("batch", 1),
             ("turns", 1),
+            ("answers", 1),
             ("max_decisions_per_forward", 1),
             ("distill_top_k", 0),
             ("distill_chunk_size", 1),
@@ -133,6 +136,10 @@ class Setting:
         distillation: dict[str, Any] = {}
         if isinstance(config, FrozenContextConfig):
             distillation = {"distill_top_k": config.distill_top_k, "distill_chunk_size": config.distill_chunk_size}
+            if config.writes:
+                distillation["answers"] = config.num_generations
+                given = 0 if config.needs_no_completions else decision_length
+                decision_length = max(given, 1 + config.max_completion_length)
         return cls(
             tier=2 if freezes else config.tier or 1,
             context_length=context_length,
@@ -184,6 +191,8 @@ class Setting:
     @property
     def decisions_per_forward(self) -> int:
         """Decisions that run forward and backward together."""
+        if self.answers > 1:
+            return min(self.batch * self.answers, self.max_decisions_per_forward)
         if self.num_boundaries == 1:
             return self.batch
         return min(self.batch * self.turns, self.max_decisions_per_forward)
@@ -191,6 +200,9 @@ class Setting:
     @property
     def samples_at_a_time(self) -> int:
         """Samples whose contexts are at hand together: those that the decisions of one forward belong to."""
+        if self.answers > 1:
+            # They are written before any is trained.
+            return self.batch
         size, turns = self.decisions_per_forward, self.num_boundaries
         total = self.batch * turns
         starts = range(0, total, size)
@@ -222,7 +234,7 @@ class Setting:
         if self.num_boundaries > 1:
             name += f", {self.turns} turns"
         if self.teacher_length is not None and self.tier is not None:
-            name += ", distilled"
+            name += ", distilled" if self.answers == 1 else f", {self.answers} answers of its own"
         if self.sequence_chunk_size is not None:
             name += f", stretches of {self.sequence_chunk_size}"
         if self.offload_stretches:

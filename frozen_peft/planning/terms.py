@@ -163,7 +163,7 @@ class ModelTerms:
     def _add_step(self, plan: Plan, cache: Cache) -> None:
         setting, adapted = plan.setting, self._adapted(plan.setting)
         # Decisions run by themselves, some of them together.
-        rows = replace(setting, batch=setting.decisions_per_forward, turns=1)
+        rows = replace(setting, batch=setting.decisions_per_forward, turns=1, answers=1)
         step = StepMemory(self.shape, rows, adapted)
         prefill = StepMemory(self.shape, setting, adapted).prefill() if setting.num_frozen else 0
         head = step.head()
@@ -205,7 +205,7 @@ class ModelTerms:
 
     def _add_teacher(self, plan: Plan, cache: Cache, teacher: Setting) -> None:
         """It is asked while the student's contexts are at hand, and before its decisions run; without adapters."""
-        rows = replace(teacher, batch=teacher.decisions_per_forward, turns=1)
+        rows = replace(teacher, batch=teacher.decisions_per_forward, turns=1, answers=1)
         asked = StepMemory(self.shape, rows, frozenset()).answer()
         prefill = StepMemory(self.shape, teacher, frozenset()).prefill() if teacher.num_frozen else 0
         needed = _frozen_bytes(cache, teacher) + max(asked, prefill)

@@ -41,7 +41,8 @@ def estimate_time(config: PretrainedConfig, setting: Setting, rates: Rates) -> f
         return num_tokens * token_flops + 4 * shape.num_heads * head_dim * _attended(num_tokens, before, windows)
 
     passes = 2 + setting.gradient_checkpointing + setting.in_stretches + (not setting.use_peft)
-    turns, decision = setting.num_boundaries, setting.decision_length
+    # What writing answers takes, a token at a time, is not in it.
+    turns, decision = setting.num_boundaries * setting.answers, setting.decision_length
     # A branch leaves the longest context somewhere; on average half of that lies before it.
     encoded = forward(frozen, 0) + forward(setting.num_encoded - frozen, frozen // 2)
     flops = encoded + turns * (passes * forward(graded, frozen) + 3 * decision * head_flops)

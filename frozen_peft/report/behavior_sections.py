@@ -117,6 +117,18 @@ def examples_section(run: RunFolder, section: Section) -> None:
         )
     if len(found["examples"]) > _MAX_EXAMPLES:
         section.notes.append(f"{len(found['examples']) - _MAX_EXAMPLES} more are in examples.json.")
+    for answer in found.get("own_answers", ()):
+        state = "" if answer["finished"] else "cut off"
+        section.examples.append(
+            {
+                "title": f"Written in training, after {answer['step']:,} steps",
+                "tokens": f"{answer['context_tokens']:,}",
+                "context_end": answer["context_end"],
+                "instructions": None,
+                "expected": None,
+                "decisions": [{"title": "own answer", "text": answer["text"].strip(), "state": state}],
+            }
+        )
     section.notes.append(f"Decoding: {found['decoding']}, at most {found['max_new_tokens']:,} tokens.")
     section.notes += found["notes"]
 

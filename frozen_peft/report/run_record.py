@@ -105,6 +105,11 @@ class RunRecord:
         return write_report(self._folder)[0]
 
     def _made_examples(self, load_held_out: Callable[[], Any]) -> dict[str, Any]:
+        found = self._decided(load_held_out)
+        answers = getattr(self._trainer, "own_answers", [])
+        return found | ({"own_answers": answers} if answers else {})
+
+    def _decided(self, load_held_out: Callable[[], Any]) -> dict[str, Any]:
         trainer, settings = self._trainer, self._examples
         model, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
         if trainer.accelerator.num_processes == 1:

@@ -25,6 +25,7 @@ _TIME_PARTS = {
     "context/prefill_seconds": ("prefill", "encoding contexts, or finding them encoded"),
     "context/decision_seconds": ("decision", "forward and backward of decisions over their contexts"),
     "distill/teacher_seconds": ("teacher", "what the teacher says to decisions"),
+    "distill/writing_seconds": ("writing", "what the model answers to its samples"),
     "time/compute_seconds": ("forward, backward", "forward and backward of whole samples"),
     "time/data_seconds": ("data", "waiting for the samples of a step"),
     "time/evaluation_seconds": ("held-out loss", "evaluation between steps"),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from frozen_peft.config import ContextFields
+from frozen_peft.config import ContextFields, FrozenContextConfig
 from frozen_peft.context.halving import AdvisedOutOfMemoryError
 
 __all__ = ["advice_on_memory", "memory_advice"]
@@ -53,7 +53,8 @@ def memory_advice(args: ContextFields, *, evaluation: bool = False) -> list[str]
     if size > 1:
         also = "" if evaluation else ", and a larger `gradient_accumulation_steps` for the same step"
         lines.append(f"`{batch}: {size // 2}` instead of {size}{also}")
-    if args.decision_mode == "turns" and args.max_decisions_per_forward > 1:
+    writes = isinstance(args, FrozenContextConfig) and args.writes
+    if (args.decision_mode == "turns" or writes) and args.max_decisions_per_forward > 1:
         lines.append(
             f"`max_decisions_per_forward: {args.max_decisions_per_forward // 2}` instead of "
             f"{args.max_decisions_per_forward}"

@@ -278,4 +278,5 @@ def _load_options(recipe: Recipe) -> dict[str, Any]:
         "streaming": recipe.data.dataset_streaming,
         "text_field": getattr(recipe.config, "dataset_text_field", "text"),
         "method": recipe.data.method,
+        "prompts_alone": getattr(recipe.config, "needs_no_completions", False),
     }

@@ -157,6 +157,12 @@ class FrozenContextTrainer(FrozenContextMixin, SFTTrainer):
         return OwnAnswers(self.model, self.args, writer, self._frozen, self.accelerator)
 
     @property
+    def own_answers(self) -> list[dict[str, Any]]:
+        """Some of what the model wrote in training, as text, with `distill_on_policy`; otherwise none."""
+        shown = self._own_answers.shown if self._own_answers is not None else []
+        return [answer.as_text(trainer_tokenizer(self)) for answer in shown]
+
+    @property
     def cut(self) -> Cut:
         """Where samples are cut."""
         return self._cut

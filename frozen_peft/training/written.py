@@ -10,9 +10,12 @@
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
 from frozen_peft.adapters import active_everywhere
 from frozen_peft.config import FrozenContextConfig
@@ -24,6 +27,40 @@ from frozen_peft.utils.stopwatch import Mode, Stopwatch
 
 __all__ = ["OwnAnswers"]
 
+# Answers to show that are kept of a run.
+_NUM_SHOWN = 8
+# Tokens of their prompts, the last.
+_NUM_SHOWN_TOKENS = 100
+
+
+@dataclass(frozen=True)
+class OwnAnswer:
+    """An answer to show.
+
+    Attributes:
+        step: Optimizer steps before it was written.
+        num_prompt_tokens: Tokens that the student saw.
+        prompt: The last of them.
+        answer: Token ids.
+        has_ended: Whether it came to its end.
+    """
+
+    step: int
+    num_prompt_tokens: int
+    prompt: list[int]
+    answer: list[int]
+    has_ended: bool
+
+    def as_text(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """As `examples.json` has it."""
+        return {
+            "step": self.step,
+            "context_tokens": self.num_prompt_tokens,
+            "context_end": tokenizer.decode(self.prompt),
+            "text": tokenizer.decode(self.answer, skip_special_tokens=self.has_ended),
+            "finished": self.has_ended,
+        }
+
 
 class OwnAnswers:
     """Has a model answer the samples of a batch.
@@ -34,6 +71,9 @@ class OwnAnswers:
         writer: Writes.
         contexts: That answers are written and trained over.
         accelerator: Of the training.
+
+    Attributes:
+        shown: Answers of this process, spread over the steps of a training.
     """
 
     def __init__(
@@ -47,6 +87,8 @@ class OwnAnswers:
         self._model, self._args, self._writer, self._contexts = model, args, writer, contexts
         self._accelerator = accelerator
         self._seconds: dict[Mode, Stopwatch] = {"train": Stopwatch(args.device), "eval": Stopwatch(args.device)}
+        self.shown: list[OwnAnswer] = []
+        self._steps_between = 1
 
     def settled(self, batches: Sequence[SampleBatch], *, step: int, mode: Mode) -> list[SampleBatch]:
         """The batches of an optimizer step, or of an evaluation, with what the model is to answer in them.
@@ -88,9 +130,11 @@ class OwnAnswers:
                 teachers.append(teacher)
                 continue
             own = next(answers)
+            if mode == "train":
+                self._show(step, prompt, own[0])
             samples.append([answered(prompt.student, answer) for answer in own])
             teachers += [answered(prompt.teacher, answer) for answer in own]
-            ended = sum(int(answer[-1]) in self._writer.stop_tokens for answer in own)
+            ended = sum(map(self._writer.has_ended, own))
             counts += counts.new_tensor([len(own), sum(map(len, own)), ended])
         num_answers, num_tokens, num_ended = self._accelerator.gather(counts[None]).sum(0).tolist()
         if num_answers:
@@ -101,6 +145,19 @@ class OwnAnswers:
     def read_seconds(self, mode: Mode) -> float:
         """Seconds that writing took, without the encoding of contexts, since the last call."""
         return self._seconds[mode].read()
+
+    def _show(self, step: int, prompt: Prompt, answer: torch.Tensor) -> None:
+        """Keeps one answer of a step, of ever fewer steps."""
+        if step % self._steps_between or (self.shown and self.shown[-1].step == step):
+            return
+        tokens = prompt.tokens.tolist()
+        shown = OwnAnswer(
+            step, len(tokens), tokens[-_NUM_SHOWN_TOKENS:], answer.tolist(), self._writer.has_ended(answer)
+        )
+        self.shown.append(shown)
+        if len(self.shown) == 2 * _NUM_SHOWN:
+            self._steps_between *= 2
+            self.shown = [each for each in self.shown if each.step % self._steps_between == 0]
 
     def _write(self, prompts: Sequence[Prompt], step: int, mode: Mode) -> list[list[torch.Tensor]]:
         encode = [prompt.to_encode for prompt in prompts]
