@@ -90,8 +90,10 @@ def test_prompts_of_one_token() -> None:
     assert decoded(model, [[7], mixed]) == [expected[0], plain_greedy(model, mixed)]
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.3, 0.7)])
-def test_tokens_are_drawn_from_the_distribution(temperature: float, top_p: float) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.3, 0.7, 0), (1.3, 1.0, 9), (1.3, 0.7, 9)]
+)
+def test_tokens_are_drawn_from_the_distribution(temperature: float, top_p: float, top_k: int) -> None:
     model = tiny_model("llama")
     (prompt,) = prompts_of([20])
     num_rows = 1000
@@ -100,11 +102,13 @@ def test_tokens_are_drawn_from_the_distribution(temperature: float, top_p: float
     draws = (np.arange(num_rows)[:, None] + 0.5) / num_rows
     rows = generate_over(
         model, frozen, [prompt] * num_rows, draws=draws, max_new_tokens=1, stop_tokens=STOP,
-        temperature=temperature, top_p=top_p,
+        temperature=temperature, top_p=top_p, top_k=top_k,
     )  # fmt: skip
     counts = torch.bincount(torch.tensor(rows)[:, 0], minlength=VOCAB_SIZE)
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[0, -1].double() / temperature
+    if top_k:
+        logits[logits < logits.topk(top_k).values.min()] = float("-inf")
     expected = nucleus(logits.softmax(-1), top_p)
     assert (counts - num_rows * expected).abs().max() <= 1.0
     assert (counts > 0).sum() > 5

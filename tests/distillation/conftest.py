@@ -2,14 +2,11 @@
 """Keeps many short trainings quick, and what they wrote."""
 
 import gc
-from collections.abc import Sequence
 
 import pytest
-import torch
 
-from frozen_peft.context import FrozenContext
-from frozen_peft.distillation import Prompt, Writer
-from tests.distillation.own_answers import Written
+from frozen_peft.distillation import Writer
+from tests.distillation.own_answers import Written, keeping
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,12 +20,5 @@ def imported_objects_left_out_of_garbage_collection() -> None:
 def written(monkeypatch: pytest.MonkeyPatch) -> list[Written]:
     """What is written from here on, by micro-batch."""
     kept: list[Written] = []
-    write = Writer.write
-
-    def keep(self: Writer, prompts: Sequence[Prompt], frozen: FrozenContext | None) -> list[list[torch.Tensor]]:
-        answers = write(self, prompts, frozen)
-        kept.append(Written(list(prompts), answers, frozen))
-        return answers
-
-    monkeypatch.setattr(Writer, "write", keep)
+    monkeypatch.setattr(Writer, "write", keeping(kept))
     return kept

@@ -2,7 +2,7 @@
 """Trainings in which the model writes its own answers, and what they wrote."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from frozen_peft import FrozenContextTrainer
 from frozen_peft.context import FrozenContext
-from frozen_peft.distillation import Prompt
+from frozen_peft.distillation import Prompt, Writer
 from tests.distillation.pairs import Loss, Pair, as_dataset, pairs
 from tests.reference import IGNORED, Sample
 from tests.training.runs import Run, config, train
@@ -48,6 +48,18 @@ class Written:
             for prompt, own in zip(self.prompts, self.answers, strict=True)
             for answer in own
         ]
+
+
+def keeping(kept: list[Written]) -> Callable[..., list[list[torch.Tensor]]]:
+    """`Writer.write`, which keeps what was written."""
+    write = Writer.write
+
+    def keep(self: Writer, prompts: Sequence[Prompt], frozen: FrozenContext | None) -> list[list[torch.Tensor]]:
+        answers = write(self, prompts, frozen)
+        kept.append(Written(list(prompts), answers, frozen))
+        return answers
+
+    return keep
 
 
 def on_policy(

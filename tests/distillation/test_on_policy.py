@@ -26,7 +26,15 @@ from tests.reference import (
     token_logprobs,
     worst_gradient_error,
 )
-from tests.tiny_models import ARCHITECTURES, SLIDING_WINDOW, VOCAB_SIZE, add_lora, tiny_model, to_double
+from tests.tiny_models import (
+    ARCHITECTURES,
+    LATENT_ATTENTION,
+    SLIDING_WINDOW,
+    VOCAB_SIZE,
+    add_lora,
+    tiny_model,
+    to_double,
+)
 from tests.training.runs import Run, equal, fresh_lora, gradients_of
 
 TOLERANCE = 1e-5
@@ -120,7 +128,7 @@ def plain_loss(
 
 
 @pytest.mark.parametrize("segmented", [True, False])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *LATENT_ATTENTION, "diffllama"])
 def test_writing_and_training_have_the_same_log_probabilities(
     name: str, segmented: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +160,7 @@ def test_writing_and_training_have_the_same_log_probabilities(
     for row, (sample, logits, answer) in enumerate(zip(samples, trained, answers, strict=True)):
         written = torch.stack([step[row] for step in scores[: len(answer)]]).double().log_softmax(-1)
         of_answer = written.gather(-1, torch.tensor(answer)[:, None])[:, 0]
-        assert relative_error(of_answer, token_logprobs(logits, sample.decision)) <= TOLERANCE, row
+        assert relative_error(of_answer, token_logprobs(logits.detach(), sample.decision)) <= TOLERANCE, row
 
 
 def _labels(ids: torch.Tensor, num_prompt: int) -> torch.Tensor:
