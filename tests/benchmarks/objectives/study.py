@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -40,20 +40,35 @@ class Objective:
         trainer: As in `trainer_classes`.
         fields: Fields of the configuration, beside those that all share.
         rates: Learning rates to choose from.
+        questions: What is done with the questions among the samples. `retained`: nothing is said to be stripped from
+            them, so that the base, as it is, judges the answers.
     """
 
     name: str
     trainer: str
     fields: dict[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = (2e-3, 3e-3, 5e-3)
+    questions: Literal["trained", "left out", "retained"] = "trained"
 
 
 LIKELIHOOD = Objective("likelihood", "frozen-sft")
 PREFERENCE = Objective("preference", "frozen-dpo", {"loss_type": ["sigmoid"]})
+ON_POLICY = {
+    "loss_type": "distill",
+    "distill_on_policy": 1.0,
+    "num_generations": 4,
+    "max_completion_length": 24,
+    "distill_divergence": "forward_kl",
+}
 OBJECTIVES = (
     LIKELIHOOD,
     Objective("likelihood, tier 3", "frozen-sft", {"tier": 3}),
     Objective("distillation", "frozen-sft", {"loss_type": "distill"}),
+    Objective("on policy", "frozen-sft", ON_POLICY),
+    Objective("on policy, jsd", "frozen-sft", ON_POLICY | {"distill_divergence": "jsd"}),
+    Objective("likelihood, directions alone", "frozen-sft", questions="left out"),
+    Objective("on policy, directions alone", "frozen-sft", ON_POLICY, questions="left out"),
+    Objective("on policy, questions retained", "frozen-sft", ON_POLICY, questions="retained"),
     PREFERENCE,
     Objective(
         "preference and likelihood", "frozen-dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}
@@ -90,7 +105,7 @@ def train_once(run: Run, size: Size, folder: Path) -> dict[str, Any]:
     objective = run.objective
     probes = _dev_probes(folder) if run.is_trial else probe_tokens(folder, size)
     files = demo_files(folder, run.seed + 1, size)
-    rows = _drawn(files.pairs if objective.trainer == "frozen-dpo" else files.stripped, run.seed)
+    rows = _drawn(files.pairs if objective.trainer == "frozen-dpo" else files.stripped, run.seed, objective.questions)
     watch = Watch(size, run.max_seconds, lambda model: measure(model, probes))
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT)
     torch.manual_seed(run.seed)
@@ -130,11 +145,17 @@ def _cosines(model: PeftModel, pairs: Sequence[Mapping[str, list[int]]]) -> dict
     return cosines(model, [pairs[index] for index in range(2 * SAMPLES_PER_STEP)])
 
 
-def _drawn(path: Path, seed: int) -> Rows:
+def _drawn(path: Path, seed: int, questions: str) -> Rows:
     """One of the four requests of each context; of samples and pairs the same ones."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     choice = random.Random(seed)
-    return [rows[start + choice.randrange(NUM_DIRECTIONS + 1)] for start in range(0, len(rows), NUM_DIRECTIONS + 1)]
+    num_choices = NUM_DIRECTIONS + (questions != "left out")
+    places = [(start, choice.randrange(num_choices)) for start in range(0, len(rows), NUM_DIRECTIONS + 1)]
+    is_retained = questions == "retained"
+    return [
+        rows[start + place] | ({"stripped": []} if is_retained and place == NUM_DIRECTIONS else {})
+        for start, place in places
+    ]
 
 
 @cache
