@@ -7,13 +7,15 @@
 Pages: `step` (one training step against `SFTTrainer` and the bare cost), `reuse` (contexts that come again) and, only
 when they are named, `staleness` (what stale contexts save and cost; trains the demo's model many times), `plan`
 (what the planner says of memory, against what training takes), `rounding` (what contexts in 8 bit change), `turns`
-(turns behind what inference shows) and `preference` (one step over a preference pair against `DPOTrainer`).
+(turns behind what inference shows), `preference` (one step over a preference pair against `DPOTrainer`) and `policy`
+(one step over a model's own answers against `trl.experimental.sdft`).
 """
 
 import argparse
 from pathlib import Path
 
 from tests.benchmarks.plan_page import plan_page
+from tests.benchmarks.policy_page import policy_page
 from tests.benchmarks.preference_page import preference_page
 from tests.benchmarks.reuse_page import reuse_page
 from tests.benchmarks.rounding_page import rounding_page
@@ -21,7 +23,7 @@ from tests.benchmarks.staleness_page import staleness_page
 from tests.benchmarks.step_page import CONTEXTS, step_page
 from tests.benchmarks.turns_page import turns_page
 
-PAGES = ("step", "reuse", "staleness", "plan", "rounding", "turns", "preference")
+PAGES = ("step", "reuse", "staleness", "plan", "rounding", "turns", "preference", "policy")
 DEFAULT_PAGES = ("step", "reuse")
 RESULTS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
@@ -50,6 +52,8 @@ def main() -> None:
             page = turns_page()
         elif name == "preference":
             page = preference_page()
+        elif name == "policy":
+            page = policy_page()
         else:
             page = staleness_page(arguments.assets, arguments.output)
         page.write(arguments.output)

@@ -92,8 +92,8 @@ def train(method: str, model: Any, dataset: Any, *, tokenizer: Any = None, **fie
     """Trains with a trainer.
 
     Args:
-        method: `sft` for SFTTrainer, `dpo` for DPOTrainer, `frozen-dpo` for FrozenContextDPOTrainer, anything else for
-            FrozenContextTrainer.
+        method: `sft` for SFTTrainer, `dpo` for DPOTrainer, `frozen-dpo` for FrozenContextDPOTrainer, `sdft` for
+            SDFTTrainer, anything else for FrozenContextTrainer.
         model: What to train; its adapters are the preset's.
         dataset: Samples, read in their order.
         tokenizer: The model's, which prepares samples that are not tokenized; None: one of its own words
@@ -106,7 +106,7 @@ def train(method: str, model: Any, dataset: Any, *, tokenizer: Any = None, **fie
     clock = make_clock()
     with tempfile.TemporaryDirectory() as folder:
         defaults = {
-            "max_length": None,
+            **({"max_length": None} if hasattr(config_class, "max_length") else {}),
             "per_device_train_batch_size": 1,
             "learning_rate": 1e-4,
             "logging_steps": 1,
@@ -134,6 +134,10 @@ def trainer_classes(method: str) -> tuple[type, type]:
         # Of a tokenized dataset there is nothing to prepare, and DPOTrainer takes none.
         unprepared = {"_prepare_dataset": lambda self, dataset, *rest: dataset}
         return type("DPOTrainer", (trl.DPOTrainer,), unprepared), trl.DPOConfig
+    if method == "sdft":
+        from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+        return SDFTTrainer, SDFTConfig
     if method == "frozen-dpo":
         return frozen_peft.FrozenContextDPOTrainer, frozen_peft.FrozenContextDPOConfig
     if method == "sft":

@@ -35,7 +35,7 @@ from tests.tiny_models import (
     tiny_model,
     to_double,
 )
-from tests.training.runs import Run, equal, fresh_lora, gradients_of
+from tests.training.runs import Run, equal, fresh_lora, gradients_of, word_tokenizer
 
 TOLERANCE = 1e-5
 
@@ -282,6 +282,39 @@ def test_the_teachers_contexts_are_found_and_its_answers_not_kept(tmp_path: Path
     assert teacher._encoder.counts.num_tokens_encoded == sum(row.teacher.boundary for row in ROWS)
     assert not list((tmp_path / "c").rglob("*.safetensors"))
     assert len(teacher._answers._memory) == 0
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_a_metric_gets_one_row_for_each_sample(written: list[Written], tmp_path: Path) -> None:
+    """It holds the sample's answers one after the other, each behind the token that predicts its first."""
+    rows: list[np.ndarray] = []
+
+    def metric(prediction: Any) -> dict[str, float]:
+        rows.extend(prediction.label_ids)
+        assert len(prediction.predictions) == len(prediction.label_ids) == 4
+        return {}
+
+    run = on_policy(sharp("llama"), tmp_path, per_device_eval_batch_size=4)
+    run.trainer.compute_metrics = metric
+    del written[:]
+    run.trainer.evaluate(as_dataset(ROWS))
+    expected = [torch.cat(answers).tolist() for answers in written[0].answers]
+    assert [row[row != IGNORED].tolist() for row in rows] == expected
+
+
+def test_some_answers_are_kept_to_be_shown(written: list[Written], tmp_path: Path) -> None:
+    run = on_policy(sharp("llama"), tmp_path, max_steps=40, learning_rate=0.0)
+    shown = run.trainer.own_answers
+    assert [answer["step"] for answer in shown] == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36]
+    first = written[0]
+    assert shown[0] == {
+        "step": 0,
+        "context_tokens": len(first.prompts[0].tokens),
+        "context_end": word_tokenizer().decode(first.prompts[0].tokens[-100:]),
+        "text": word_tokenizer().decode(first.answers[0][0]),
+        "finished": int(first.answers[0][0][-1]) in STOPS,
+    }
+    assert distil(sharp("llama"), tmp_path, ROWS[:2], Loss()).trainer.own_answers == []
 
 
 def test_nothing_to_learn(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from frozen_peft import FrozenContextConfig, FrozenContextTrainer, load_samples
 from frozen_peft.data import strip_instructions
 from frozen_peft.data.rows import dump_row
 from tests.distillation.own_answers import ROWS, Written, on_policy, prompt_pair
-from tests.distillation.pairs import Loss, Pair, reference_loss, sharp
+from tests.distillation.pairs import Loss, Pair, pairs, reference_loss, sharp
 from tests.distillation.test_dataset import CONVERSATIONS, TEXTS, TOKENIZER
 from tests.distillation.test_training import assert_first_step
 from tests.reference import Sample
-from tests.tiny_models import VOCAB_SIZE, tiny_model
+from tests.tiny_models import LENGTH_DEPENDENT, ROPE_LIMIT, VOCAB_SIZE, tiny_model
 from tests.training.runs import config, fresh_lora, train
 
 OWN = {"loss_type": "distill", "distill_on_policy": 1.0, "num_generations": 2, "max_completion_length": 4}
@@ -56,8 +56,26 @@ def test_prompts_are_what_inference_shows(form: str, written: list[Written], tmp
     (batch,) = written
     stripped = [strip_instructions({"prompt": row["prompt"]}) for row in full]
     assert [prompt.tokens.tolist() for prompt in batch.prompts] == [shown(row) for row in stripped]
-    teachers = [torch.cat([prompt.teacher.context, prompt.teacher.input_ids]).tolist() for prompt in batch.prompts]
+    teachers = [_all(prompt.teacher).tolist() for prompt in batch.prompts]
     assert teachers == [shown(row) for row in full]
+
+
+def test_rows_that_keep_what_should_stay(written: list[Written], tmp_path: Path) -> None:
+    """Nothing was stripped from them: the base, as it is, is their teacher."""
+    rows = [strip_instructions({"prompt": row["prompt"]}) for row in CONVERSATIONS[:2]]
+    kept = [strip_instructions({"prompt": [{"role": "user", "content": f"w{n} w5 w6"}]}) for n in range(2)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(map(dump_row, [*rows, *kept])))
+    arguments = config(tmp_path, per_device_train_batch_size=4, max_steps=1, **OWN)
+    run = train(FrozenContextTrainer, sharp("llama"), arguments, load_samples(str(path), prompts_alone=True))
+    (batch,) = written
+    same = [torch.equal(prompt.tokens, _all(prompt.teacher)) for prompt in batch.prompts]
+    assert same == [False, False, True, True]
+    assert run.losses[0] > 0.0
+
+
+def _all(decision: Any) -> torch.Tensor:
+    return torch.cat([decision.context, decision.input_ids])
 
 
 def test_a_file_of_prompts_is_one_to_train_on_alone_where_all_are_answered(tmp_path: Path) -> None:
@@ -125,9 +143,6 @@ def test_prompts_that_leave_no_room(rows: list[Pair], model: dict[str, int], sai
 
 
 def test_an_answer_across_a_limit_of_the_rope_is_refused(tmp_path: Path) -> None:
-    from tests.distillation.pairs import pairs
-    from tests.tiny_models import LENGTH_DEPENDENT, ROPE_LIMIT
-
     name = next(name for name in LENGTH_DEPENDENT if "phi" in name)
     (row,) = pairs([(ROPE_LIMIT - 20, 3)])
     with pytest.raises(ValueError, match=r"Sample 0 of the train dataset.* reaches a limit of the model's rope"):
