@@ -63,5 +63,5 @@ def policy_page(context: int = CONTEXT) -> Page:
             seconds = (f"{last[key]:.2f}" for key in PARTS.values())
             parts.append((name, *seconds, f"{last['context/tokens_encoded']:,.0f}"))
     text = TEXT.format(context=context, answers=NUM_ANSWERS, answer=ANSWER, instructions=NUM_INSTRUCTIONS, top_k=TOP_K)
-    tables = f"{markdown_table(HEADER, rows, num_words=1)}\n{markdown_table(PARTS_HEADER, parts, num_words=1)}"
+    tables = f"{markdown_table(HEADER, rows, num_words=1)}\n\n{markdown_table(PARTS_HEADER, parts, num_words=1)}"
     return Page("policy", f"{text}\n{tables}", [{"training": name} | own for name, own in figures.items()])
