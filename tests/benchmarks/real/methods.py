@@ -31,12 +31,15 @@ class Method:
 
 
 BASE, TIER_2, TIER_3 = "base", "tier 2", "tier 3"
+# Answers of the model's own, judged by its base with the examples before the text; one a row, as in all other methods.
+ON_POLICY = {"tier": 2, "loss_type": "distill", "distill_on_policy": 1.0, "num_generations": 1}
 # In the order in which they are measured: those first that answer the study's question.
 METHODS = (
     Method(TIER_2),
     Method("tier 1, short texts", {"tier": 1}, is_short=True),
     Method("preference", trainer="frozen-dpo", has_flow=False),
     Method(TIER_3, {"tier": 3}),
+    Method("on policy", ON_POLICY, has_flow=False),
     Method("tier 2, all-linear", preset="all-linear"),
     Method("tier 3, all-linear", {"tier": 3}, preset="all-linear"),
     Method("tier 2, three times the steps", length=3),

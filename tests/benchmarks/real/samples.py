@@ -121,6 +121,19 @@ def training_rows(rows: list[Row]) -> list[dict[str, list[int]]]:
     ]
 
 
+def prompt_rows(rows: list[Row]) -> list[dict[str, list[int]]]:
+    """The prompts alone, and with the memories before them for a teacher."""
+    return [
+        {
+            "input_ids": row["given"],
+            "labels": [-100] * len(row["given"]),
+            "teacher_input_ids": row["examples"],
+            "teacher_labels": [-100] * len(row["examples"]),
+        }
+        for row in rows
+    ]
+
+
 def training_pairs(rows: list[Row]) -> list[dict[str, list[int]]]:
     """The same decisions as pairs, each preferred to the other one of its row.
 

@@ -16,7 +16,7 @@ from frozen_peft import gradient_flow, lora_config
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.real.cells import Cell, CellFiles, Figures
 from tests.benchmarks.real.methods import BASE, METHODS, Method, Size
-from tests.benchmarks.real.samples import Row, SampleFiles, digest, training_pairs, training_rows
+from tests.benchmarks.real.samples import Row, SampleFiles, digest, prompt_rows, training_pairs, training_rows
 from tests.benchmarks.real.scores import loss, score_rows
 from tests.benchmarks.real.tasks import TaskName
 from tests.benchmarks.real.texts import Part, Texts
@@ -168,7 +168,7 @@ class Study:
                 lr_scheduler_type="constant",
                 seed=seed,
                 logging_strategy="no",
-                **(ON_A_CPU | method.fields),
+                **(ON_A_CPU | self._fields(method)),
             )
             trainer = trainer_class(
                 model,
@@ -181,10 +181,16 @@ class Study:
             trainer.train()
         return trainer.model
 
+    def _fields(self, method: Method) -> dict[str, Any]:
+        is_written = "distill_on_policy" in method.fields
+        return method.fields | ({"max_completion_length": self.size.answer_tokens} if is_written else {})
+
 
 def _dataset(method: Method, rows: list[Row]) -> Dataset:
     if method.trainer == "frozen-dpo":
         return Dataset.from_list(training_pairs(rows))
+    if "distill_on_policy" in method.fields:
+        return Dataset.from_list(prompt_rows(rows))
     dataset = Dataset.from_list(training_rows(rows))
     return dataset if "loss_type" in method.fields else dataset.select_columns(["input_ids", "labels"])
 
