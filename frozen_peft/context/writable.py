@@ -6,7 +6,8 @@ Both are the architecture's own, and leave the contexts that they go on from as 
 1. Keys and values of full attention are read where they lie, as pieces in front of what is written; where attention
    cannot read segments, they are joined with it. So ten candidates over one context hold one context.
 2. Prefill, which knows how many tokens are to come, writes them into buffers of their final size instead of growing by
-   copies. Decoding grows by a token at a time.
+   copies. It is over with the keys and values of the last layer: what that makes of them, nothing reads. Decoding
+   grows by a token at a time.
 3. What a layer overwrites, the keys of a sliding window and the states of linear attention, is copied first. It is
    small.
 
@@ -33,7 +34,7 @@ from frozen_peft.context.kernels.table import current_capabilities, has_flash_pr
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.errors import UnsupportedArchitectureError
 
-__all__ = ["can_extend", "frozen_row", "growing_cache", "keeps_all_keys", "prefill_cache"]
+__all__ = ["AllWritten", "can_extend", "frozen_row", "growing_cache", "keeps_all_keys", "prefill_cache"]
 
 EXTENDABLE_LAYERS = (
     DynamicLayer,
@@ -99,11 +100,14 @@ class _BufferedLayer(_OverPast):
         capacity: Tokens to come.
         segmented: Attention reads segments.
         past: What the rows have before those, all of one length; empty: nothing.
+
+    Attributes:
+        ends_forward: Leave the forward that it has written for, by `AllWritten`.
     """
 
     def __init__(self, capacity: int, segmented: bool, past: list[AttentionState]):
         super().__init__(past, past[0].num_kept if past else 0)
-        self.capacity, self.segmented = capacity, segmented
+        self.capacity, self.segmented, self.ends_forward = capacity, segmented, False
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -117,6 +121,9 @@ class _BufferedLayer(_OverPast):
         before, stop = self.get_seq_length(), self.num_own + key_states.shape[-2]
         self.keys[:, :, self.num_own : stop] = key_states
         self.values[:, :, self.num_own : stop] = value_states
+        if self.ends_forward:
+            self.num_own = stop
+            raise AllWritten
         if self.segmented and before and not _can_read_as_one(key_states, value_states):
             self.give_past(key_states, value_states)
             self.num_own = stop
@@ -157,6 +164,10 @@ class _HybridLayer(LinearAttentionAndFullAttentionLayer):
         return self.attention.get_seq_length()
 
 
+class AllWritten(Exception):  # noqa: N818
+    """Nothing that a forward has left to do would be kept."""
+
+
 def can_extend(model: PreTrainedModel) -> bool:
     """Whether an encoded context of this model holds all that going on from it takes."""
     return all(type(layer) in EXTENDABLE_LAYERS for layer in DynamicCache(config=model.config).layers)
@@ -169,7 +180,7 @@ def keeps_all_keys(model: PreTrainedModel) -> bool:
 
 
 def prefill_cache(
-    model: PreTrainedModel, prefixes: list[EncodedContext], num_tokens: int, segmented: bool
+    model: PreTrainedModel, prefixes: list[EncodedContext], num_tokens: int, segmented: bool, *, may_end: bool
 ) -> DynamicCache:
     """A cache to encode with, ready to take the tokens to come.
 
@@ -178,6 +189,7 @@ def prefill_cache(
         prefixes: What the contexts begin with, one each and all of one length; empty: nothing.
         num_tokens: Tokens to come.
         segmented: Attention reads segments.
+        may_end: Forwards may be left by `AllWritten` when the last layer has written.
     """
     cache = DynamicCache(config=model.config)
     for index, layer in enumerate(cache.layers):
@@ -191,6 +203,8 @@ def prefill_cache(
         if linear:
             _resume_linear(layer, linear)
         cache.layers[index] = layer
+    if isinstance(last := cache.layers[-1], _BufferedLayer):
+        last.ends_forward = may_end
     return cache
 
 

@@ -57,4 +57,4 @@ class FrozenContextDPOTrainer(PreferenceMixin, DPOTrainer):
     _config_class = FrozenContextDPOConfig
     _answers = ("chosen_ids", "rejected_ids")
     _must_differ = True
-    _row_keys = frozenset({"ref_chosen_logps", "ref_rejected_logps"})
+    _said = ("ref_chosen_logps", "ref_rejected_logps")

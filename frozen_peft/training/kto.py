@@ -56,7 +56,8 @@ class FrozenContextKTOTrainer(PreferenceMixin, KTOTrainer):
     _tag_names: ClassVar[list[str]] = ["trl", "kto", "frozen-context"]
     _config_class = FrozenContextKTOConfig
     _answers = ("completion_ids", "KL_completion_ids")
-    _row_keys = frozenset({"label", "ref_logps", "ref_KL_logps"})
+    _said = ("ref_logps", "ref_KL_logps")
+    _row_keys = frozenset({"label"})
     _beside = ("KL_",)
 
     def _required(self, args: PreferenceFields) -> tuple[str, ...]:

@@ -131,6 +131,10 @@ class FrozenContextMixin(Trainer):
         """A batch with what the model answers to its samples, where it is to write that itself."""
         return batch
 
+    def _completed(self, part: DecisionBatch) -> DecisionBatch:
+        """A part with what else its loss takes from it, before its contexts are encoded."""
+        return part
+
     def _target(self, part: DecisionBatch, inputs: dict[str, Any]) -> Answers | None:
         """What a teacher says about a batch, where there is one."""
         return None
@@ -269,7 +273,7 @@ class FrozenContextMixin(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(inputs, DecisionBatch):
             return super()._prepare_inputs(inputs)
-        part = inputs.with_inputs(super()._prepare_inputs(dict(inputs)))
+        part = self._completed(inputs.with_inputs(super()._prepare_inputs(dict(inputs))))
         carried = self._carried(self._frozen, part)
         ready = self._carrying(part, carried)
         with self.accelerator.autocast():

@@ -2,7 +2,10 @@
 """What trainers of preferences share: answers behind one frozen context, and a reference with contexts of its own."""
 
 import copy
+from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import cache
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from datasets import Dataset, IterableDataset
@@ -11,9 +14,10 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
 
-from frozen_peft.adapters import BaseSamples, active_everywhere, require_base
-from frozen_peft.context import TAIL, Carried, Cut, EncodeAgain, carried_context, trained_base_weights
+from frozen_peft.adapters import BaseSamples, active_everywhere
+from frozen_peft.context import TAIL, Carried, Cut, EncodeAgain, FrozenContext, carried_context
 from frozen_peft.context.models import get_pretrained_model
+from frozen_peft.context.sharding import are_sharded
 from frozen_peft.data import as_table, needs_python_rows, python_rows
 from frozen_peft.training.batches import BatchCutter, DecisionBatch, SampleBatch
 from frozen_peft.training.checks import BatchChecks
@@ -38,8 +42,6 @@ from frozen_peft.utils.compat.trl import count_tokens, precomputed_for, trainer_
 
 __all__ = ["PreferenceMixin"]
 
-REFERENCE_NEEDED_FOR = "The reference of a preference loss is the model without its adapters"
-
 
 class PreferenceMixin(FrozenContextMixin):
     """Stands before a trainer of TRL that compares a policy with a reference.
@@ -48,15 +50,18 @@ class PreferenceMixin(FrozenContextMixin):
 
     - `_prepare_dataset` cuts prompts where TRL would cut answers, and checks every row.
     - `_precompute_ref_logps` and `compute_ref_log_probs` run over frozen contexts too.
+    - `_compute_loss` is told what the reference says, whose contexts are gone before the policy's are encoded.
     - `get_train_dataloader` has the reference's contexts read ahead as well.
     """
 
-    # Set by each trainer: its configuration, columns of answers, of which the first two may have to differ, what else
-    # of a row a batch holds, and what the keys of further answers to its prompts begin with.
+    # Set by each trainer: its configuration, columns of answers, of which the first two may have to differ, what
+    # `compute_ref_log_probs` gives, what else of a row a batch holds, and what the keys of further answers to its
+    # prompts begin with.
     _config_class: ClassVar[type[PreferenceFields]]
     _answers: ClassVar[tuple[str, ...]]
     _must_differ: ClassVar[bool] = False
-    _row_keys: ClassVar[frozenset[str]]
+    _said: ClassVar[tuple[str, ...]]
+    _row_keys: ClassVar[frozenset[str]] = frozenset()
     _beside: ClassVar[tuple[str, ...]] = ()
 
     ref_model: PreTrainedModel | None
@@ -64,6 +69,8 @@ class PreferenceMixin(FrozenContextMixin):
     _reference: Reference
     # Contexts as the reference encodes them; None: it has the policy's.
     _reference_contexts: FrozenContexts | None = None
+    # What it says of the batch prepared last.
+    _compared: Mapping[str, Any] = MappingProxyType({})
     _is_settled = False
 
     def __init__(
@@ -114,14 +121,14 @@ class PreferenceMixin(FrozenContextMixin):
         self._cut = make_cut(args, tokenizer, self._invocation)
         prepare_model(self, self._cut, self._base_before)
         self._reference = Reference.of(self)
-        self._require_reference()
+        self._reference.require_kept(self._reference_before, beforehand=self.precompute_ref_logps)
         checks = BatchChecks(args)
         cutter = BatchCutter(
             self._cut,
             None,
             tokenizer.pad_token_id or 0,
             supervision="completion_mask",
-            kept_keys=self._row_keys,
+            kept_keys=self._row_keys | {*self._said},
             beside=self._beside,
         )
         freezes = args.gradient_horizon != -1
@@ -139,19 +146,6 @@ class PreferenceMixin(FrozenContextMixin):
                 model, args, cutter, checks, self.accelerator, encoder, "reference"
             )
             self._memories["reference"] = encoder
-
-    def _require_reference(self) -> None:
-        """Refuses a model that with other adapters, or none, is not what it was before training."""
-        if self._reference.is_base:
-            require_base(self.model, REFERENCE_NEEDED_FOR)
-            if self._reference_before is not None:
-                self._reference_before.require_kept(self.model, REFERENCE_NEEDED_FOR)
-        if self._reference.is_policy_model and isinstance(self.model, PeftModel) and not self.precompute_ref_logps:
-            for name in trained_base_weights(self.model):
-                raise ValueError(
-                    f"The reference of a preference loss is this model as it was, and training changes `{name}`, "
-                    "which is no adapter's. Freeze it, pass a `ref_model`, or set `precompute_ref_log_probs=True`."
-                )
 
     @property
     def cut(self) -> Cut:
@@ -174,7 +168,8 @@ class PreferenceMixin(FrozenContextMixin):
             exactly = needs_python_rows(dataset)
             rows = python_rows(dataset, args.dataset_num_proc) if exactly else dataset
             prepared = super()._prepare_dataset(rows, processing_class, uncut, dataset_name)
-            dataset = as_table(prepared, dataset, (PROMPT, *self._answers, *self._row_keys)) if exactly else prepared
+            names = (PROMPT, *self._answers, *self._said, *self._row_keys)
+            dataset = as_table(prepared, dataset, names) if exactly else prepared
         limits = self._limits(args)
         dataset = limit_prompts(dataset, dataset_name, args.dataset_num_proc, limits)
         return check_answers(dataset, dataset_name, limits)
@@ -210,32 +205,61 @@ class PreferenceMixin(FrozenContextMixin):
             self._reference_contexts.follow(self._frozen)
         return dataloader
 
-    def _encoded_by_reference(self, part: DecisionBatch, carried: list[Carried]) -> EncodeAgain | None:
-        """A batch's contexts as the reference encodes them.
+    @property
+    def _compares_beforehand(self) -> bool:
+        """Whether a step's loss is told what the reference says, and does not run it.
 
-        They are encoded now, and not when they are asked for: processes that share weights in shards do so together.
+        Not with stretches, which run a loss's forwards alone, nor with weights in shards, where a loss of one's own
+        that runs it could not have contexts encoded by then, which all processes do together.
         """
+        runs = self.args.sequence_chunk_size is not None or are_sharded(self.model)
+        return self._contexts_to_compare is not None and not runs
+
+    def _completed(self, part: DecisionBatch) -> DecisionBatch:
+        self._compared = {}
+        if not self._compares_beforehand:
+            return part
+        said = zip(self._said, self._said_by_reference(self.ref_model or self.model, part), strict=True)
+        self._compared = {name: log_probs for name, log_probs in said if log_probs is not None}
+        return part.with_inputs({**part, **self._compared})
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """TRL's, which takes what the reference says from a batch that holds it."""
+        compared, beforehand = self._compared, self.precompute_ref_logps
+        is_told = bool(compared) and all(inputs.get(name) is value for name, value in compared.items())
+        self.precompute_ref_logps = beforehand or is_told
+        try:
+            return super()._compute_loss(model, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = beforehand
+
+    def _encoded_by_reference(self, part: DecisionBatch) -> EncodeAgain | None:
+        """A batch's contexts as the reference encodes them, for a loss that runs it."""
         contexts = self._contexts_to_compare
         if contexts is None:
             return None
-        with self._reference.active():
-            of_reference = self._carried(contexts, part)
-        frozen = {each: own.frozen for each, own in zip(carried, of_reference, strict=True)}
-        return frozen.__getitem__
+
+        @cache
+        def encoded() -> dict[int, FrozenContext]:
+            with self._reference.active():
+                return {id(own.input_ids): own.frozen for own in self._carried(contexts, part)}
+
+        if not self._compares_beforehand:
+            # Now, and not when they are asked for: processes that share weights in shards do so together.
+            encoded()
+        return lambda each: encoded()[id(each.input_ids)]
 
     def _encode_again(self, part: DecisionBatch, carried: list[Carried]) -> EncodeAgain | None:
         otherwise = super()._encode_again(part, carried)
         if not self._reference.is_policy_model or otherwise is None:
             return otherwise
-        by_reference = self._encoded_by_reference(part, carried)
+        by_reference = self._encoded_by_reference(part)
         if by_reference is None:
             return otherwise
         return lambda each: by_reference(each) if self._reference.is_active() else otherwise(each)
 
     def _encode_elsewhere(self, part: DecisionBatch, carried: list[Carried]) -> EncodeAgain | None:
-        if self._reference.is_policy_model:
-            return super()._encode_elsewhere(part, carried)
-        return self._encoded_by_reference(part, carried)
+        return None if self._reference.is_policy_model else self._encoded_by_reference(part)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         # TRL calls it before it is done.
@@ -251,6 +275,10 @@ class PreferenceMixin(FrozenContextMixin):
         """TRL's, of the decisions in a batch over their contexts as the reference encodes them."""
         self._settle()
         (part,) = self._frozen.cutter.parts(self._frozen.cutter.cut(inputs))
+        return self._said_by_reference(model, part)
+
+    def _said_by_reference(self, model: Any, part: DecisionBatch) -> Any:
+        """Log-probabilities of answers, by the names of `_said`."""
         with self._reference.active():
             carried = self._carried(self._reference_contexts or self._frozen, part)
         ready, of_reference = self._carrying(part, carried), self._reference.model

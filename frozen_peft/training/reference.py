@@ -18,14 +18,22 @@ from peft import PeftModel
 from transformers import Trainer
 from trl.trainer.utils import use_adapter
 
+from frozen_peft.adapters import BaseSamples, require_base
 from frozen_peft.config import ContextFields
-from frozen_peft.context import ContextEncoder, ContextStore, adapter_state, use_segmented_attention
+from frozen_peft.context import (
+    ContextEncoder,
+    ContextStore,
+    adapter_state,
+    trained_base_weights,
+    use_segmented_attention,
+)
 from frozen_peft.context.encoder import ADAPTERS_OFF
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.context.store import fixed_fingerprint
 
 __all__ = ["Reference"]
 
+NEEDED_FOR = "The reference of a preference loss is the model without its adapters"
 # As TRL calls it.
 REFERENCE_ADAPTER = "ref"
 
@@ -67,6 +75,28 @@ class Reference:
             return cls(model, False, is_synced=trainer.args.sync_ref_model)
         has_own = isinstance(trainer.model, PeftModel) and REFERENCE_ADAPTER in trainer.model.peft_config
         return cls(trainer.model, True, REFERENCE_ADAPTER if has_own else None)
+
+    def require_kept(self, before: BaseSamples | None, *, beforehand: bool) -> None:
+        """Refuses a model that with other adapters, or none, is not what it was, or will not be.
+
+        Args:
+            before: Of the model before adapters were put on it; None: it came with them, or has none.
+            beforehand: All that the reference says is computed before training begins.
+
+        Raises:
+            ValueError: An initialisation changed the base, adapters are more than one can switch off, or training
+                changes what is no adapter's.
+        """
+        if self.is_base:
+            require_base(self.model, NEEDED_FOR)
+            if before is not None:
+                before.require_kept(self.model, NEEDED_FOR)
+        if self.is_policy_model and isinstance(self.model, PeftModel) and not beforehand:
+            for name in trained_base_weights(self.model):
+                raise ValueError(
+                    f"The reference of a preference loss is this model as it was, and training changes `{name}`, "
+                    "which is no adapter's. Freeze it, pass a `ref_model`, or set `precompute_ref_log_probs=True`."
+                )
 
     @property
     def is_base(self) -> bool:

@@ -76,6 +76,20 @@ def _assert_parity(
     assert worst_gradient_error(actual, gradients) <= TOLERANCE
 
 
+@pytest.mark.parametrize(("name", "num_runs"), [("llama", 0), ("qwen3_5_text", 0), ("falcon_h1", 3), ("mistral", 3)])
+def test_prefill_is_over_with_the_keys_of_the_last_layer(name: str, num_runs: int) -> None:
+    """Where a layer keeps a state as well, or a window, it runs to its end in each of three chunks."""
+    model, ended = _model(name), []
+    decoder = model.get_base_model().get_decoder()
+    list(decoder.layers)[-1].register_forward_hook(lambda *_: ended.append(True))
+    encode(model, _samples((20, 4)), chunk_size=7)
+    assert len(ended) == num_runs
+    # A plain forward is as it was.
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert len(ended) == num_runs + 1
+
+
 # With segments or without, with checkpoints or without.
 MODES = ((False, False), (True, True), (False, True), (True, False))
 

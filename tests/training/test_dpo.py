@@ -3,6 +3,7 @@
 
 import copy
 import math
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from datasets import Dataset
 from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from frozen_peft.context import ContextEncoder, FrozenContext
 from frozen_peft.training.dpo import FrozenContextDPOConfig
 from tests.reference import worst_gradient_error
 from tests.tiny_models import ARCHITECTURES, LATENT_ATTENTION, tiny_model
@@ -207,6 +209,27 @@ def test_a_context_is_encoded_once_for_both_answers_and_the_references_once_for_
     assert policy.num_tokens_encoded == 3 * contexts
     assert reference.num_tokens_encoded == contexts
     assert [entry["reference/hit_rate"] for entry in run.logs] == [0.5, 0.5, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["base", "ref", "ref_model"])
+def test_contexts_of_the_reference_are_gone_before_the_policys_come(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that memory is that of one, where no store keeps them."""
+    alive: list[weakref.ref[FrozenContext]] = []
+    encode, at_hand = ContextEncoder.encode, []
+
+    def noted(self: ContextEncoder, *args: Any, **kwargs: Any) -> FrozenContext:
+        at_hand.append(sum(each() is not None for each in alive))
+        alive.append(weakref.ref(frozen := encode(self, *args, **kwargs)))
+        return frozen
+
+    monkeypatch.setattr(ContextEncoder, "encode", noted)
+    given = {"ref_model": tiny_model("llama").double()} if kind == "ref_model" else {}
+    args = settings(tmp_path, max_steps=3, verify_context="never")
+    train_pairs(args, ROWS, adapted("llama") if kind == "ref" else "llama", **given)
+    assert len(at_hand) >= 6
+    assert not any(at_hand)
 
 
 def test_contexts_of_the_base_are_those_of_both(tmp_path: Path) -> None:

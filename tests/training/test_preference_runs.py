@@ -367,6 +367,32 @@ def test_a_loss_of_ones_own_reads_the_contexts(tmp_path: Path) -> None:
         train(Forgetful, tiny_model("llama"), settings(tmp_path), as_tokens(ROWS), **_given())
 
 
+@pytest.mark.parametrize("name", ["dpo", "dpo, with a model", "kto"])
+def test_a_loss_of_ones_own_may_run_the_reference(name: str, tmp_path: Path) -> None:
+    """Over contexts as that encodes them, which are not at hand by then."""
+    trainer, kind, rows = (
+        (FrozenContextKTOTrainer, FrozenContextKTOConfig, answers())
+        if name == "kto"
+        else (FrozenContextDPOTrainer, FrozenContextDPOConfig, as_tokens(ROWS))
+    )
+
+    class Running(trainer):  # type: ignore[misc, valid-type]
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+            untold = {key: value for key, value in inputs.items() if not key.startswith("ref_")}
+            assert len(untold) < len(inputs)
+            return super()._compute_loss(model, untold, return_outputs)
+
+    runs = []
+    for each in (trainer, Running):
+        model = tiny_model("qwen3_5_text")
+        given = {"ref_model": tiny_model("qwen3_5_text", seed=1).double()} if name == "dpo, with a model" else {}
+        with in_float64(model) as exact:
+            args = settings(tmp_path / each.__name__, kind, max_steps=4)
+            runs.append(train(each, exact, args, rows, peft_config=acting_lora(model), **given))
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=LOGGED)
+    torch.testing.assert_close(runs[1].weights, runs[0].weights, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def _mask(inputs: Any) -> dict[str, Any]:
     return {name: inputs[name] for name in ("attention_mask", "completion_mask")}
 
