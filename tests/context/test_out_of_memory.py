@@ -44,21 +44,25 @@ def out_of_memory(model: nn.Module, fails: Callable[[int, int], bool], layer: in
     def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
         begun.append(kwargs["input_ids"].numel())
 
-    def fail(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        if fails(len(begun) - 1, begun[-1]):
-            begun[-1] = -begun[-1]
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    failing = layers[layer]
+    forward = failing.forward
 
-    handles = [
-        decoder.register_forward_pre_hook(note, with_kwargs=True),
-        # After the layer has run, so its part of the cache is written.
-        layers[layer].register_forward_hook(fail),
-    ]
+    def run_and_fail(*args: object, **kwargs: object) -> object:
+        # When the layer is over, by whatever way, its part of the cache is written.
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            if fails(len(begun) - 1, begun[-1]):
+                begun[-1] = -begun[-1]
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    handle = decoder.register_forward_pre_hook(note, with_kwargs=True)
+    failing.forward = run_and_fail
     try:
         yield begun
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+        del failing.forward
 
 
 def _tensors(frozen: FrozenContext) -> list[torch.Tensor]:
