@@ -90,6 +90,10 @@ class DecisionForwards:
         outer, self.live = self.live, batch
         try:
             with ExitStack() as stack:
+                if batch.carried and not torch.is_grad_enabled():
+                    # As its contexts were encoded. For an evaluation before training, transformers (5.24) prepares no
+                    # model where another one is prepared already, as a reference is.
+                    stack.enter_context(self.accelerator.autocast())
                 if self.distiller is not None:
                     stack.enter_context(self.distiller.distilled_loss(self.model, batch.target))
                 stack.enter_context(carried_context(self.model, batch.carried, batch.encode_again))

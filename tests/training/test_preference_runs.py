@@ -284,6 +284,30 @@ def test_in_16_bit_and_with_reentrant_checkpoints(tmp_path: Path) -> None:
     assert reentrant.losses == pytest.approx(exact.losses, rel=LOGGED)
 
 
+@pytest.mark.parametrize("kind", ["whole model", "adapters"])
+def test_an_evaluation_before_training_is_in_16_bit_too(kind: str, tmp_path: Path) -> None:
+    """With a reference model beside the policy, which transformers then does not prepare."""
+    model = tiny_model("llama")
+    given = {"peft_config": acting_lora(model) if kind == "adapters" else None}
+    trainer = FrozenContextDPOTrainer(
+        model,
+        tiny_model("llama", seed=1),
+        settings(tmp_path, bf16=True, max_steps=1, learning_rate=0.0),
+        train_dataset=as_tokens(ROWS),
+        eval_dataset=as_tokens(ROWS),
+        processing_class=word_tokenizer(),
+        **given,
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    for name in ("eval_loss", "eval_logps/chosen", "eval_logps/rejected"):
+        assert before[name] == after[name]
+    exact = settings(tmp_path / "exact", max_steps=1, learning_rate=0.0, per_device_train_batch_size=4)
+    exact_run = train_pairs(exact, ROWS, "llama", ref_model=tiny_model("llama", seed=1).double(), **given)
+    assert before["eval_loss"] == pytest.approx(exact_run.losses[0], rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("name", "lora", "match"),
     [
