@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "move a disposition into the weights of a tiny model; three minutes on two cores",
     "strip": "remove marked instructions from contexts, and make variants of these",
     "sample": "sample decisions from a model that has its instructions in place",
+    "pairs": "make preference pairs of probes, or of decisions with and without instructions",
     "plan": "say what a training takes, from the model's configuration alone",
     "recipes": "list the recipes that ship, or print one to edit",
     "train": "train adapters from a recipe",

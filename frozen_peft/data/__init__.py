@@ -12,7 +12,7 @@ _MODULES, __all__, __getattr__, __dir__ = lazy_package(
         "loading": ["has_split", "load_samples"],
         "marks": ["DEFAULT_MARKS", "Marks"],
         "paraphrases": ["Paraphrases", "read_paraphrases"],
-        "preference_rows": ["join_pairs", "pair_of_probe"],
+        "preference_rows": ["PairsSummary", "apart_from", "join_pairs", "pair_of_probe", "write_pairs"],
         "rows": ["Row", "read_rows"],
         "stored": [
             "as_table",

@@ -10,6 +10,7 @@ import pytest
 from frozen_peft.data import (
     QuotedInstructionError,
     StripSettings,
+    apart_from,
     join_pairs,
     pair_of_probe,
     restore_instructions,
@@ -97,3 +98,31 @@ def test_decisions_with_and_without_instructions_make_pairs() -> None:
     assert [restore_instructions(row)["prompt"] for row in pairs] == [[MARKED, ASKED]] * 2
     with pytest.raises(ValueError, match="a decision stands in `completion`"):
         join_pairs([other], [])
+
+
+def probe(text: str, **columns: Any) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": text}], "preferred": "yes.", "rejected": "no.", **columns}
+
+
+@pytest.mark.parametrize(
+    ("row", "group", "is_apart"),
+    [
+        (probe("right"), None, True),
+        (probe("left"), None, False),
+        (probe("right", id="a"), None, False),
+        # Its instructions, in place here and stripped there, or the other way round.
+        ({**probe(""), "prompt": [MARKED, ASKED]}, None, False),
+        (strip_instructions({**probe(""), "prompt": [MARKED, ASKED]}), None, False),
+        (probe("right", world="w"), None, True),
+        (probe("right", world="w"), "world", False),
+        (probe("right", world="v"), "world", True),
+        ({"prompt": [ASKED], "chosen": answer("a"), "rejected": answer("b")}, None, False),
+        ({"prompt": "turn left", "completion": "a"}, None, True),
+        (pair(), None, False),
+    ],
+    ids=str,
+)
+def test_what_a_probe_measures_is_not_trained_on(row: Any, group: str | None, is_apart: bool) -> None:
+    whole = {**probe("", world="u"), "prompt": [MARKED, ASKED]}
+    probes = [probe("left", id="a", world="w"), strip_instructions(whole), {**whole, "id": 3}]
+    assert list(apart_from([row], probes, group)) == ([row] if is_apart else [])
