@@ -22,6 +22,7 @@ from frozen_peft.training import engines as distributed
 from frozen_peft.utils.installed import installed_version
 from tests.distributed.cases import TWO
 from tests.distributed.engines import engine_fields, whole
+from tests.distributed.preferences import run_preferences
 from tests.distributed.shards_on_cpu import shards_on_cpu
 from tests.tiny_models import tiny_model
 from tests.training.runs import Run, adapted, as_dataset, config, train, trained_weights, word_tokenizer
@@ -196,4 +197,5 @@ EXTRAS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "sixteen_bit": sixteen_bit,
     "refusals": refusals,
     "recipes": recipes,
+    "preferences": run_preferences,
 }

@@ -11,6 +11,7 @@ import yaml
 from tests.distributed.cases import TWO, Case, reference
 from tests.distributed.conftest import TIMEOUT_SECONDS, Results
 from tests.distributed.extras import RECIPES
+from tests.distributed.preferences import PREFERENCES, expected
 from tests.reference import worst_gradient_error
 from tests.training.runs import equal
 from tests.training.test_predictions import ROWS as CONVERSATIONS
@@ -101,6 +102,19 @@ def test_files_for_accelerate_put_weights_in_shards(
         assert found["losses"] == pytest.approx(losses, rel=1e-5)
         for name, value in asked["fsdp_config"].items():
             assert found["asked"][name.upper()].lower() == str(value).lower()
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_preferences_are_those_of_one_process(name: str, results: Callable[[int], Results]) -> None:
+    """Where a process has no context, and with a reference that has its own."""
+    case = PREFERENCES[name]
+    is_kept = ("precompute_ref_log_probs", True) in case.fields
+    for result in of_ranks(results, "preferences"):
+        losses, gradients = expected(case, result[name]["weights"])
+        assert result[name]["shards"] == (case.engine == "fsdp2")
+        # What is computed beforehand TRL keeps in float32, and what is logged goes through it.
+        assert result[name]["losses"] == pytest.approx(losses, rel=1e-5 if is_kept else 3e-7)
+        assert worst_gradient_error(result[name]["gradients"], gradients) <= (1e-5 if is_kept else 1e-9)
 
 
 def test_a_tensor_is_compared_in_every_process(results: Callable[[int], Results]) -> None:
