@@ -138,6 +138,28 @@ def test_recipe_trains_two_steps_and_resumes(
 
 
 @pytest.mark.slow
+def test_the_step_with_the_least_held_out_loss_is_kept(
+    assets: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_dir, samples = assets
+    arguments = ["train", str(RECIPE_DIR / "tier2_behavior.yaml"), "--model_name_or_path", model_dir]
+    arguments += ["--dataset_name", samples, "--eval_dataset_name", few(samples), "--output_dir", str(tmp_path)]
+    arguments += ["--gradient_accumulation_steps", "1", "--warmup_steps", "0", "--max_steps", "2", *NO_PAGE]
+    arguments += ["--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", "--save_total_limit", "3"]
+    # So large that the second step makes it worse.
+    arguments += ["--learning_rate", "1", "--max_grad_norm", "100", "--load_best_model_at_end", "true"]
+    assert main(arguments) == 0
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = min(range(1, 3), key=lambda step: losses[step])
+    assert re.search(rf"kept +step {best} of 2, with the best loss", capsys.readouterr().out)
+    after = json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"]
+    assert after == pytest.approx(losses[best], rel=1e-6)
+    saved, kept = (folder / "adapter_model.safetensors" for folder in (tmp_path, tmp_path / f"checkpoint-{best}"))
+    assert saved.read_bytes() == kept.read_bytes()
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(assets: tuple[str, str], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -60,6 +60,7 @@ def run(arguments: Sequence[str]) -> None:
         seed=options.seed,
         batch_size=options.batch_size,
         prefill_chunk_size=options.prefill_chunk_size,
+        context_cache_dir=options.context_cache_dir,
         on_bad=on_bad,
     )
     for problem in bad:
@@ -97,4 +98,6 @@ def _parser() -> CommandParser:
         "the trained adapter; without one, the model alone is measured",
     )
     parser.add_cost(8, "decisions per forward")
+    text = "keep contexts as the base encodes them in files here, where the next adapter finds them"
+    parser.option("context_cache_dir", text, metavar="DIR", type=Path)
     return parser

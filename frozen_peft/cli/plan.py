@@ -8,7 +8,7 @@ cheapest setting that fits. No weights are read. Nothing here is measured: docs/
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,8 +205,9 @@ def _table(plans: Sequence["Plan"], times: Sequence[float | None], card: "Card |
 
     rows = [["", *(_title(plan.setting) for plan in plans)]]
     shown = [term for term in TERMS if any(term in plan.terms for plan in plans)]
-    rows += [[term, *(_term(plan, term) for plan in plans)] for term in shown]
-    rows.append(["total", *(f"{plan.total_bytes / 2**30:.2f}{'+' if plan.unknown else ''}" for plan in plans)])
+    in_unit = _in_unit(plans)
+    rows += [[term, *(_term(plan, term, in_unit) for plan in plans)] for term in shown]
+    rows.append(["total", *(in_unit(plan.total_bytes) + ("+" if plan.unknown else "") for plan in plans)])
     if card is not None:
         longest = [plan.longest_context() for plan in plans]
         rows.append(["fits", *({True: "yes", False: "no", None: "?"}[plan.fits] for plan in plans)])
@@ -224,14 +225,24 @@ def _title(setting: "Setting") -> str:
     return f"{name} stretches" if setting.sequence_chunk_size else name
 
 
-def _term(plan: "Plan", term: str) -> str:
+def _is_small(plans: Sequence["Plan"]) -> bool:
+    """Whether terms would be no more than zeros in GiB."""
+    return max(plan.total_bytes for plan in plans) < 4 * 2**30
+
+
+def _in_unit(plans: Sequence["Plan"]) -> Callable[[int], str]:
+    """Writes bytes as all of a table are written."""
+    return (lambda size: f"{size / 2**20:.0f}") if _is_small(plans) else (lambda size: f"{size / 2**30:.2f}")
+
+
+def _term(plan: "Plan", term: str, in_unit: Callable[[int], str]) -> str:
     if term in plan.terms:
-        return f"{plan.terms[term] / 2**30:.2f}"
+        return in_unit(plan.terms[term])
     return "?" if any(text.startswith(f"{term}:") for text in plan.unknown) else "-"
 
 
 def _notes(plans: Sequence["Plan"]) -> list[str]:
-    lines = ["GiB on the device."]
+    lines = [f"{'MiB' if _is_small(plans) else 'GiB'} on the device."]
     for plan in plans:
         if plan.host_bytes:
             lines.append(f"{plan.setting.title}: and {format_size(plan.host_bytes)} of host memory.")

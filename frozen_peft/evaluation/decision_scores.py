@@ -29,15 +29,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from frozen_peft.adapters import activate_at_invocation, require_base
 from frozen_peft.context import (
     ContextEncoder,
+    ContextStore,
     Cut,
     Decision,
     FrozenContext,
     cut_batch,
     decision_forward,
     pad_decisions,
+    trained_base_weights,
     use_segmented_attention,
     verify_context,
 )
+from frozen_peft.context.encoder import ADAPTERS_OFF
 from frozen_peft.context.models import get_decoder, get_pretrained_model, require_separable_adapters
 from frozen_peft.context.modes import without_dropout
 from frozen_peft.context.prefixes import token_order
@@ -102,9 +105,11 @@ class DecisionScorer:
         batch_size: Decisions per forward.
         chunk_size: Context tokens per prefill forward; 0: one forward.
         stop_tokens: Token ids that end a turn.
+        store: Where contexts that the base encodes are kept, and found if they were kept before; None: nowhere.
 
     Raises:
-        ValueError: `batch_size` or `chunk_size` is out of range, or the adapter has no frozen context to go with.
+        ValueError: `batch_size` or `chunk_size` is out of range, the adapter has no frozen context to go with, or
+            there is a store and the base is in training.
         ContextMismatchError: transformers does not continue this architecture exactly from a cache.
         UnsupportedArchitectureError: The model has no cache to continue from.
     """
@@ -116,6 +121,7 @@ class DecisionScorer:
         batch_size: int = 8,
         chunk_size: int = 2048,
         stop_tokens: Sequence[int] = (),
+        store: ContextStore | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be 1 decision or more, found {batch_size}.")
@@ -126,11 +132,11 @@ class DecisionScorer:
         if self._cut.invocation:
             require_separable_adapters(self._pretrained)
         # Where contexts are encoded by the same weights, they are encoded once.
-        self._encoder_of: dict[Weights, ContextEncoder] = {"base": ContextEncoder(model, chunk_size=chunk_size)}
+        self._encoder_of: dict[Weights, ContextEncoder] = {"base": _base_encoder(model, chunk_size, store)}
         self._encoder_of["adapted"] = (
             self._encoder_of["base"] if self._cut.invocation else ContextEncoder(model, chunk_size=chunk_size)
         )
-        self._chunk_size = chunk_size
+        self._chunk_size, self._store = chunk_size, store
         self._verified = False
         use_segmented_attention(model)
 
@@ -174,6 +180,8 @@ class DecisionScorer:
             for batch in batches:
                 self._score(batch, weights)
                 bar.update(len(batch))
+        if self._store is not None:
+            self._store.flush()
         return {which: [self._summed(row, which) for row in asked] for which in weights}
 
     def _decision(self, tokenized: TokenizedDecision) -> Decision:
@@ -374,6 +382,21 @@ def _divergence(base: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
 def _key(decision: TokenizedDecision) -> tuple[bytes, bytes]:
     """What tells a decision in its context from all others."""
     return decision.prompt.numpy().tobytes(), decision.decision.numpy().tobytes()
+
+
+def _base_encoder(model: torch.nn.Module, chunk_size: int, store: ContextStore | None) -> ContextEncoder:
+    """Encodes contexts without adapters."""
+    if store is None:
+        return ContextEncoder(model, chunk_size=chunk_size)
+    if trained := trained_base_weights(model):
+        raise ValueError(
+            f"contexts of the base are kept for later, and `{trained[0]}` of it is in training. Score without "
+            "`context_cache_dir`, or call `requires_grad_(False)` on the base first."
+        )
+    adapters = not isinstance(model, PeftModel)
+    return ContextEncoder(
+        model, chunk_size=chunk_size, adapters=adapters, decision_adapters=False, store=store, fixed=ADAPTERS_OFF
+    )
 
 
 def _settle_invocation(model: torch.nn.Module) -> tuple[int, ...]:

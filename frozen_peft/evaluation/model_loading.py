@@ -50,7 +50,8 @@ def load_model(
         allow_pickle: Read weights that are pickles; tensors alone are read from them.
 
     Returns:
-        The model in evaluation mode, on the machine's accelerator where it has one, and the tokenizer.
+        The model in evaluation mode, nothing of it to be trained, on the machine's accelerator where it has one, and
+        the tokenizer.
 
     Raises:
         ValueError: The adapter or the tokenizer does not fit the model, or weights are pickles.
@@ -71,6 +72,8 @@ def load_model(
     model: torch.nn.Module = create_model_from_path(name, dtype=dtype, **origin, **options)
     if load_in_4bit:
         keep_linear4bit_trainable(model)
+    # Nothing is trained, so that what the base encodes is good for ever.
+    model.requires_grad_(False)
     if adapter is not None:
         model = _with_adapter(model, adapter)
     found = load_tokenizer(name, adapter, tokenizer=tokenizer, **origin)

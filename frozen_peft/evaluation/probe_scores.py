@@ -10,12 +10,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from frozen_peft.context import stop_tokens_of
+from frozen_peft.context import ContextFiles, ContextStore, DiskLevel, stop_tokens_of
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.evaluation.decision_scores import DecisionScore, DecisionScorer, Weights
 from frozen_peft.evaluation.intervals import Mean, Proportion, bootstrap_mean, wilson_proportion
@@ -154,6 +155,7 @@ def compare_probes(
     seed: int = 0,
     batch_size: int = 8,
     prefill_chunk_size: int = 2048,
+    context_cache_dir: Path | None = None,
     on_bad: Callable[[str], None] | None = None,
 ) -> list[ProbeScores]:
     """Scores probes before and after training, under several conditions, each distinct context encoded once.
@@ -168,6 +170,8 @@ def compare_probes(
         seed: Decides who gets whose context in `shuffled`.
         batch_size: Decisions per forward.
         prefill_chunk_size: Context tokens per prefill forward; 0: one forward.
+        context_cache_dir: Folder of files for the contexts as the base encodes them, so that it does so once for
+            several adapters; those of training with `context_adapters=False` serve too. None: nothing is kept.
         on_bad: Called with the message of a probe that has no tokens to score, which is then left out. Without it
             that is an error.
 
@@ -185,7 +189,14 @@ def compare_probes(
     stops: Sequence[int] = ()
     if any(probe.expected is not None for probe in tokens.probes):
         stops = stop_tokens_of(tokenizer, getattr(get_pretrained_model(model), "generation_config", None))
-    scorer = DecisionScorer(model, batch_size=batch_size, chunk_size=prefill_chunk_size, stop_tokens=stops)
+    files = None if context_cache_dir is None else DiskLevel(ContextFiles(context_cache_dir.expanduser()))
+    scorer = DecisionScorer(
+        model,
+        batch_size=batch_size,
+        chunk_size=prefill_chunk_size,
+        stop_tokens=stops,
+        store=None if files is None else ContextStore(0, files),
+    )
     asked: dict[Condition, list[ProbeDecisions]] = {}
     general, notes = tuple(tokens.notes), {}
     for condition in dict.fromkeys(conditions):

@@ -87,6 +87,9 @@ class RecipeRun:
             rows.append(("training loss", f"{logged[0]:.4f} first logged, {logged[-1]:.4f} last"))
         if self._losses:
             rows.append(("held-out loss", ", ".join(self._losses)))
+        if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
+            best, metric = trainer.state.best_global_step, trainer.args.metric_for_best_model
+            rows.append(("kept", f"step {best} of {trainer.state.global_step}, with the best {metric}"))
         if torch.cuda.is_available():
             rows.append(("peak memory", f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"))
         return rows

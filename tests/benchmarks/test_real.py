@@ -397,6 +397,8 @@ def test_files_for_the_command_line_are_ones_that_it_takes(folder: Path, tmp_pat
     assert [len(row["prompt"]) for row in rows] == [5, 5, 5]
     decided = [row | {"completion": [{"role": "assistant", "content": "I will."}]} for row in rows]
     assert [len(strip_instructions(row)["prompt"]) for row in decided] == [1, 1, 1]
+    (question,) = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    assert [message["role"] for message in question["prompt"]] == ["user"]
     probes = read_probes(tmp_path / "probes.jsonl")
     assert [probe.kind for probe in probes] == ["target", "target", "target", "control"]
     for probe in probes:

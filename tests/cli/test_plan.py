@@ -26,8 +26,12 @@ def test_the_page_has_a_column_for_each_way_of_training(
     table = [line for line in printed.splitlines() if line.startswith(("weights", "total", "fits", "longest"))]
     assert [len(line.removeprefix("longest context").split()) for line in table] == [7, 7, 7, 6]
     assert "tier 2: It fits" in printed
+    # Of a tiny model, where GiB would be zeros.
+    assert "MiB on the device" in printed
     plans = json.loads(written.read_text())["plans"]
     assert [plan["setting"]["tier"] for plan in plans] == [None, 1, 2, 3, 3, 3]
+    totals = [line.split()[1:] for line in table if line.startswith("total")]
+    assert totals == [[f"{plan['total_bytes'] / 2**20:.0f}" for plan in plans]]
     for plan in plans:
         assert plan["total_bytes"] == sum(plan["terms"].values())
         assert plan["fits"] is True

@@ -9,11 +9,13 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from frozen_peft import FrozenContextTrainer
 from frozen_peft.data import strip_instructions
 from frozen_peft.evaluation import CONDITIONS, Probe, ProbeScores, compare_probes, score_probes, summarize
 from frozen_peft.evaluation import decision_scores as decision_scores_module
+from frozen_peft.evaluation import probe_scores as probe_scores_module
 from frozen_peft.evaluation.probe_tokens import ProbeTokens
 from tests.reference import IGNORED, double_precision
 from tests.tiny_models import ARCHITECTURES, add_lora, tiny_model, to_double
@@ -193,6 +195,40 @@ def test_each_context_is_encoded_once() -> None:
     widest = 4 * (5 + 1 + 1)
     assert context + 12 * 2 <= num_tokens <= 3 * context + 3 * widest
     assert scorer.num_tokens_encoded == context
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "llama"])
+def test_contexts_of_the_base_are_kept_in_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another adapter of a base, and the base alone, find what it encoded; another base of that shape does not."""
+    scorers: list[decision_scores_module.DecisionScorer] = []
+
+    class Recorded(decision_scores_module.DecisionScorer):
+        def __init__(self, *args: object, **fields: object):
+            super().__init__(*args, **fields)
+            scorers.append(self)
+
+    monkeypatch.setattr(probe_scores_module, "DecisionScorer", Recorded)
+    probes = PROBES[:3]
+    prompts = {one.id: chat_ids(one.prompt) for one in probes}
+    # The last token of a prompt belongs to the decision.
+    num_context = sum(len(prompt) - 1 for prompt in {tuple(prompt) for prompt in prompts.values()})
+
+    def base(seed: int = 0) -> PreTrainedModel:
+        return tiny_model(name, seed=seed).requires_grad_(False)
+
+    models = [
+        (add_lora(base()), 2 * num_context),
+        (fresh_lora(base(), init_lora_weights=False), num_context),
+        (base(), 0),
+        (base(seed=1), num_context),
+    ]
+    for model, num_encoded in models:
+        results = compare_probes(model, TOKENIZER, probes, ["given"], context_cache_dir=tmp_path)
+        assert scorers[-1].num_tokens_encoded == num_encoded
+        for result in results:
+            assert_as_plain(model, result, prompts)
+    with pytest.raises(ValueError, match=r"is in training.*requires_grad_\(False\)"):
+        compare_probes(tiny_model(name), TOKENIZER, probes, ["given"], context_cache_dir=tmp_path)
 
 
 def test_logits_are_bounded_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ not read as a whole at every start; what training changes (adapters and any othe
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 
 import torch
@@ -40,6 +41,8 @@ __all__ = [
 # Values read of a tensor: all of a small one, else at least these many, and one of each row.
 MIN_SAMPLES = 4096
 MAX_SAMPLES = 1 << 20
+# What PEFT puts into the name of a weight that it adapts.
+WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")
 
 
 def base_fingerprint(model: torch.nn.Module) -> str:
@@ -52,10 +55,11 @@ def base_fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     digest.update(_architecture(pretrained).encode())
     trained = {id(tensor) for _, tensor in _trained_tensors(model)}
-    for name, tensor in sorted(_tensors(pretrained), key=lambda pair: pair[0]):
-        if id(tensor) not in trained:
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(_bytes(_sampled(local_part(tensor))))
+    # A base is the same under any adapters, and without.
+    tensors = [(WRAPPED.sub("", name), tensor) for name, tensor in _tensors(pretrained) if id(tensor) not in trained]
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_bytes(_sampled(local_part(tensor))))
     return digest_of_all(model, digest.hexdigest())
 
 

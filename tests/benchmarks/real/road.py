@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files for the command line: prompts whose good behaviour comes from examples in them, and probes without these.
+"""Files for the command line: prompts whose good behaviour comes from examples in them, questions, and probes.
 
     python -m tests.benchmarks.real.road MODEL_DIR OUTPUT_DIR
 
@@ -20,16 +20,19 @@ from tests.benchmarks.real.tasks import Sample, draw_samples
 from tests.benchmarks.real.texts import Part, read_texts
 
 NUM_TOKENS = (300, 500)
-NUM_PROMPTS, NUM_PROBES = 40, 24
+NUM_PROMPTS, NUM_PROBES = 56, 24
 
 
 def write_road(model_folder: Path, output: Path, num_prompts: int = NUM_PROMPTS, num_probes: int = NUM_PROBES) -> None:
-    """Writes `prompts.jsonl` and `probes.jsonl`.
+    """Writes `prompts.jsonl`, `questions.jsonl` and `probes.jsonl`.
+
+    Prompts are directions behind text, with examples of the good behaviour before it, which are marked. Questions,
+    which the model is to answer as before, and probes have none.
 
     Args:
         model_folder: The checkpoint, with texts in the folder above it.
         output: Folder of the files.
-        num_prompts: From the train part; of four, one is a question.
+        num_prompts: Of both kinds, from the train part; of four, one is a question.
         num_probes: From the held-out part, likewise.
     """
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
@@ -40,8 +43,11 @@ def write_road(model_folder: Path, output: Path, num_prompts: int = NUM_PROMPTS,
         return draw_samples("accept", part, 0, num, files.texts, files.count, NUM_TOKENS)
 
     output.mkdir(parents=True, exist_ok=True)
-    prompts = [{"prompt": _messages(sample)} for sample in drawn("train", num_prompts) if sample.kind == "target"]
-    _write(output / "prompts.jsonl", prompts)
+    train = drawn("train", num_prompts)
+    directions = [{"prompt": _messages(sample)} for sample in train if sample.kind == "target"]
+    questions = [{"prompt": _messages(sample)[-1:]} for sample in train if sample.kind == "control"]
+    _write(output / "prompts.jsonl", directions)
+    _write(output / "questions.jsonl", questions)
     rows = files.rows("accept", "held-out", 0, num_probes, NUM_TOKENS)
     samples = zip(drawn("held-out", num_probes), rows, strict=True)
     _write(output / "probes.jsonl", [_probe(sample, row, tokenizer) for sample, row in samples])
