@@ -323,13 +323,22 @@ def test_the_page_shows_what_is_there_and_names_what_is_not(tmp_path: Path) -> N
     files = CellFiles(tmp_path / "results" / "cells")
     for seed, scores in enumerate(seeds):
         files.put(Cell("accept", "tier 3", seed), run | {"scores": {"given": scores}})
-    files.put(Cell("accept", "tier 2"), run | {"scores": {"given": seeds[1]}})
+    files.put(
+        Cell("accept", "tier 2"), run | {"scores": {"given": seeds[1]}, "cosine_at_start": 0.85, "cosine_at_end": 0.5}
+    )
+    files.put(
+        Cell("accept", "tier 2, all-linear"),
+        run | {"scores": {"given": seeds[1]}, "cosine_at_start": 0.2, "cosine_at_end": 0.5},
+    )
     write_results(tmp_path / "results", tmp_path, size)
     page = (tmp_path / "real.md").read_text()
     assert re.search(r"\| tier 3 +\| +2 \| 0.001 \| +4 \| +70% \(40% to 89%\)", page)
     assert re.search(r"\| tier 2 +\| +1 \| 0.001 \| +4 \| +50% \(24% to 76%\)", page)
     assert "accept: behind tier 3 by 20 (" in page
     assert "conditional: not known yet" in page
+    # Nine and five of ten against five: 0.2 ahead on average, of no sample behind.
+    assert re.search(r"accept \| response +\| +0.85 \| +tier 2 \| +20 \(5 to 35\) \| +no \|", page)
+    assert re.search(r"accept \| all-linear \| +0.20 \| +tier 3 \| +not trained yet", page)
     assert "accept, tier 2: rate 0.0003, rate 0.001, rate 0.003, seed 1" in page
     assert "abacus" in page
     assert "3.0 h" in page

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from frozen_peft.evaluation.intervals import Mean, Proportion, bootstrap_mean
+from tests.benchmarks.real.advice import advice_table
 from tests.benchmarks.real.cells import Cell, CellFiles
 from tests.benchmarks.real.cost_cells import COMPARED, COST, LENGTHS
 from tests.benchmarks.real.methods import BASE, TIER_2, TIER_3, Size
@@ -66,7 +67,8 @@ def render_page(reader: Reader) -> str:
     parts = [introduction, _missing(reader), f"![Held-out targets against processor time]({NAME}.png)"]
     for task in size.tasks:
         parts += [f"## Task: {task}", _results(reader, task), _contexts(reader, task), _equal_time(reader, task)]
-    parts += ["## Where tier 2 loses", _losses(reader), "## What it costs", _costs(reader), _facts(reader)]
+    parts += ["## Where tier 2 loses", _losses(reader), advice_table(reader)]
+    parts += ["## What it costs", _costs(reader), _facts(reader)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
