@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from frozen_peft import lora_config
 from frozen_peft.data import strip_instructions
 from frozen_peft.evaluation import read_probes
+from tests.benchmarks.processes import measure
 from tests.benchmarks.real.__main__ import main
 from tests.benchmarks.real.cells import Cell, CellFiles
 from tests.benchmarks.real.cost import FIELDS, samples
+from tests.benchmarks.real.cost_cells import NF4_TRAINING
 from tests.benchmarks.real.fetch import conversation, paragraphs
 from tests.benchmarks.real.methods import BASE, METHODS, Size
 from tests.benchmarks.real.page import render_page, write_results
@@ -341,7 +343,7 @@ def test_the_page_shows_what_is_there_and_names_what_is_not(tmp_path: Path) -> N
     assert re.search(r"accept \| all-linear \| +0.20 \| +tier 3 \| +not trained yet", page)
     assert "accept, tier 2: rate 0.0003, rate 0.001, rate 0.003, seed 1" in page
     assert "abacus" in page
-    assert "3.0 h" in page
+    assert "4.0 h" in page
     # The gathered figures are enough to write the same page again.
     write_results(tmp_path / "elsewhere", tmp_path, size)
     assert (tmp_path / "real.md").read_text() == page
@@ -415,3 +417,16 @@ def test_files_for_the_command_line_are_ones_that_it_takes(folder: Path, tmp_pat
         assert probe.stripped
         if probe.kind == "target":
             assert probe.expected.removeprefix("I will ").removesuffix(".") in message["content"].splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_training_over_4_bit_is_held_against_the_whole_base(folder: Path, tmp_path: Path) -> None:
+    found = measure("real.nf4", model=folder / "model", results=tmp_path, smoke=True)["precisions"]
+    assert found["nf4"]["model_bytes"] < found["float32"]["model_bytes"]
+    # Rounded weights say something else, and not something far away.
+    assert 0 < abs(found["nf4"]["base_loss"] - found["float32"]["base_loss"]) < 0.3
+    assert all(figures["adapted_loss"] != figures["base_loss"] for figures in found.values())
+    files = CellFiles(tmp_path / "cells")
+    files.put(NF4_TRAINING, {"precisions": found, "cpu_seconds": 1.0, "machine": {}})
+    page = render_page(Reader(files.all(), SMALLEST))
+    assert re.search(r"\| nf4, adapted +\|", page)

@@ -8,7 +8,7 @@ from pathlib import Path
 from frozen_peft.evaluation.intervals import Mean, Proportion, bootstrap_mean
 from tests.benchmarks.real.advice import advice_table
 from tests.benchmarks.real.cells import Cell, CellFiles
-from tests.benchmarks.real.cost_cells import COMPARED, COST, LENGTHS
+from tests.benchmarks.real.cost_cells import COMPARED, COST, LENGTHS, NF4_TRAINING
 from tests.benchmarks.real.methods import BASE, TIER_2, TIER_3, Size
 from tests.benchmarks.real.plot import draw_figure
 from tests.benchmarks.real.report import READING, Reader, groups, hours, per_row, preferred, share
@@ -207,12 +207,38 @@ def _costs(reader: Reader) -> str:
         if any(cells):
             rows.append(("SFTTrainer" if method == "sft" else method, *cells))
     if not rows:
-        return "Not measured yet."
+        return _nf4(reader) or "Not measured yet."
     return (
         "Processor time of one thread per decision of 48 tokens, and the peak above the loaded model. `SFTTrainer` "
         "with its defaults; `turns`: four decisions in a sample; `shared`: four samples of a step in one document; "
         "`store`: adapters off in contexts, found in the store from the second step on; `nf4`: over a 4-bit base. "
-        "Empty: not measured.\n\n" + markdown_table(("method", *(f"{tokens:,} tokens" for tokens in LENGTHS)), rows, 1)
+        "Empty: not measured.\n\n"
+        + markdown_table(("method", *(f"{tokens:,} tokens" for tokens in LENGTHS)), rows, 1)
+        + _nf4(reader)
+    )
+
+
+def _nf4(reader: Reader) -> str:
+    """What training over a 4-bit base gains and loses."""
+    found = reader.cells.get(NF4_TRAINING.name)
+    if found is None:
+        return ""
+    rows = [
+        (
+            f"{name}, {which}",
+            f"{figures['model_bytes'] / 2**20:,.0f}",
+            f"{figures['seconds']:.0f}" if which == "adapted" else "",
+            f"{figures[f'{which}_loss']:.3f}",
+            f"{figures[f'{which}_exact']:.0%}",
+        )
+        for name, figures in found["precisions"].items()
+        for which in ("base", "adapted")
+    ]
+    steps = found["precisions"]["nf4"]["steps"]
+    return (
+        f"\n\nThe task accept by tier 2 over a 4-bit base and over the whole one, {steps:.0f} steps on the same "
+        "samples; held-out loss per token is of the same decisions.\n\n"
+        + markdown_table(("base", "weights, MiB", "s of all steps", "held-out loss", "targets exact"), rows, 1)
     )
 
 

@@ -109,7 +109,7 @@ class Study:
         probes = self._rows(cell.task, "dev" if is_trial else "held-out")
         tokenizer = self.samples.tokenizer
         figures: Figures = {"rate": rate, "steps": steps, "rows": digest(rows)}
-        watch = _Watch(
+        watch = Watch(
             () if is_trial else tuple(step * method.length for step in self.size.measured),
             lambda model: score_rows(model, tokenizer, probes, weights=["adapted"])["given"]["adapted"],
         )
@@ -117,7 +117,7 @@ class Study:
         with_flow = method.has_flow and not is_trial and cell.seed == self.size.seeds[0]
         if with_flow:
             watch.at_start = lambda model: figures.update(cosine_at_start=self._cosine(model, cell.task))
-        model = self._fit(model, method, rows, steps, rate, cell.seed, watch)
+        model = self.fit(model, method, rows, steps, rate, cell.seed, watch)
         figures["seconds"] = watch.seconds
         if is_trial:
             scores = score_rows(model, tokenizer, probes, weights=["adapted"])
@@ -144,7 +144,7 @@ class Study:
         ]
         return gradient_flow(model, batches).horizons[0].total.cosine
 
-    def _fit(
+    def fit(
         self,
         model: PreTrainedModel,
         method: Method,
@@ -152,7 +152,7 @@ class Study:
         steps: int,
         rate: float,
         seed: int,
-        watch: "_Watch",
+        watch: "Watch",
     ) -> torch.nn.Module:
         """Trains fresh adapters on the rows in their order."""
         torch.manual_seed(seed)
@@ -195,7 +195,7 @@ def _dataset(method: Method, rows: list[Row]) -> Dataset:
     return dataset if "loss_type" in method.fields else dataset.select_columns(["input_ids", "labels"])
 
 
-class _Watch(TrainerCallback):
+class Watch(TrainerCallback):
     """Keeps the processor time of steps, without that of measuring, and measures on the way."""
 
     def __init__(self, measured: Sequence[int], measure: Callable[[Any], Any]) -> None:
