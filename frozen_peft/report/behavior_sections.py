@@ -67,13 +67,15 @@ def probes_section(run: RunFolder, section: Section) -> None:
 
 
 def _tiles(results: list[dict[str, Any]]) -> Iterator[Tile]:
-    rates: dict[str, dict[str, str]] = {}
+    rates: dict[tuple[str, str], dict[str, str]] = {}
     for row in results:
-        if row["condition"] == "given" and row["preference"]:
-            rates.setdefault(row["kind"], {})[row["model"]] = f"{row['preference']['rate']:.0%}"
-    for kind, by_model in rates.items():
+        # What is said word for word first: of two decisions the shorter one may be preferred for that alone.
+        for figure, title in (("exact_match", "exact"), ("preference", "preferred")):
+            if row["condition"] == "given" and row[figure]:
+                rates.setdefault((row["kind"], title), {})[row["model"]] = f"{row[figure]['rate']:.0%}"
+    for (kind, title), by_model in rates.items():
         texts = [by_model[model] for model in _MODELS if model in by_model]
-        yield Tile(f"{kind} probes preferred", " → ".join(texts), "before and after" if len(texts) == 2 else "")
+        yield Tile(f"{kind} probes {title}", " → ".join(texts), "before and after" if len(texts) == 2 else "")
 
 
 def merged_section(run: RunFolder, section: Section) -> None:

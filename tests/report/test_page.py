@@ -53,6 +53,8 @@ def test_every_section_is_there_with_its_content(whole: Parsed) -> None:
     assert "training loss 1.0000 → 0.1667" in text["summary"]
     assert "gradient through context 25.0% cosine of frozen and full: 0.875" in text["summary"]
     assert "target probes preferred 10% → 90%" in text["summary"]
+    assert "target probes exact" not in text["summary"]
+    assert "control probes exact 100% → 100%" in text["summary"]
     assert "held-out 3 2.0000 0.2500 0.2500 at step 12" in text["loss"]
     # Six logs of a second, and one more: 3.0 of 7 s.
     assert "prefill 3.00 s 42.9% 0.25 s" in text["time"]
