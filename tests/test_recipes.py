@@ -152,7 +152,9 @@ def test_the_step_with_the_least_held_out_loss_is_kept(
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
     best = min(range(1, 3), key=lambda step: losses[step])
-    assert re.search(rf"kept +step {best} of 2, with the best loss", capsys.readouterr().out)
+    summary = capsys.readouterr().out
+    assert re.search(rf"kept +step {best} of 2, with the best loss", summary)
+    assert ("max_steps" in summary) == (best == 2)
     after = json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"]
     assert after == pytest.approx(losses[best], rel=1e-6)
     saved, kept = (folder / "adapter_model.safetensors" for folder in (tmp_path, tmp_path / f"checkpoint-{best}"))

@@ -76,20 +76,21 @@ class RecipeRun:
 
     def summary(self) -> list[tuple[str, str]]:
         """Where the results are and what changed: titles and texts."""
-        trainer = self.trainer
+        trainer, state = self.trainer, self.trainer.state
         trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
         rows = [
             ("results", str(Path(trainer.args.output_dir).resolve())),
-            ("trained", f"{trainable:,} weights, {trainer.state.global_step} steps, {self._train_seconds:.0f} s"),
+            ("trained", f"{trainable:,} weights, {state.global_step} steps, {self._train_seconds:.0f} s"),
         ]
-        logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
         if logged:
             rows.append(("training loss", f"{logged[0]:.4f} first logged, {logged[-1]:.4f} last"))
         if self._losses:
             rows.append(("held-out loss", ", ".join(self._losses)))
-        if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
-            best, metric = trainer.state.best_global_step, trainer.args.metric_for_best_model
-            rows.append(("kept", f"step {best} of {trainer.state.global_step}, with the best {metric}"))
+        if trainer.args.load_best_model_at_end and state.best_global_step:
+            best, last, metric = state.best_global_step, state.global_step, trainer.args.metric_for_best_model
+            more = "" if best < last else "; the last one, so more `max_steps` may do better"
+            rows.append(("kept", f"step {best} of {last}, with the best {metric}{more}"))
         if torch.cuda.is_available():
             rows.append(("peak memory", f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"))
         return rows
