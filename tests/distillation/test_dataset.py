@@ -275,7 +275,7 @@ def test_a_limit_of_the_students_context_leaves_the_teachers_alone(tmp_path: Pat
         ({"distill_chunk_size": 0}, r"`distill_chunk_size` must be 1 token or more, found 0"),
         ({"distill_temperature": 0.0}, r"`distill_temperature` must be above 0, found 0.0"),
         ({"distill_likelihood_weight": 1.0}, r"`distill_likelihood_weight` must be from 0 to less than 1, found 1.0"),
-        ({"distill_divergence": "js"}, r"`distill_divergence` must be one of forward_kl, reverse_kl, found 'js'"),
+        ({"distill_divergence": "js"}, r"`distill_divergence` must be one of forward_kl, reverse_kl, jsd, found 'js'"),
         ({"distill_cache_size": "much"}, r"`distill_cache_size`: "),
         ({"packing": True, "max_length": 64}, r"`packing` puts several into one row"),
         ({"padding_free": True}, r"`padding_free` puts several into one row"),
