@@ -48,6 +48,7 @@ class History:
         encoded: Context tokens encoded since the last log, by step.
         reused: Context tokens reused, likewise.
         num_tokens: Tokens trained on; None where they were not counted.
+        margins: Of preferences, by how much the reward of chosen answers is above that of rejected ones, by step.
     """
 
     losses: list[Point] = field(default_factory=list)
@@ -57,6 +58,7 @@ class History:
     encoded: list[Point] = field(default_factory=list)
     reused: list[Point] = field(default_factory=list)
     num_tokens: float | None = None
+    margins: list[Point] = field(default_factory=list)
 
 
 def read_history(run: RunFolder) -> History:
@@ -76,6 +78,8 @@ def read_history(run: RunFolder) -> History:
         step = entry["step"]
         if "loss" in entry:
             history.losses.append((step, entry["loss"]))
+        if "rewards/margins" in entry:
+            history.margins.append((step, entry["rewards/margins"]))
         if "context/tokens_encoded" in entry:
             history.encoded.append((step, entry["context/tokens_encoded"]))
             history.reused.append((step, entry["context/tokens_reused"]))
@@ -100,6 +104,8 @@ def _times_of(entry: Mapping[str, Any]) -> list[str]:
 def loss_section(run: RunFolder, section: Section) -> None:
     """Training loss between logs, and held-out losses before, during and after."""
     history, state = read_history(run), run.files.get("trainer_state.json", {})
+    method = run.files.get("recipe.yaml", {}).get("method", "sft")
+    unit = "nats per token" if method == "sft" else f"that of {method.upper()}"
     drawn, rows = {}, []
     for name, points in {"training": history.losses, **history.held_out}.items():
         finite = [point for point in points if math.isfinite(point[1])]
@@ -117,12 +123,17 @@ def loss_section(run: RunFolder, section: Section) -> None:
         else:
             steps = f"steps {points[0][0]:,.0f} to {points[-1][0]:,.0f}"
             section.tiles.append(Tile(f"{name} loss", f"{first} → {last}", steps))
+    if history.margins:
+        first, last = (f"{margin:+.3f}" for _, margin in (history.margins[0], history.margins[-1]))
+        section.tiles.append(
+            Tile("reward margin", f"{first} → {last}", "of chosen over rejected answers, in training")
+        )
     if drawn:
         caption = "Training loss, a mean between logs, and that of samples held out from training."
         if len(history.losses) > MAX_POINTS:
             caption += f" Of {len(history.losses):,} logs, means over {-(-len(history.losses) // MAX_POINTS)} each."
-        section.plots.append(Plot(lines_plot("plot-loss", drawn, "loss, nats per token"), caption))
-        section.tables.append(Table("Loss, nats per token", ("samples", "values", "first", "last", "lowest"), rows))
+        section.plots.append(Plot(lines_plot("plot-loss", drawn, f"loss, {unit}"), caption))
+        section.tables.append(Table(f"Loss, {unit}", ("samples", "values", "first", "last", "lowest"), rows))
     else:
         section.absent.append("No loss was logged that is a number.")
     num_bad = len(history.losses) - len(drawn.get("training", ()))

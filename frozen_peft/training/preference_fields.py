@@ -39,7 +39,10 @@ class PreferenceFields(ContextFields):
 
     @property
     def rows_per_sample(self) -> int:
-        """Of a pair both answers, of an answer the mismatched one; and of their context one, and the reference's."""
+        """Of a pair both answers, of an answer the mismatched one; and of their context one, and the reference's.
+
+        Both are at hand together with stretches and with weights in shards, and one after the other without.
+        """
         return 2
 
     @property

@@ -28,7 +28,6 @@ from tests.training.preferences import (
     adapted_everywhere,
     as_text,
     as_tokens,
-    first_figures,
     pairs,
     settings,
     sigmoid_loss,
@@ -261,16 +260,6 @@ def test_a_synchronised_reference_follows_the_policy(tier: int, tmp_path: Path) 
         assert worst_update_error(run.weights, trained_weights(exact), start) <= TOLERANCE
     with pytest.raises(NotImplementedError, match="PEFT model"):
         train_pairs(settings(tmp_path, **fields), ROWS)
-
-
-def test_experts_are_balanced_over_decisions(tmp_path: Path) -> None:
-    """What TRL adds to the loss for them is that of the policy's decisions, not the reference's."""
-    args = settings(tmp_path, router_aux_loss_coef=0.5, learning_rate=0.0)
-    run = train_pairs(args, ROWS, "qwen3_5_moe_text")
-    without = train_pairs(settings(tmp_path, router_aux_loss_coef=0.0, learning_rate=0.0), ROWS, "qwen3_5_moe_text")
-    figures = first_figures(run)
-    assert figures["aux_loss"] > 0.1
-    assert run.losses[0] - without.losses[0] == pytest.approx(0.5 * figures["aux_loss"], rel=1e-5)
 
 
 def test_in_16_bit_and_with_reentrant_checkpoints(tmp_path: Path) -> None:
