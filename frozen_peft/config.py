@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 else:
     Config = object
 
-__all__ = ["TIERS", "ContextFields", "FrozenContextConfig"]
+__all__ = ["TIERS", "WRITING_FIELDS", "ContextFields", "FrozenContextConfig"]
 
 logger = logging.get_logger(__name__)
 
@@ -311,7 +311,7 @@ class ContextFields(Config):
 
 
 # Fields of how answers are written, as TRL names them.
-_WRITING = ("num_generations", "max_completion_length", "temperature", "top_p", "top_k")
+WRITING_FIELDS = ("num_generations", "max_completion_length", "temperature", "top_p", "top_k")
 
 
 @dataclass
@@ -478,7 +478,7 @@ class FrozenContextConfig(ContextFields, SFTConfig):
             _require(holds, name, getattr(self, name), expected)
         if not self.writes:
             names = ", ".join(
-                f"`{f.name}`" for f in fields(self) if f.name in _WRITING and getattr(self, f.name) != f.default
+                f"`{f.name}`" for f in fields(self) if f.name in WRITING_FIELDS and getattr(self, f.name) != f.default
             )
             if names:
                 logger.warning(f"No effect of {names}: without `distill_on_policy` no answers are written.")

@@ -110,16 +110,20 @@ def test_contexts_of_earlier_weights(tmp_path: Path, monkeypatch: pytest.MonkeyP
     goes_red(test_store.test_contexts_that_see_the_adapters_are_encoded_in_each_step, {}, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["base", "ref", "ref_model", "kto", "precomputed"])
+@pytest.mark.parametrize("kind", ["base", "ref", "ref_model", "kto", "precomputed", "in the loss"])
 def test_a_reference_over_the_policys_contexts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would move along with the policy that it is there to hold."""
-    for name in ("_encode_again", "_encode_elsewhere"):
-        monkeypatch.setattr(PreferenceMixin, name, lambda self, part, carried: lambda each: each.frozen)
+    carry = PreferenceMixin._carried
+    monkeypatch.setattr(PreferenceMixin, "_carried", lambda self, contexts, part: carry(self, self._frozen, part))
+    monkeypatch.setattr(reference.Reference, "active", lambda self: nullcontext())
     if kind == "precomputed":
-        monkeypatch.setattr(PreferenceMixin, "_reference_contexts", property(lambda self: None, lambda self, _: None))
-        monkeypatch.setattr(reference.Reference, "active", lambda self: nullcontext())
         check = test_dpo.test_with_the_base_for_a_reference
         goes_red(check, "llama", {"precompute_ref_log_probs": True}, tmp_path)
+    elif kind == "in the loss":
+        # Which stretches leave to TRL's loss.
+        for name in ("_encode_again", "_encode_elsewhere"):
+            monkeypatch.setattr(PreferenceMixin, name, lambda self, part, carried: lambda each: each.frozen)
+        goes_red(test_dpo.test_with_the_base_for_a_reference, "llama", {"sequence_chunk_size": 16}, tmp_path)
     elif kind == "base":
         goes_red(test_dpo.test_with_the_base_for_a_reference, "qwen3_5_text", {}, tmp_path)
     elif kind == "kto":

@@ -17,6 +17,7 @@ from typing import Any
 from trl import TrlParser
 
 from frozen_peft.cli.arguments import spelled
+from frozen_peft.config import WRITING_FIELDS
 from frozen_peft.report import is_secret
 from frozen_peft.report.run_record import ReportArguments
 from frozen_peft.training.recipe import AdapterArguments, DataArguments, ModelArguments, groups_of, machine_defaults
@@ -260,9 +261,13 @@ def _recipe_sections(config: type) -> dict[str, list[str]]:
     plain = next(base for base in config.__mro__ if base.__module__.partition(".")[0] == "trl")
     inherited = {item.name: item.default for item in dataclasses.fields(plain)}
     ours = dataclasses.fields(config)
-    # What TRL's lacks, then what it has with another default. `distill_` is of use to one loss only, whose help
-    # names it.
-    own = [item.name for item in ours if item.name not in inherited and not item.name.startswith("distill_")]
+    # What TRL's lacks, then what it has with another default. `distill_` and how answers are written is of use to one
+    # loss only, whose help names it.
+    own = [
+        item.name
+        for item in ours
+        if item.name not in inherited and not item.name.startswith("distill_") and item.name not in WRITING_FIELDS
+    ]
     own += [item.name for item in ours if item.name in inherited and item.default != inherited[item.name]]
     return {
         "frozen context": own,

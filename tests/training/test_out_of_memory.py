@@ -19,7 +19,7 @@ ROWS = samples([(140, 7), (90, 5)])
 
 def _fail(model: nn.Module, *, graded: bool, more_than: int) -> list[Any]:
     """Makes the first MLP run out of memory in forwards with, or without, gradient."""
-    module = [module for name, module in model.named_modules() if name.endswith("mlp")][0]
+    module = next(module for name, module in model.named_modules() if name.endswith("mlp"))
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if torch.is_grad_enabled() is graded and output.shape[:-1].numel() > more_than:

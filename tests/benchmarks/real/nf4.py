@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from frozen_peft import quantization_config
 from frozen_peft.adapters import keep_linear4bit_trainable
-from tests.benchmarks.real.methods import CORE, TIER_2, Size
+from tests.benchmarks.real.methods import METHODS, TIER_2, Size
 from tests.benchmarks.real.report import exact_rate
 from tests.benchmarks.real.scores import loss, score_rows
 from tests.benchmarks.real.smoke import SMALL
@@ -38,7 +38,7 @@ def compare(study: Study, rate: float = RATE) -> dict[str, dict[str, float]]:
         rate: Learning rate.
     """
     size = study.size
-    (method,) = (method for method in CORE if method.name == TIER_2)
+    (method,) = (method for method in METHODS if method.name == TIER_2)
     steps = max(1, size.steps // 4)
     rows = study.samples.rows(TASK, "train", 0, size.steps * size.batch_size, size.num_tokens)
     held_out = study.samples.rows(TASK, "held-out", PROBE_SEED, size.num_held_out, size.num_tokens)
@@ -47,7 +47,7 @@ def compare(study: Study, rate: float = RATE) -> dict[str, dict[str, float]]:
         model, watch = load(study.model_folder, name == "nf4"), Watch((), lambda model: None)
         num_bytes = model.get_memory_footprint()
         model = study.fit(model, method, rows, steps, rate, 0, watch)
-        scores = score_rows(model, study.samples.tokenizer, held_out)
+        scores = score_rows(model, study.samples.tokenizer, held_out)["given"]
         figures[name] = {"model_bytes": num_bytes, "seconds": watch.seconds, "steps": steps}
         for which, found in scores.items():
             figures[name] |= {f"{which}_loss": loss(found), f"{which}_exact": exact_rate(found, ("target",))}
