@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from frozen_peft.context import ContextFiles, ContextStore, DiskLevel, stop_tokens_of
+from frozen_peft.context import ContextStore, DiskLevel, stop_tokens_of
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.evaluation.decision_scores import DecisionScore, DecisionScorer, Weights
 from frozen_peft.evaluation.intervals import Mean, Proportion, bootstrap_mean, wilson_proportion
@@ -155,7 +155,7 @@ def compare_probes(
     seed: int = 0,
     batch_size: int = 8,
     prefill_chunk_size: int = 2048,
-    context_cache_dir: Path | None = None,
+    context_cache_dir: str | Path | None = None,
     on_bad: Callable[[str], None] | None = None,
 ) -> list[ProbeScores]:
     """Scores probes before and after training, under several conditions, each distinct context encoded once.
@@ -189,13 +189,13 @@ def compare_probes(
     stops: Sequence[int] = ()
     if any(probe.expected is not None for probe in tokens.probes):
         stops = stop_tokens_of(tokenizer, getattr(get_pretrained_model(model), "generation_config", None))
-    files = None if context_cache_dir is None else DiskLevel(ContextFiles(context_cache_dir.expanduser()))
+    disk = DiskLevel.at(context_cache_dir)
     scorer = DecisionScorer(
         model,
         batch_size=batch_size,
         chunk_size=prefill_chunk_size,
         stop_tokens=stops,
-        store=None if files is None else ContextStore(0, files),
+        store=None if disk is None else ContextStore(0, disk),
     )
     asked: dict[Condition, list[ProbeDecisions]] = {}
     general, notes = tuple(tokens.notes), {}

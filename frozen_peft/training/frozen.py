@@ -4,7 +4,6 @@
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from frozen_peft.config import ContextFields
 from frozen_peft.context import (
     Carried,
     ContextEncoder,
-    ContextFiles,
     ContextStore,
     ContextTokens,
     DiskLevel,
@@ -44,8 +42,7 @@ def make_store(config: ContextFields, share: float = 1.0) -> ContextStore | None
     staleness, dtype = config.max_context_staleness, config.context_cache_dtype
     if not max_bytes and folder is None and (share or dtype == "auto"):
         return None
-    disk = DiskLevel(ContextFiles(Path(folder).expanduser())) if folder is not None else None
-    return ContextStore(max_bytes, disk, max_staleness=staleness, dtype=dtype)
+    return ContextStore(max_bytes, DiskLevel.at(folder), max_staleness=staleness, dtype=dtype)
 
 
 def make_base_store(size: str, folder: str | None) -> ContextStore | None:
@@ -55,11 +52,8 @@ def make_base_store(size: str, folder: str | None) -> ContextStore | None:
         size: `context_cache_size`.
         folder: `context_cache_dir`; None: in memory alone.
     """
-    max_bytes = parse_size(size)
-    if not max_bytes and folder is None:
-        return None
-    disk = DiskLevel(ContextFiles(Path(folder).expanduser())) if folder is not None else None
-    return ContextStore(max_bytes, disk)
+    max_bytes, disk = parse_size(size), DiskLevel.at(folder)
+    return ContextStore(max_bytes, disk) if max_bytes or disk is not None else None
 
 
 class FrozenContexts:

@@ -228,7 +228,7 @@ def test_contexts_of_the_base_are_kept_in_files(name: str, tmp_path: Path, monke
         for result in results:
             assert_as_plain(model, result, prompts)
     with pytest.raises(ValueError, match=r"is in training.*requires_grad_\(False\)"):
-        compare_probes(tiny_model(name), TOKENIZER, probes, ["given"], context_cache_dir=tmp_path)
+        compare_probes(tiny_model(name), TOKENIZER, probes, ["given"], context_cache_dir=str(tmp_path))
 
 
 def test_logits_are_bounded_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

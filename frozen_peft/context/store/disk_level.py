@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -58,6 +60,11 @@ class DiskLevel:
         self._listed: dict[str, _Listing] = {}
         # Entries that were written since they were last added to the listings, by the writer.
         self._done: deque[EntryKey] = deque()
+
+    @classmethod
+    def at(cls, folder: str | Path | None) -> Self | None:
+        """Entries in a folder, `~` included; None without one."""
+        return None if folder is None else cls(ContextFiles(Path(folder).expanduser()))
 
     def keys(self, namespace: str) -> set[PrefixKey]:
         """Entries of a namespace, listed again when its directory has changed."""
