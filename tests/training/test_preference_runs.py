@@ -389,7 +389,7 @@ def test_a_loss_of_ones_own_may_run_the_reference(name: str, tmp_path: Path) -> 
         else (FrozenContextDPOTrainer, FrozenContextDPOConfig, as_tokens(ROWS))
     )
 
-    class Running(trainer):  # type: ignore[misc, valid-type]
+    class Running(trainer):
         def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
             untold = {key: value for key, value in inputs.items() if not key.startswith("ref_")}
             assert len(untold) < len(inputs)
