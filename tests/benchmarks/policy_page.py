@@ -6,8 +6,7 @@ from typing import Any
 
 from tests.benchmarks.policy import NUM_ANSWERS, NUM_INSTRUCTIONS, TOP_K
 from tests.benchmarks.processes import measure_on_one_thread
-from tests.benchmarks.tables import Page, markdown_table
-from tests.benchmarks.training import MEBIBYTE
+from tests.benchmarks.tables import Page, cost_row, markdown_table
 
 CONTEXT, ANSWER = 8192, 64
 # What is measured, and how: a name, and the settings; all are held against the first.
@@ -49,15 +48,7 @@ def policy_page(context: int = CONTEXT) -> Page:
     other = figures[CASES[0][0]]
     rows, parts = [], []
     for name, own in figures.items():
-        rows.append(
-            (
-                name,
-                f"{own['cpu_seconds']:.2f}",
-                f"{own['cpu_seconds'] / other['cpu_seconds']:.3f}",
-                f"{own['peak_bytes'] / MEBIBYTE:.0f}",
-                f"{own['peak_bytes'] / other['peak_bytes']:.3f}",
-            )
-        )
+        rows.append(cost_row(name, own, other))
         last = own["logs"][-1]
         if PARTS["encoding"] in last:
             seconds = (f"{last[key]:.2f}" for key in PARTS.values())

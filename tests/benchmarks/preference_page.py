@@ -5,8 +5,7 @@ import sys
 from typing import Any
 
 from tests.benchmarks.processes import measure_on_one_thread
-from tests.benchmarks.tables import Page, markdown_table
-from tests.benchmarks.training import MEBIBYTE
+from tests.benchmarks.tables import Page, cost_row, markdown_table
 
 CONTEXT = 8192
 # What is measured, and how: a name, the settings, and which measurement of DPOTrainer it is held against.
@@ -51,14 +50,6 @@ def preference_page(context: int = CONTEXT) -> Page:
     rows = []
     for name, _, against in CASES:
         own, other = figures[name], figures[against]
-        rows.append(
-            (
-                name,
-                f"{own['cpu_seconds']:.2f}",
-                f"{own['cpu_seconds'] / other['cpu_seconds']:.3f}",
-                f"{own['peak_bytes'] / MEBIBYTE:.0f}",
-                f"{own['peak_bytes'] / other['peak_bytes']:.3f}",
-            )
-        )
+        rows.append(cost_row(name, own, other))
     text = f"{TEXT.format(context=context)}\n{markdown_table(HEADER, rows, num_words=1)}"
     return Page("preference", text, [{"training": name} | own for name, own in figures.items()])

@@ -29,10 +29,25 @@ class Page:
         """Writes both, with the machine they belong to."""
         folder.mkdir(parents=True, exist_ok=True)
         machine = describe_machine()
-        facts = "\n".join(f"- {name}: {text}" for name, text in machine.items())
-        (folder / f"{self.name}.md").write_text(f"{self.text}\n\n{facts}\n")
+        (folder / f"{self.name}.md").write_text(f"{self.text}\n\n{machine_facts(machine)}\n")
         results = {"machine": machine, "figures": self.figures}
         (folder / f"{self.name}.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def machine_facts(machine: Mapping[str, str]) -> str:
+    """What figures belong to, as the end of a page."""
+    return "\n".join(f"- {name}: {text}" for name, text in machine.items())
+
+
+def cost_row(name: str, own: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of processor seconds and MiB, each with its ratio to that of another measurement."""
+    return (
+        name,
+        f"{own['cpu_seconds']:.2f}",
+        f"{own['cpu_seconds'] / other['cpu_seconds']:.3f}",
+        f"{own['peak_bytes'] / 2**20:.0f}",
+        f"{own['peak_bytes'] / other['peak_bytes']:.3f}",
+    )
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_words: int = 0) -> str:

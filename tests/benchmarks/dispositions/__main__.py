@@ -10,21 +10,19 @@ goes on where it was. `--page-only` writes page and plot anew from the figures.
 import argparse
 import json
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from frozen_peft.demo import CHECKPOINT
 from frozen_peft.evaluation import read_probes, score_probes, summarize
 from tests.benchmarks.dispositions.report import draw_figure, render_page
 from tests.benchmarks.dispositions.study import EQUAL_TIME, TIER_2, VARIANTS, Size, demo_files, run_variant
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.study_command import settle, study_parser, write_study
+from tests.benchmarks.tables import machine_facts
 
-RESULTS = Path(__file__).parents[3] / "docs" / "benchmarks"
 # What tier 2 is called where it is compared with something else.
 SHARED = {"preset": "response", "context_adapters": "on", "loss": "likelihood"}
 METHOD = """\
@@ -40,22 +38,14 @@ there is, each in so many variants of its context (exchanges dropped and shuffle
 
 def main() -> None:
     """Runs every training for every seed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of samples and adapters")
+    parser = study_parser(__doc__)
     parser.add_argument("--steps", type=int, default=Size.steps, help="optimizer steps per training")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--page-only", action="store_true", help="write page and plot from the figures that are there")
     arguments = parser.parse_args()
     path = arguments.output / "dispositions.json"
     if not arguments.page_only:
-        torch.set_num_threads(1)
-        warnings.simplefilter("ignore")
-        logging.set_verbosity_error()
+        settle()
         _measure(arguments, path)
-    results = json.loads(path.read_text())
-    draw_figure(results, path.with_suffix(".png"))
-    facts = "\n".join(f"- {name}: {text}" for name, text in results["machine"].items())
-    path.with_suffix(".md").write_text(f"{render_page(results)}\n\n{facts}\n")
+    write_study(path, draw_figure, lambda found: f"{render_page(found)}\n\n{machine_facts(found['machine'])}\n")
 
 
 def _measure(arguments: argparse.Namespace, path: Path) -> None:

@@ -6,10 +6,8 @@
 Writes `docs/benchmarks/enough_depth.md`, `.json` and `.png`. `--page-only` writes page and plot anew from the figures.
 """
 
-import argparse
 import json
 import random
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -18,7 +16,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from frozen_peft.demo import CHECKPOINT
 from frozen_peft.demo.world import Request, Scene, draw_scene, message
@@ -27,6 +24,7 @@ from scripts.demo_pretraining.tokenizer import build_tokenizer
 from tests.benchmarks.enough.study import RESPONSE, Size, gradient_rows
 from tests.benchmarks.enough.world import Sample
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.study_command import settle, study_parser, write_study
 from tests.benchmarks.tables import markdown_table
 
 RESULTS = Path(__file__).parents[3] / "docs" / "benchmarks"
@@ -174,19 +172,12 @@ def _cells(results: dict[str, Any], part: str) -> list[str]:
 
 def main() -> None:
     """Measures, and writes figures, plot and page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of samples and adapters")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--page-only", action="store_true", help="write page and plot from the figures that are there")
-    arguments = parser.parse_args()
+    arguments = study_parser(__doc__).parse_args()
     path = arguments.output / "enough_depth.json"
     if not arguments.page_only:
-        warnings.simplefilter("ignore")
-        logging.set_verbosity_error()
+        settle()
         path.write_text(json.dumps(measure(arguments.seeds), indent=1) + "\n")
-    results = json.loads(path.read_text())
-    draw_figure(results, path.with_suffix(".png"))
-    path.with_suffix(".md").write_text(render_page(results))
+    write_study(path, draw_figure, render_page)
 
 
 if __name__ == "__main__":

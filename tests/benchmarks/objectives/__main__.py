@@ -7,44 +7,31 @@ Writes `docs/benchmarks/objectives.md`, `.json` and `.png`; after every training
 goes on where it was. `--page-only` writes page and plot anew from the figures.
 """
 
-import argparse
 import json
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers.utils import logging
 
 from tests.benchmarks.dispositions.study import Size
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.objectives.report import best_rate, draw_figure, render_page, runs_of
 from tests.benchmarks.objectives.study import LIKELIHOOD, OBJECTIVES, PREFERENCE, Objective, Run, train_once
+from tests.benchmarks.study_command import settle, study_parser, write_study
+from tests.benchmarks.tables import machine_facts
 
-RESULTS = Path(__file__).parents[3] / "docs" / "benchmarks"
 EQUAL_TIME = f"{LIKELIHOOD.name}, equal time"
 
 
 def main() -> None:
     """Runs every training."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of samples and adapters")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--page-only", action="store_true", help="write page and plot from the figures that are there")
-    arguments = parser.parse_args()
+    arguments = study_parser(__doc__).parse_args()
     path = arguments.output / "objectives.json"
     if not arguments.page_only:
-        torch.set_num_threads(1)
-        warnings.simplefilter("ignore")
-        logging.set_verbosity_error()
+        settle()
         with tempfile.TemporaryDirectory() as folder:
             _Measurement(path, Path(folder)).run(arguments.seeds)
-    results = json.loads(path.read_text())
-    draw_figure(results, path.with_suffix(".png"))
-    facts = "\n".join(f"- {name}: {text}" for name, text in results["machine"].items())
-    path.with_suffix(".md").write_text(f"{render_page(results)}\n\n{facts}\n")
+    write_study(path, draw_figure, lambda found: f"{render_page(found)}\n\n{machine_facts(found['machine'])}\n")
 
 
 class _Measurement:
