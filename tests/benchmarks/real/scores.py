@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from frozen_peft.context import stop_tokens_of
+from frozen_peft.context import ContextStore, stop_tokens_of
 from frozen_peft.context.models import get_pretrained_model
 from frozen_peft.evaluation.decision_scores import DecisionScorer, Weights
 from frozen_peft.evaluation.decision_tokens import TokenizedDecision
@@ -22,6 +22,7 @@ def score_rows(
     rows: Sequence[Row],
     conditions: Sequence[str] = ("given",),
     weights: Sequence[Weights] = ("base", "adapted"),
+    contexts: ContextStore | None = None,
 ) -> dict[str, dict[Weights, list[Score]]]:
     """Scores the decisions of rows in several kinds of context, which share what they begin with.
 
@@ -31,6 +32,7 @@ def score_rows(
         rows: What to score.
         conditions: The contexts that they stand in.
         weights: With adapters, without, or both, which is what the divergence takes.
+        contexts: Keeps the base's contexts from one model with adapters to the next.
 
     Returns:
         By condition and weights, for each row its `kind`; whether greedy decoding gives the decision (`exact`); the
@@ -40,7 +42,7 @@ def score_rows(
         alone.
     """
     stops = stop_tokens_of(tokenizer, get_pretrained_model(model).generation_config)
-    scorer = DecisionScorer(model, batch_size=4, stop_tokens=stops)
+    scorer = DecisionScorer(model, batch_size=4, stop_tokens=stops, store=contexts)
     asked = [
         (condition, index, name)
         for condition in conditions

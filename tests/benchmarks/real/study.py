@@ -4,7 +4,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from frozen_peft import gradient_flow, lora_config
+from frozen_peft.context import ContextStore
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.real.cells import Cell, CellFiles, Figures
 from tests.benchmarks.real.methods import BASE, METHODS, Method, Size
@@ -25,6 +26,8 @@ from tests.benchmarks.training import ON_A_CPU, trainer_classes
 # Of held-out and dev samples, which are the same for all seeds.
 PROBE_SEED = 0
 FLOW_SEED = 1_000
+# Of the base's contexts in memory: all of the three tasks.
+CONTEXT_BYTES = 4 * 2**30
 
 
 def plan(size: Size) -> Iterator[Cell]:
@@ -45,12 +48,14 @@ class Study:
         samples: Makes samples.
         cells: Keeps figures.
         size: How much.
+        contexts: The base's contexts of held-out samples, which all trainings are compared in.
     """
 
     model_folder: Path
     samples: SampleFiles
     cells: CellFiles
     size: Size
+    contexts: ContextStore = field(default_factory=lambda: ContextStore(CONTEXT_BYTES))
 
     @classmethod
     def of(cls, model_folder: Path, texts: Texts, results: Path, size: Size, gathered: Path | None = None) -> "Study":
@@ -125,12 +130,14 @@ class Study:
             return figures
         if with_flow:
             figures["cosine_at_end"] = self._cosine(model, cell.task)
-        scores = score_rows(model, tokenizer, probes, ("given", "shuffled", "empty"))
+        # The divergence from the base is of the rows' own contexts, which alone the base encodes as well.
+        given = score_rows(model, tokenizer, probes, contexts=self.contexts)
+        others = score_rows(model, tokenizer, probes, ("shuffled", "empty"), ["adapted"])
         figures["curve"] = watch.curve
-        figures["scores"] = {condition: found["adapted"] for condition, found in scores.items()}
+        figures["scores"] = {condition: found["adapted"] for condition, found in (given | others).items()}
         if cell.seed == self.size.seeds[0] and cell.task == self.size.tasks[0]:
             long = self.samples.rows(cell.task, "held-out", PROBE_SEED, self.size.num_long, self.size.long_tokens)
-            figures["scores"]["long"] = score_rows(model, tokenizer, long)["given"]["adapted"]
+            figures["scores"]["long"] = score_rows(model, tokenizer, long, weights=["adapted"])["given"]["adapted"]
         return figures
 
     def _rows(self, task: TaskName, part: Part) -> list[Row]:
