@@ -32,7 +32,12 @@ from frozen_peft.context.encoded import EncodedContext
 from frozen_peft.context.halving import free_unused_memory, halved_chunk, out_of_memory_in_prefill
 from frozen_peft.context.kernels import choose_kernels
 from frozen_peft.context.keys import PrefixKey, prefix_keys
-from frozen_peft.context.models import get_pretrained_model, require_exact_continuation, require_separable_adapters
+from frozen_peft.context.models import (
+    get_pretrained_model,
+    require_exact_continuation,
+    require_separable_adapters,
+    require_weights_at_hand,
+)
 from frozen_peft.context.modes import prefill_mode
 from frozen_peft.context.prefill import extend_contexts, num_forwards
 from frozen_peft.context.prefixes import PrefixPlan
@@ -149,6 +154,7 @@ class ContextEncoder:
         if chunk_size < 0:
             raise ValueError(f"`prefill_chunk_size` must be 0 (one forward) or more, found {chunk_size}.")
         self._pretrained = get_pretrained_model(model)
+        require_weights_at_hand(self._pretrained)
         require_exact_continuation(self._pretrained)
         choose_kernels(self._pretrained)
         if adapters or decision_adapters:

@@ -27,6 +27,7 @@ __all__ = [
     "require_exact_continuation",
     "require_known_positions",
     "require_separable_adapters",
+    "require_weights_at_hand",
 ]
 
 # Architectures that transformers itself continues inexactly from a cache, with the error seen in the decision's
@@ -168,4 +169,24 @@ def require_separable_adapters(model: PreTrainedModel) -> None:
             "`context_adapters=False` encodes contexts without adapters, but the adapter on `kv_b_proj` would expand "
             "the context's latents in every decision. Leave `kv_b_proj` without adapter (preset `response` does), or "
             "set `context_adapters=True`."
+        )
+
+
+def require_weights_at_hand(model: PreTrainedModel) -> None:
+    """Refuses a model of which accelerate holds weights elsewhere, and brings them for the time of a module's forward.
+
+    Autograd would find no weight in the backward pass, and forwards that read weights beside their modules, as those
+    behind a frozen context do, compute with none: the result is NaN.
+
+    Raises:
+        ValueError: A weight is on the meta device, in a model that was loaded with a device map.
+    """
+    if not hasattr(model, "hf_device_map"):
+        return
+    away = [name for name, weight in model.named_parameters() if weight.is_meta]
+    if away:
+        raise ValueError(
+            f"{len(away)} weights of {type(model).__name__}, such as `{away[0]}`, are offloaded to host memory or "
+            "a disk by its `device_map`. From there they cannot be trained, nor continue a frozen context. Load it "
+            "without a device map, or with one of GPUs alone; `load_in_4bit` takes a quarter of the memory."
         )

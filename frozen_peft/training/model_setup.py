@@ -22,7 +22,7 @@ from frozen_peft.context import Cut, require_untouched_base, use_segmented_atten
 from frozen_peft.context.adapter_kinds import require_adapter_by_position, require_adapters_by_position
 from frozen_peft.context.dropout import require_all_layers
 from frozen_peft.context.kernels import choose_kernels
-from frozen_peft.context.models import get_pretrained_model, require_exact_continuation
+from frozen_peft.context.models import get_pretrained_model, require_exact_continuation, require_weights_at_hand
 from frozen_peft.context.start import NO_START, find_start
 from frozen_peft.training.engines import check_engine, compile_as_asked, describe_machine, require_same
 from frozen_peft.utils.compat.trl import complete_head, has_auxiliary_loss
@@ -78,11 +78,13 @@ def check_parts(model: torch.nn.Module, args: ContextFields) -> None:
     Raises:
         ContextMismatchError: The architecture is known to continue inexactly.
         UnsupportedArchitectureError: The architecture has no cache to continue from.
-        ValueError: Its adapters act on the sequence as a whole, or whole layers are dropped at random.
+        ValueError: Its weights are offloaded, its adapters act on the sequence as a whole, or whole layers are dropped
+            at random.
     """
+    pretrained = get_pretrained_model(model)
+    require_weights_at_hand(pretrained)
     if not args.runs_in_parts:
         return
-    pretrained = get_pretrained_model(model)
     require_exact_continuation(pretrained)
     require_all_layers(pretrained)
     require_adapters_by_position(model)

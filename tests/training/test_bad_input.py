@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
-from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from frozen_peft import (
     ContextMismatchError,
@@ -15,6 +21,7 @@ from frozen_peft import (
     UnsupportedArchitectureError,
     lora_config,
 )
+from frozen_peft.context import ContextEncoder
 from tests.reference import Sample, random_sample
 from tests.tiny_models import tiny_model
 from tests.training.runs import IGNORED, adapted, as_dataset, config, samples, train, word_tokenizer, words
@@ -150,6 +157,36 @@ def test_an_architecture_that_continues_inexactly(name: str, tmp_path: Path) -> 
 
 def test_an_architecture_that_continues_inexactly_trains_with_tier_1(tmp_path: Path) -> None:
     run = train(FrozenContextTrainer, tiny_model("jamba"), config(tmp_path, tier=1, max_steps=1), as_dataset(ROWS))
+    assert len(run.losses) == 1
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.mark.parametrize("tier", [1, 2])
+def test_weights_that_are_offloaded(tier: int, llama_folder: Path, tmp_path: Path) -> None:
+    parts = (
+        "model.embed_tokens",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+        *(f"model.layers.{n}" for n in range(4)),
+    )
+    places = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, device_map=places, offload_folder=tmp_path / "away")
+    message = r"9 weights of LlamaForCausalLM, such as `model\.layers\.1\..*offloaded.*without a device map"
+    with pytest.raises(ValueError, match=message):
+        trainer(as_dataset(ROWS), tmp_path, model=model, tier=tier)
+    with pytest.raises(ValueError, match=message):
+        ContextEncoder(model)
+
+
+def test_a_device_map_that_offloads_nothing(llama_folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, device_map={"": "cpu"})
+    run = train(FrozenContextTrainer, model, config(tmp_path, tier=2, max_steps=1), as_dataset(ROWS))
     assert len(run.losses) == 1
 
 
