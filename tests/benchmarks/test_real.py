@@ -29,7 +29,7 @@ from tests.benchmarks.real.methods import BASE, METHODS, Size
 from tests.benchmarks.real.page import render_page, write_results
 from tests.benchmarks.real.report import Reader, per_row, share
 from tests.benchmarks.real.road import write_road
-from tests.benchmarks.real.samples import Row, SampleFiles, training_pairs, training_rows
+from tests.benchmarks.real.samples import Row, SampleFiles, prompt_rows, training_pairs, training_rows
 from tests.benchmarks.real.scores import score_rows
 from tests.benchmarks.real.smoke import SMALLEST, make
 from tests.benchmarks.real.study import Study, plan
@@ -250,13 +250,19 @@ def test_decisions_of_the_base_are_its_most_likely_tokens_and_are_kept(files: Sa
         )
     no_model = replace(files, model=None)
     assert no_model.rows("conditional", "held-out", 0, 4, (40, 80)) == rows
-    for sample, row in zip(training_rows(rows), rows, strict=True):
-        for ids, labels, prompt in (
-            ("input_ids", "labels", "given"),
-            ("teacher_input_ids", "teacher_labels", "examples"),
-        ):
-            assert sample[ids] == row[prompt] + row["decision"]
-            assert [token for token in sample[labels] if token != -100] == row["decision"]
+
+
+def test_a_teacher_sees_examples_of_what_is_wanted_and_else_what_the_base_sees(files: SampleFiles) -> None:
+    for task in ("conditional", "encoding"):
+        rows = files.rows(task, "held-out", 0, 4, (40, 80))
+        assert {row["kind"] for row in rows} > {"target", "control"}
+        for sample, prompts, row in zip(training_rows(rows), prompt_rows(rows), rows, strict=True):
+            judged_in = row["examples" if row["kind"] in ("target", "literal") else "given"]
+            for prefix, prompt in (("", row["given"]), ("teacher_", judged_in)):
+                assert sample[f"{prefix}input_ids"] == prompt + row["decision"]
+                assert sample[f"{prefix}labels"] == [-100] * len(prompt) + row["decision"]
+                assert prompts[f"{prefix}input_ids"] == prompt
+                assert prompts[f"{prefix}labels"] == [-100] * len(prompt)
 
 
 def test_pairs_prefer_the_decision_to_what_training_could_spill(files: SampleFiles) -> None:

@@ -31,7 +31,8 @@ class Method:
 
 
 BASE, TIER_2, TIER_3 = "base", "tier 2", "tier 3"
-# Answers of the model's own, judged by its base with the examples before the text; one a row, as in all other methods.
+# Answers of the model's own, one a row as in all other methods, judged by its base: with the examples before the text
+# where they show what is wanted, and without where the base is to stay what it is.
 ON_POLICY = {"tier": 2, "loss_type": "distill", "distill_on_policy": 1.0, "num_generations": 1}
 # In the order in which they are measured: those first that answer the study's question.
 METHODS = (

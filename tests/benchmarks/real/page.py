@@ -35,7 +35,9 @@ less that of what the base says instead (encoding: of the word as it is written)
 (conditional) and crates whose word kept its place (encoding): the share whose own decision is more likely, per token,
 than the one that is right elsewhere. *Controls* are questions whose answer is to stay the base's own, token by token
 as far as {answer} tokens; *KL* is KL(base || trained) per token of those answers. *Examples* are two requests with
-good answers before the text; every method but the base with examples is measured without them. Adapters of rank
+good answers before the text; every method but the base with examples is measured without them. What distils, on
+policy or not, has them before its teacher's text, but for directions of others and questions: there the base teaches
+itself, as its answers are what the other methods train on. Adapters of rank
 {rank}; AdamW at a constant learning rate, for each method the best of {rates} on the dev part, tried for half the
 steps; {steps} steps of {batch} samples, every sample seen once. {held_out} held-out samples per task. Intervals are
 of 95 % and are of these samples: seeds are averaged and do not narrow them."""

@@ -13,13 +13,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from frozen_peft.context import stop_tokens_of
 from tests.benchmarks.real.cells import locked, write_json
-from tests.benchmarks.real.tasks import Sample, TaskName, draw_samples
+from tests.benchmarks.real.tasks import Kind, Sample, TaskName, draw_samples
 from tests.benchmarks.real.texts import Part, Texts
 
 # A row: its `kind`; the tokens of `decision` and of `rejected`, None where there is none to compare with; and of the
 # contexts that they stand in: `given`, `examples` (with the memories before it), `shuffled` (another sample's text
 # before its request) and `empty` (no text before it).
 Row = dict[str, Any]
+# Kinds whose decision is what the base says.
+BASES_OWN: tuple[Kind, ...] = ("other", "control")
 CONDITIONS = ("given", "examples", "shuffled", "empty")
 
 
@@ -109,29 +111,26 @@ class SampleFiles:
 
 
 def training_rows(rows: list[Row]) -> list[dict[str, list[int]]]:
-    """What a trainer is given: the decisions in their contexts, and with the memories before them for a teacher."""
-    return [
-        {
-            "input_ids": row["given"] + row["decision"],
-            "labels": [-100] * len(row["given"]) + row["decision"],
-            "teacher_input_ids": row["examples"] + row["decision"],
-            "teacher_labels": [-100] * len(row["examples"]) + row["decision"],
-        }
-        for row in rows
-    ]
+    """What a trainer is given: the decisions in their contexts, and in those of a teacher."""
+    return [_sample(row["given"], row["decision"]) | _teacher(_judged_in(row), row["decision"]) for row in rows]
 
 
 def prompt_rows(rows: list[Row]) -> list[dict[str, list[int]]]:
-    """The prompts alone, and with the memories before them for a teacher."""
-    return [
-        {
-            "input_ids": row["given"],
-            "labels": [-100] * len(row["given"]),
-            "teacher_input_ids": row["examples"],
-            "teacher_labels": [-100] * len(row["examples"]),
-        }
-        for row in rows
-    ]
+    """The prompts alone, and those of a teacher."""
+    return [_sample(row["given"], []) | _teacher(_judged_in(row), []) for row in rows]
+
+
+def _judged_in(row: Row) -> list[int]:
+    """A teacher sees the memories where they show what is wanted, and not where the base is to stay what it is."""
+    return row["given"] if row["kind"] in BASES_OWN else row["examples"]
+
+
+def _sample(prompt: list[int], decision: list[int]) -> dict[str, list[int]]:
+    return {"input_ids": prompt + decision, "labels": [-100] * len(prompt) + decision}
+
+
+def _teacher(prompt: list[int], decision: list[int]) -> dict[str, list[int]]:
+    return {f"teacher_{name}": tokens for name, tokens in _sample(prompt, decision).items()}
 
 
 def training_pairs(rows: list[Row]) -> list[dict[str, list[int]]]:
