@@ -6,6 +6,7 @@ By plain forwards, the frozen context a stop-gradient (`tests/reference.py`).
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -14,20 +15,18 @@ from torch.nn import functional
 from tests.reference import stop_gradient_at_context, token_logprobs
 
 BETA = 0.1  # TRL's default
+LossName = Literal["preference", "likelihood"]
 Pair = Mapping[str, list[int]]
 
 
-def cosines(model: PeftModel, pairs: Sequence[Pair]) -> dict[str, float]:
+def frozen_cosine(model: PeftModel, pairs: Sequence[Pair], name: LossName) -> float:
     """Cosine of the frozen with the full gradient, over all adapters and all pairs together.
 
     Args:
-        model: With adapters, whose dropout is off.
+        model: With adapters.
         pairs: Token ids in `prompt_ids`, `chosen_ids` and `rejected_ids`.
-
-    Returns:
-        That of DPO's `sigmoid` loss in `preference`, that of the chosen answers' in `likelihood`.
+        name: Of the loss: DPO's `sigmoid` loss, or the likelihood of the chosen answers.
     """
-    model.eval()
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     # A stop-gradient finds positions by the length of a sequence, which must be no other size too.
     usable = [
@@ -35,27 +34,35 @@ def cosines(model: PeftModel, pairs: Sequence[Pair]) -> dict[str, float]:
         for pair in pairs
         if sizes.isdisjoint(len(pair["prompt_ids"]) + len(pair[name]) for name in ("chosen_ids", "rejected_ids"))
     ]
-    losses: dict[str, Callable[[Pair, bool], torch.Tensor]] = {
-        "preference": lambda pair, frozen: _preference(model, pair, frozen),
-        "likelihood": lambda pair, frozen: -_log_probability(model, pair, "chosen_ids", frozen),
-    }
-    found = {}
-    for name, loss in losses.items():
-        frozen, full = (_gradient(model, [loss(pair, is_frozen) for pair in usable]) for is_frozen in (True, False))
-        found[name] = float(functional.cosine_similarity(frozen, full, dim=0))
-    return found
+    was_training = model.training
+    model.eval()
+    loss = _LOSSES[name]
+    frozen, full = (
+        sum(_gradient(model, loss(model, pair, is_frozen)) for pair in usable) for is_frozen in (True, False)
+    )
+    model.train(was_training)
+    return float(functional.cosine_similarity(frozen, full, dim=0))
 
 
-def _gradient(model: PeftModel, losses: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of the mean, over all adapters, flat."""
+def _gradient(model: PeftModel, loss: torch.Tensor) -> torch.Tensor:
+    """Over all adapters, flat."""
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(torch.stack(list(losses)).mean(), weights)
-    return torch.cat([gradient.double().flatten() for gradient in gradients])
+    return torch.cat([gradient.double().flatten() for gradient in torch.autograd.grad(loss, weights)])
 
 
 def _preference(model: PeftModel, pair: Pair, frozen: bool) -> torch.Tensor:
     chosen, rejected = (_log_ratio(model, pair, name, frozen) for name in ("chosen_ids", "rejected_ids"))
     return -functional.logsigmoid(BETA * (chosen - rejected))
+
+
+def _likelihood(model: PeftModel, pair: Pair, frozen: bool) -> torch.Tensor:
+    return -_log_probability(model, pair, "chosen_ids", frozen)
+
+
+_LOSSES: dict[LossName, Callable[[PeftModel, Pair, bool], torch.Tensor]] = {
+    "preference": _preference,
+    "likelihood": _likelihood,
+}
 
 
 def _log_ratio(model: PeftModel, pair: Pair, name: str, frozen: bool) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from datasets import Dataset
@@ -19,7 +19,7 @@ from frozen_peft import lora_config
 from frozen_peft.demo import CHECKPOINT, DemoData, DemoFiles, write_demo_files
 from frozen_peft.evaluation import Probe, ProbeTokens
 from tests.benchmarks.dispositions.study import SAMPLES_PER_STEP, Size, Watch, demo_files, measure, probe_tokens
-from tests.benchmarks.objectives.gradients import cosines
+from tests.benchmarks.objectives.gradients import LossName, frozen_cosine
 from tests.benchmarks.training import ON_A_CPU, trainer_classes
 
 __all__ = ["LIKELIHOOD", "OBJECTIVES", "PREFERENCE", "Objective", "Run", "train_once"]
@@ -142,7 +142,8 @@ def train_once(run: Run, size: Size, folder: Path) -> dict[str, Any]:
 
 
 def _cosines(model: PeftModel, pairs: Sequence[Mapping[str, list[int]]]) -> dict[str, float]:
-    return cosines(model, [pairs[index] for index in range(2 * SAMPLES_PER_STEP)])
+    drawn = [pairs[index] for index in range(2 * SAMPLES_PER_STEP)]
+    return {name: frozen_cosine(model, drawn, name) for name in get_args(LossName)}
 
 
 def _drawn(path: Path, seed: int, questions: str) -> Rows:

@@ -38,7 +38,8 @@ ON_POLICY = {"tier": 2, "loss_type": "distill", "distill_on_policy": 1.0, "num_g
 METHODS = (
     Method(TIER_2),
     Method("tier 1, short texts", {"tier": 1}, is_short=True),
-    Method("preference", trainer="frozen-dpo", has_flow=False),
+    Method("preference", trainer="frozen-dpo"),
+    Method("preference and likelihood", {"tier": 2, "loss_type": ["sigmoid", "sft"]}, trainer="frozen-dpo"),
     Method(TIER_3, {"tier": 3}),
     Method("on policy", ON_POLICY, has_flow=False),
     Method("tier 2, all-linear", preset="all-linear"),

@@ -31,7 +31,8 @@ training, nor with the dev part by which learning rates were chosen.
   say, has to be read that way.
 
 *Targets* are what training is to bring about; their *margin* is the log-probability per token of the wanted decision
-less that of what the base says instead (encoding: of the word as it is written). *Text read* are directions of others
+less that of what the base says instead (encoding: of the word as it is written), and their *drift* by how much the
+log-probability of the whole wanted decision has risen from the base's. *Text read* are directions of others
 (conditional) and crates whose word kept its place (encoding): the share whose own decision is more likely, per token,
 than the one that is right elsewhere. *Controls* are questions whose answer is to stay the base's own, token by token
 as far as {answer} tokens; *KL* is KL(base || trained) per token of those answers. *Examples* are two requests with
@@ -107,6 +108,7 @@ def _results(reader: Reader, task: str) -> str:
                 "" if is_base else f"{runs[0]['steps']}",
                 _percent(share(per_row(seeds, TARGET, "exact"))),
                 _nats(per_row(seeds, TARGET, "margin"), digits=2),
+                "" if is_base else _nats(reader.drift(task, method)),
                 _percent(share(preferred(seeds, READING))),
                 _percent(share(per_row(seeds, CONTROL, "exact"))),
                 "" if is_base else _nats(per_row(seeds, CONTROL, "kl"), digits=3),
@@ -122,6 +124,7 @@ def _results(reader: Reader, task: str) -> str:
         "steps",
         "targets exact",
         "margin, nats",
+        "drift, nats",
         "text read",
         "controls kept",
         "KL",

@@ -56,6 +56,11 @@ class Reader:
         ]
         return [tuple(map(mean, zip(*at, strict=True))) for at in zip(*courses, strict=True)]
 
+    def drift(self, task: str, method: str) -> list[float]:
+        """Per target by how much its wanted decision has become more likely than it is to the base, in nats."""
+        before, after = (per_row(self.scores(task, name), ("target",), "nll") for name in (BASE, method))
+        return [a - b for a, b in zip(before, after, strict=True)] if before and after else []
+
     def ahead_of_tier_2(self, task: str, method: str) -> Mean | None:
         """By how much more of the targets a method meets exactly than tier 2 does, paired sample by sample."""
         own, frozen = (per_row(self.scores(task, name), ("target",), "exact") for name in (method, TIER_2))

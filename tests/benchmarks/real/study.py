@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from frozen_peft import gradient_flow, lora_config
 from frozen_peft.context import ContextStore
 from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.objectives.gradients import frozen_cosine
 from tests.benchmarks.real.cells import Cell, CellFiles, Figures
 from tests.benchmarks.real.methods import BASE, METHODS, Method, Size
 from tests.benchmarks.real.samples import Row, SampleFiles, digest, prompt_rows, training_pairs, training_rows
@@ -121,7 +123,7 @@ class Study:
         model = AutoModelForCausalLM.from_pretrained(self.model_folder, dtype=torch.float32)
         with_flow = method.has_flow and not is_trial and cell.seed == self.size.seeds[0]
         if with_flow:
-            watch.at_start = lambda model: figures.update(cosine_at_start=self._cosine(model, cell.task))
+            watch.at_start = lambda model: figures.update(cosine_at_start=self._cosine(model, cell.task, method))
         model = self.fit(model, method, rows, steps, rate, cell.seed, watch)
         figures["seconds"] = watch.seconds
         if is_trial:
@@ -129,7 +131,7 @@ class Study:
             figures["dev_loss"] = loss(scores["given"]["adapted"])
             return figures
         if with_flow:
-            figures["cosine_at_end"] = self._cosine(model, cell.task)
+            figures["cosine_at_end"] = self._cosine(model, cell.task, method)
         # The divergence from the base is of the rows' own contexts, which alone the base encodes as well.
         given = score_rows(model, tokenizer, probes, contexts=self.contexts)
         others = score_rows(model, tokenizer, probes, ("shuffled", "empty"), ["adapted"])
@@ -144,8 +146,13 @@ class Study:
         num = self.size.num_dev if part == "dev" else self.size.num_held_out
         return self.samples.rows(task, part, PROBE_SEED, num, self.size.num_tokens)
 
-    def _cosine(self, model: torch.nn.Module, task: TaskName) -> float | None:
-        rows = self.samples.rows(task, "train", FLOW_SEED, self.size.num_flow, self.size.num_tokens)
+    def _cosine(self, model: PeftModel, task: TaskName, method: Method) -> float | None:
+        """Of the frozen with the full gradient of what the method minimises."""
+        of_pairs = method.trainer == "frozen-dpo"
+        size = self.size
+        rows = self.samples.rows(task, "train", FLOW_SEED, size.num_flow, size.num_tokens, as_pairs=of_pairs)
+        if of_pairs:
+            return frozen_cosine(model, training_pairs(rows), "preference")
         batches = [
             {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")} for row in training_rows(rows)
         ]
