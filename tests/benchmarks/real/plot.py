@@ -4,6 +4,7 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from tests.benchmarks.real.methods import BASE, METHODS
 from tests.benchmarks.real.report import Reader, exact_rate
@@ -23,17 +24,28 @@ def draw_figure(reader: Reader, path: Path) -> None:
         for method in reader.measured_methods(task):
             points = reader.points(task, method)
             seconds, shares = [seconds for _, seconds, _ in points], [rate for _, _, rate in points]
-            label = f"{method} ({len(reader.runs(task, method))} of {len(reader.size.seeds)} seeds)"
-            axis.plot(seconds, shares, marker="o", color=colors[method], label=label)
+            found, planned = len(reader.runs(task, method)), len(reader.size.seeds)
+            axis.plot(seconds, shares, marker="o", color=colors[method], label=method)
+            if found < planned:
+                told = {"xytext": (6, 7), "textcoords": "offset points", "ha": "right", "fontsize": 8}
+                axis.annotate(f"{found} of {planned} seeds", (seconds[-1], shares[-1]), **told)
         if reader.measured_methods(task):
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.xaxis.set_minor_formatter(NullFormatter())
         else:
             axis.text(0.5, 0.5, "no training measured yet", ha="center", transform=axis.transAxes)
+            axis.set_xticks([])
         axis.set_title(f"task: {task}")
         axis.set_xlabel("processor seconds in training steps")
         axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
     figure.axes[0].set_ylabel("held-out targets met exactly")
+    # What one panel lacks another may have.
+    handles = {
+        label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=6, fontsize=9)
     figure.savefig(path, dpi=90)
