@@ -18,6 +18,7 @@ class Method:
         preset: Roles that get adapters.
         is_short: Trained on short texts.
         length: Steps, as a multiple of everybody's.
+        rate_of: The method whose learning rate it takes; None: one is chosen for it.
         has_flow: Whether its gradient is compared with the full one.
     """
 
@@ -26,7 +27,8 @@ class Method:
     trainer: str = "frozen-sft"
     preset: str = "response"
     is_short: bool = False
-    length: int = 1
+    length: float = 1.0
+    rate_of: str | None = None
     has_flow: bool = True
 
 
@@ -42,9 +44,11 @@ METHODS = (
     Method("preference and likelihood", {"tier": 2, "loss_type": ["sigmoid", "sft"]}, trainer="frozen-dpo"),
     Method(TIER_3, {"tier": 3}),
     Method("on policy", ON_POLICY, has_flow=False),
+    # Likelihood before it has brought more than answers of its own do: what has it changed elsewhere by then?
+    Method("tier 2, a sixth of the steps", length=1 / 6, rate_of=TIER_2, has_flow=False),
     Method("tier 2, all-linear", preset="all-linear"),
     Method("tier 3, all-linear", {"tier": 3}, preset="all-linear"),
-    Method("tier 2, three times the steps", length=3),
+    Method("tier 2, three times the steps", length=3.0, rate_of=TIER_2),
     Method("horizon 128", {"tier": 2, "gradient_horizon": 128}),
     Method("context adapters off", {"tier": 2, "context_adapters": False}, has_flow=False),
     Method("distillation", {"tier": 2, "loss_type": "distill"}),

@@ -37,7 +37,8 @@ def plan(size: Size) -> Iterator[Cell]:
     yield from (Cell(task, BASE) for task in size.tasks)
     for method in METHODS:
         for task in size.tasks:
-            yield from (Cell(task, method.name, rate=rate) for rate in size.rates)
+            if method.rate_of is None:
+                yield from (Cell(task, method.name, rate=rate) for rate in size.rates)
             yield from (Cell(task, method.name, seed) for seed in size.seeds)
 
 
@@ -81,7 +82,7 @@ class Study:
         """Whether the cell was measured now."""
         rate = cell.rate
         if cell.method != BASE and rate is None:
-            rate = self.cells.best_rate(cell.task, cell.method, self.size.rates)
+            rate = self.cells.best_rate(cell.task, method_of(cell).rate_of or cell.method, self.size.rates)
             if rate is None:
                 return False
         with self.cells.claim(cell) as is_free:
@@ -106,18 +107,18 @@ class Study:
 
     def trained(self, cell: Cell, rate: float) -> Figures:
         """Trains once: for a choice of the rate, or to the end with everything that is measured."""
-        (method,) = (method for method in METHODS if method.name == cell.method)
+        method = method_of(cell)
         is_trial = cell.rate is not None
-        steps = self.size.steps // 2 if is_trial else self.size.steps * method.length
+        steps = self.size.steps // 2 if is_trial else max(round(self.size.steps * method.length), 1)
         num_tokens = self.size.short_tokens if method.is_short else self.size.num_tokens
-        num = self.size.steps * method.length * self.size.batch_size
+        num = round(self.size.steps * max(method.length, 1)) * self.size.batch_size
         as_pairs = method.trainer == "frozen-dpo"
         rows = self.samples.rows(cell.task, "train", cell.seed, num, num_tokens, as_pairs=as_pairs)
         probes = self._rows(cell.task, "dev" if is_trial else "held-out")
         tokenizer = self.samples.tokenizer
         figures: Figures = {"rate": rate, "steps": steps, "rows": digest(rows)}
         watch = Watch(
-            () if is_trial else tuple(step * method.length for step in self.size.measured),
+            () if is_trial else tuple(round(step * method.length) for step in self.size.measured),
             lambda model: score_rows(model, tokenizer, probes, weights=["adapted"])["given"]["adapted"],
         )
         model = AutoModelForCausalLM.from_pretrained(self.model_folder, dtype=torch.float32)
@@ -207,6 +208,12 @@ def _dataset(method: Method, rows: list[Row]) -> Dataset:
         return Dataset.from_list(prompt_rows(rows))
     dataset = Dataset.from_list(training_rows(rows))
     return dataset if "loss_type" in method.fields else dataset.select_columns(["input_ids", "labels"])
+
+
+def method_of(cell: Cell) -> Method:
+    """The method that a cell names."""
+    (method,) = (method for method in METHODS if method.name == cell.method)
+    return method
 
 
 class Watch(TrainerCallback):
