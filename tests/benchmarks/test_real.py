@@ -344,7 +344,7 @@ def test_the_page_shows_what_is_there_and_names_what_is_not(tmp_path: Path) -> N
     page = (tmp_path / "real.md").read_text()
     assert re.search(r"\| tier 3 +\| +2 \| 0.001 \| +4 \| +70% \(40% to 89%\)", page)
     assert re.search(r"\| tier 2 +\| +1 \| 0.001 \| +4 \| +50% \(24% to 76%\)", page)
-    assert "accept: behind tier 3 by 20 (" in page
+    assert "accept: behind *tier 3* by 20 (" in page
     assert "conditional: not known yet" in page
     # Nine and five of ten against five: 0.2 ahead on average, of no sample behind.
     assert re.search(r"accept \| response +\| +0.85 \| +tier 2 \| +20 \(5 to 35\) \| +no \|", page)

@@ -61,9 +61,9 @@ class Reader:
         before, after = (per_row(self.scores(task, name), ("target",), "nll") for name in (BASE, method))
         return [a - b for a, b in zip(before, after, strict=True)] if before and after else []
 
-    def ahead_of_tier_2(self, task: str, method: str) -> Mean | None:
-        """By how much more of the targets a method meets exactly than tier 2 does, paired sample by sample."""
-        own, frozen = (per_row(self.scores(task, name), ("target",), "exact") for name in (method, TIER_2))
+    def beside_tier_2(self, task: str, method: str, kinds: Sequence[str], name: str) -> Mean | None:
+        """By how much a method's figure of some rows is above that of tier 2, paired sample by sample."""
+        own, frozen = (per_row(self.scores(task, one), kinds, name) for one in (method, TIER_2))
         if not own or not frozen:
             return None
         return bootstrap_mean([a - b for a, b in zip(own, frozen, strict=True)])
