@@ -173,10 +173,9 @@ def require_separable_adapters(model: PreTrainedModel) -> None:
 
 
 def require_weights_at_hand(model: PreTrainedModel) -> None:
-    """Refuses a model of which accelerate holds weights elsewhere, and brings them for the time of a module's forward.
+    """Refuses a model whose weights accelerate keeps elsewhere, and brings in for a module's forward alone.
 
-    Autograd would find no weight in the backward pass, and forwards that read weights beside their modules, as those
-    behind a frozen context do, compute with none: the result is NaN.
+    The backward pass finds no weight there, and decisions over a frozen context came out as NaN.
 
     Raises:
         ValueError: A weight is on the meta device, in a model that was loaded with a device map.

@@ -176,10 +176,13 @@ def test_weights_that_are_offloaded(tier: int, llama_folder: Path, tmp_path: Pat
         *(f"model.layers.{n}" for n in range(4)),
     )
     places = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
-    model = AutoModelForCausalLM.from_pretrained(llama_folder, device_map=places, offload_folder=tmp_path / "away")
+    loading = {"device_map": places, "offload_folder": str(tmp_path / "away")}
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, **loading)
     message = r"9 weights of LlamaForCausalLM, such as `model\.layers\.1\..*offloaded.*without a device map"
     with pytest.raises(ValueError, match=message):
         trainer(as_dataset(ROWS), tmp_path, model=model, tier=tier)
+    with pytest.raises(ValueError, match=message):
+        trainer(as_dataset(ROWS), tmp_path, model=str(llama_folder), tier=tier, model_init_kwargs=loading)
     with pytest.raises(ValueError, match=message):
         ContextEncoder(model)
 

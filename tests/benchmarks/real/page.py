@@ -40,7 +40,8 @@ good answers before the text; every method but the base with examples is measure
 policy or not, has them before its teacher's text, but for directions of others and questions: there the base teaches
 itself, as its answers are what the other methods train on. Adapters of rank
 {rank}; AdamW at a constant learning rate, for each method the best of {rates} on the dev part, tried for half the
-steps; {steps} steps of {batch} samples, every sample seen once. {held_out} held-out samples per task. Intervals are
+steps; tier 2 for fewer or for more steps has the rate of tier 2. {steps} steps of {batch} samples, every sample seen
+once. {held_out} held-out samples per task. Intervals are
 of 95 % and are of these samples: seeds are averaged and do not narrow them."""
 
 
