@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from tests.benchmarks.real.cost_cells import run_costs
 from tests.benchmarks.real.fetch import fetch
-from tests.benchmarks.real.methods import Size
+from tests.benchmarks.real.methods import NAMES, Size
 from tests.benchmarks.real.page import write_results
 from tests.benchmarks.real.smoke import SMALL, make
 from tests.benchmarks.real.study import Study
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the cells")
     parser.add_argument("--pages", type=Path, default=PAGES, help="folder of page, figures and plot")
     parser.add_argument("--tasks", nargs="+", default=Size.tasks, help="tasks to train")
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES, help="methods to train")
     parser.add_argument("--costs", action="store_true", help="measure costs, nothing else may run beside it")
     parser.add_argument("--page-only", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
@@ -60,7 +61,8 @@ def main() -> None:
             run_costs(model, arguments.results, gathered)
         else:
             texts = read_texts(arguments.texts or model.parent)
-            Study.of(model, texts, arguments.results, size, gathered).run(lambda line: print(line, flush=True))
+            study = Study.of(model, texts, arguments.results, size, gathered)
+            study.run(lambda line: print(line, flush=True), arguments.methods)
     write_results(arguments.results, pages, size)
 
 

@@ -53,6 +53,7 @@ METHODS = (
     Method("context adapters off", {"tier": 2, "context_adapters": False}, has_flow=False),
     Method("distillation", {"tier": 2, "loss_type": "distill"}),
 )
+NAMES = tuple(method.name for method in METHODS)
 
 
 @dataclass(frozen=True)

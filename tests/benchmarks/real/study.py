@@ -18,7 +18,7 @@ from frozen_peft.context import ContextStore
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.objectives.gradients import frozen_cosine
 from tests.benchmarks.real.cells import Cell, CellFiles, Figures
-from tests.benchmarks.real.methods import BASE, METHODS, Method, Size
+from tests.benchmarks.real.methods import BASE, METHODS, NAMES, Method, Size
 from tests.benchmarks.real.samples import Row, SampleFiles, digest, prompt_rows, training_pairs, training_rows
 from tests.benchmarks.real.scores import loss, score_rows
 from tests.benchmarks.real.tasks import TaskName
@@ -68,12 +68,17 @@ class Study:
         samples = SampleFiles(results / "samples", texts, model, tokenizer, size.answer_tokens)
         return cls(model_folder, samples, CellFiles(results / "cells", gathered), size)
 
-    def run(self, say: Callable[[str], None] = print) -> None:
+    def run(self, say: Callable[[str], None] = print, methods: Sequence[str] = NAMES) -> None:
         """Measures every cell that was not, and leaves alone those that another process works on.
 
         A cell that needs what another process still measures comes at a later pass.
+
+        Args:
+            say: Takes a line for each cell.
+            methods: Names of those to train; the base is measured in any case.
         """
-        while open_cells := [cell for cell in plan(self.size) if self.cells.get(cell) is None]:
+        cells = [cell for cell in plan(self.size) if cell.method in (BASE, *methods)]
+        while open_cells := [cell for cell in cells if self.cells.get(cell) is None]:
             measured = [self._try(cell, say) for cell in open_cells]
             if not any(measured):
                 time.sleep(10)
