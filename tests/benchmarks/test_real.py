@@ -25,7 +25,7 @@ from tests.benchmarks.real.cells import Cell, CellFiles
 from tests.benchmarks.real.cost import FIELDS, samples
 from tests.benchmarks.real.cost_cells import NF4_TRAINING
 from tests.benchmarks.real.fetch import conversation, paragraphs
-from tests.benchmarks.real.methods import BASE, METHODS, Size
+from tests.benchmarks.real.methods import BASE, METHODS, NAMES, Size
 from tests.benchmarks.real.page import render_page, write_results
 from tests.benchmarks.real.report import Reader, per_row, share
 from tests.benchmarks.real.road import write_road
@@ -333,8 +333,10 @@ def test_the_page_shows_what_is_there_and_names_what_is_not(tmp_path: Path) -> N
     files = CellFiles(tmp_path / "results" / "cells")
     for seed, scores in enumerate(seeds):
         files.put(Cell("accept", "tier 3", seed), run | {"scores": {"given": scores}})
+    elsewhere = {"shuffled": [score("target", i in (0, 7)) for i in range(10)] + [score("control", False, None)]}
     files.put(
-        Cell("accept", "tier 2"), run | {"scores": {"given": seeds[1]}, "cosine_at_start": 0.85, "cosine_at_end": 0.5}
+        Cell("accept", "tier 2"),
+        run | {"scores": {"given": seeds[1]} | elsewhere, "cosine_at_start": 0.85, "cosine_at_end": 0.5},
     )
     files.put(
         Cell("accept", "tier 2, all-linear"),
@@ -345,6 +347,9 @@ def test_the_page_shows_what_is_there_and_names_what_is_not(tmp_path: Path) -> N
     assert re.search(r"\| tier 3 +\| +2 \| 0.001 \| +4 \| +70% \(40% to 89%\)", page)
     assert re.search(r"\| tier 2 +\| +1 \| 0.001 \| +4 \| +50% \(24% to 76%\)", page)
     assert "accept: behind *tier 3* by 20 (" in page
+    # Of ten targets four were met behind their own text alone, and one behind another's alone.
+    own_and_other = r"50% \(24% to 76%\) \| +20% \([^|]+"
+    assert re.search(rf"\| tier 2 +\| {own_and_other}\| +\| +\| +30 \(-?\d+ to \d+\) \| +\| +0.85 \|", page)
     assert "conditional: not known yet" in page
     # Nine and five of ten against five: 0.2 ahead on average, of no sample behind.
     assert re.search(r"accept \| response +\| +0.85 \| +tier 2 \| +20 \(5 to 35\) \| +no \|", page)
@@ -358,11 +363,28 @@ def test_the_page_shows_what_is_there_and_names_what_is_not(tmp_path: Path) -> N
     assert share(per_row(seeds, ("target",), "exact")).rate == pytest.approx(0.7)
 
 
+def test_what_was_cut_is_named_and_neither_trained_nor_missing(tmp_path: Path) -> None:
+    size = Size(cut={"encoding": ("tier 3", "horizon 128")})
+    planned = {(cell.task, cell.method) for cell in plan(size)}
+    assert {(task, method) for task in TASKS for method in (BASE, *NAMES)} - planned == {
+        ("encoding", "tier 3"),
+        ("encoding", "horizon 128"),
+    }
+    write_results(tmp_path / "results", tmp_path, size)
+    page = (tmp_path / "real.md").read_text()
+    assert "encoding: tier 3, horizon 128." in page
+    assert "- encoding, tier 3: " not in page
+    assert "- accept, tier 3: " in page
+    assert all(set(methods) <= set(NAMES) and task in TASKS for task, methods in Size().cut.items())
+
+
 def test_the_command_writes_a_page_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--page-only", "--tasks", "accept", "--results", str(tmp_path / "results"), "--pages", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["real", *options])
     main()
-    assert "## Task: accept" in (tmp_path / "real.md").read_text()
+    # The page is of the whole study, whatever is trained now.
+    page = (tmp_path / "real.md").read_text()
+    assert all(f"## Task: {task}" in page for task in TASKS)
     assert (tmp_path / "real.png").stat().st_size > 0
     monkeypatch.setattr("sys.argv", ["real", *options[1:]])
     with pytest.raises(SystemExit):

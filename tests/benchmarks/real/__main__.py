@@ -12,6 +12,7 @@ model's folder. `--smoke FOLDER` does all of it in a minute with a made model.
 
 import argparse
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,10 +20,11 @@ from transformers.utils import logging
 
 from tests.benchmarks.real.cost_cells import run_costs
 from tests.benchmarks.real.fetch import fetch
-from tests.benchmarks.real.methods import NAMES, Size
+from tests.benchmarks.real.methods import CUT, NAMES, Size
 from tests.benchmarks.real.page import write_results
 from tests.benchmarks.real.smoke import SMALL, make
 from tests.benchmarks.real.study import Study
+from tests.benchmarks.real.tasks import TASKS
 from tests.benchmarks.real.texts import read_texts
 
 PAGES = Path(__file__).parents[3] / "docs" / "benchmarks"
@@ -38,12 +40,13 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, help="folder of the texts (default: the one above the model's)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the cells")
     parser.add_argument("--pages", type=Path, default=PAGES, help="folder of page, figures and plot")
-    parser.add_argument("--tasks", nargs="+", default=Size.tasks, help="tasks to train")
-    parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES, help="methods to train")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="tasks to train now (default: all)")
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=NAMES, help="methods to train now")
+    parser.add_argument("--whole", action="store_true", help="with what the study cut for want of time")
     parser.add_argument("--costs", action="store_true", help="measure costs, nothing else may run beside it")
     parser.add_argument("--page-only", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
-    size, model, pages = Size(tasks=tuple(arguments.tasks)), arguments.model, arguments.pages
+    size, model, pages = Size(cut={} if arguments.whole else CUT), arguments.model, arguments.pages
     if arguments.fetch:
         print(fetch(arguments.fetch))
         return
@@ -61,7 +64,8 @@ def main() -> None:
             run_costs(model, arguments.results, gathered)
         else:
             texts = read_texts(arguments.texts or model.parent)
-            study = Study.of(model, texts, arguments.results, size, gathered)
+            now = replace(size, tasks=tuple(arguments.tasks or size.tasks))
+            study = Study.of(model, texts, arguments.results, now, gathered)
             study.run(lambda line: print(line, flush=True), arguments.methods)
     write_results(arguments.results, pages, size)
 

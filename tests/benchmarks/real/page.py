@@ -68,12 +68,17 @@ def render_page(reader: Reader) -> str:
         batch=size.batch_size,
         held_out=size.num_held_out,
     )
-    parts = [introduction, _missing(reader), f"![Held-out targets against processor time]({NAME}.png)"]
+    parts = [introduction, _cut(size), _missing(reader), f"![Held-out targets against processor time]({NAME}.png)"]
     for task in size.tasks:
         parts += [f"## Task: {task}", _results(reader, task), _contexts(reader, task), _equal_time(reader, task)]
     parts += ["## Where tier 2 loses", _losses(reader), advice_table(reader)]
     parts += ["## What it costs", _costs(reader), _facts(reader)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _cut(size: Size) -> str:
+    cut = "; ".join(f"{task}: {', '.join(size.cut[task])}" for task in size.tasks if size.cut.get(task))
+    return f"Cut for want of time, methods before seeds; `--whole` measures them too. {cut}." if cut else ""
 
 
 def _missing(reader: Reader) -> str:
@@ -143,17 +148,20 @@ def _contexts(reader: Reader, task: str) -> str:
         for condition in ("given", "shuffled", "empty", "long"):
             seeds = reader.scores(task, method, condition)
             cells.append(_percent(share(per_row(seeds, TARGET, "exact"))) if seeds else "")
+        ahead = [reader.own_text_ahead(task, method, other) for other in ("shuffled", "empty")]
         both = [f"{run[name]:.2f}" for run in cosines for name in ("cosine_at_start", "cosine_at_end") if run[name]]
         if any(cells):
-            rows.append((method, *cells, *(both if len(both) == 2 else ("", ""))))
+            told = (_points(found) if found else "" for found in ahead)
+            rows.append((method, *cells, *told, *(both if len(both) == 2 else ("", ""))))
     if not rows:
         return ""
-    header = ("method", "own text", "text of another", "no text", "long text", "cosine, start", "end")
+    places = ("own text", "text of another", "no text", "long text", "ahead of another's", "ahead of none")
+    header = ("method", *places, "cosine, start", "end")
     low, high = reader.size.long_tokens
     return (
         f"Targets exact with another sample's text before the same request, with none, and with {low:,} to {high:,} "
-        "tokens; cosine of the frozen with the full gradient of the method's adapters, before and after training.\n\n"
-        + markdown_table(header, rows, 1)
+        "tokens; by how many points of the same targets the own text is ahead; cosine of the frozen with the full "
+        "gradient of the method's adapters, before and after training.\n\n" + markdown_table(header, rows, 1)
     )
 
 

@@ -61,6 +61,11 @@ class Reader:
         before, after = (per_row(self.scores(task, name), ("target",), "nll") for name in (BASE, method))
         return [a - b for a, b in zip(before, after, strict=True)] if before and after else []
 
+    def own_text_ahead(self, task: str, method: str, other: str) -> Mean | None:
+        """By what share more of the targets a method meets behind their own text than in another condition."""
+        own, without = (per_row(self.scores(task, method, name), ("target",), "exact") for name in ("given", other))
+        return bootstrap_mean([a - b for a, b in zip(own, without, strict=True)]) if own and without else None
+
     def beside_tier_2(self, task: str, method: str, kinds: Sequence[str], name: str) -> Mean | None:
         """By how much a method's figure of some rows is above that of tier 2, paired sample by sample."""
         own, frozen = (per_row(self.scores(task, one), kinds, name) for one in (method, TIER_2))

@@ -16,6 +16,7 @@ from tests.benchmarks.real.words import WORDS
 from tests.documentation.tokenizer import train_tokenizer
 
 SMALL = Size(
+    cut={},
     seeds=(0,),
     rates=(1e-3, 3e-3),
     steps=4,

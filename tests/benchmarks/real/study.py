@@ -36,7 +36,7 @@ def plan(size: Size) -> Iterator[Cell]:
     """All cells, the most telling first, and a cell behind those that it needs."""
     yield from (Cell(task, BASE) for task in size.tasks)
     for method in METHODS:
-        for task in size.tasks:
+        for task in (task for task in size.tasks if method.name not in size.cut.get(task, ())):
             if method.rate_of is None:
                 yield from (Cell(task, method.name, rate=rate) for rate in size.rates)
             yield from (Cell(task, method.name, seed) for seed in size.seeds)
@@ -143,7 +143,7 @@ class Study:
         others = score_rows(model, tokenizer, probes, ("shuffled", "empty"), ["adapted"])
         figures["curve"] = watch.curve
         figures["scores"] = {condition: found["adapted"] for condition, found in (given | others).items()}
-        if cell.seed == self.size.seeds[0] and cell.task == self.size.tasks[0]:
+        if cell.seed == self.size.seeds[0]:
             long = self.samples.rows(cell.task, "held-out", PROBE_SEED, self.size.num_long, self.size.long_tokens)
             figures["scores"]["long"] = score_rows(model, tokenizer, long, weights=["adapted"])["given"]["adapted"]
         return figures
