@@ -26,6 +26,9 @@ def frozen_cosine(model: PeftModel, pairs: Sequence[Pair], name: LossName) -> fl
         model: With adapters.
         pairs: Token ids in `prompt_ids`, `chosen_ids` and `rejected_ids`.
         name: Of the loss: DPO's `sigmoid` loss, or the likelihood of the chosen answers.
+
+    Raises:
+        ValueError: No pair is left, see below.
     """
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     # A stop-gradient finds positions by the length of a sequence, which must be no other size too.
@@ -34,6 +37,8 @@ def frozen_cosine(model: PeftModel, pairs: Sequence[Pair], name: LossName) -> fl
         for pair in pairs
         if sizes.isdisjoint(len(pair["prompt_ids"]) + len(pair[name]) for name in ("chosen_ids", "rejected_ids"))
     ]
+    if not usable:
+        raise ValueError(f"each of the {len(pairs)} pairs has a length that is a size of the model's weights too")
     was_training = model.training
     model.eval()
     loss = _LOSSES[name]
