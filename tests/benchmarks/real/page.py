@@ -28,7 +28,7 @@ training, nor with the dev part by which learning rates were chosen.
 - **conditional**: take up the directions of the person whom the text names as responsible, and answer those of others
   as the base does. Only the text tells which of the two a direction is.
 - **encoding**: two words have changed places, says the first line of the text; what a crate holds, which later lines
-  say, has to be read that way.
+  say, has to be read that way. Who names one of the two words at random meets half of the targets.
 
 *Targets* are what training is to bring about; their *margin* is the log-probability per token of the wanted decision
 less that of what the base says instead (encoding: of the word as it is written), and their *drift* by how much the
