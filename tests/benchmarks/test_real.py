@@ -377,7 +377,7 @@ def test_what_was_cut_is_named_and_neither_trained_nor_missing(tmp_path: Path) -
     }
     write_results(tmp_path / "results", tmp_path, size)
     page = (tmp_path / "real.md").read_text()
-    assert "encoding: tier 3, horizon 128." in page
+    assert "- encoding: *tier 3*; *horizon 128*\n" in page
     assert "- encoding, tier 3: " not in page
     assert "- accept, tier 3: " in page
     assert Size().cut.keys() <= set(TASKS)

@@ -77,8 +77,10 @@ def render_page(reader: Reader) -> str:
 
 
 def _cut(size: Size) -> str:
-    cut = "; ".join(f"{task}: {', '.join(size.cut[task])}" for task in size.tasks if size.cut.get(task))
-    return f"Cut for want of time, methods before seeds; `--whole` measures them too. {cut}." if cut else ""
+    """What was not planned to begin with."""
+    cut = {task: size.cut[task] for task in size.tasks if size.cut.get(task)}
+    lines = "\n".join(f"- {task}: {'; '.join(f'*{name}*' for name in names)}" for task, names in cut.items())
+    return f"Cut for want of time, methods before seeds (`--whole` measures them too):\n\n{lines}" if cut else ""
 
 
 def _missing(reader: Reader) -> str:
