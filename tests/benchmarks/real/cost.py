@@ -96,9 +96,10 @@ def main() -> None:
         kind, fields = "frozen", fields | {"verify_context": "never"}
     # A short run first: libraries, kernels and thread pools are loaded before the baseline is read.
     for tokens, steps in ((128, 1), (arguments.tokens, arguments.steps)):
-        model = load(arguments.model, arguments.method)
         dataset = samples(arguments.method, tokens, steps, tokenizer)
+        # Weights are mapped from their file and become resident when they are first read, so they count with the rest.
         baseline = baseline_bytes()
+        model = load(arguments.model, arguments.method)
         timings = train(kind, model, dataset, tokenizer=tokenizer, max_steps=steps, **fields).steps
         del model
     num = DECISIONS_PER_STEP.get(arguments.method, 1)

@@ -226,7 +226,7 @@ def _costs(reader: Reader) -> str:
     if not rows:
         return _nf4(reader) or "Not measured yet."
     return (
-        "Processor time of one thread per decision of 48 tokens, and the peak above the loaded model. `SFTTrainer` "
+        "Processor time of one thread per decision of 48 tokens, and the peak with the weights. `SFTTrainer` "
         "with its defaults; `turns`: four decisions in a sample; `shared`: four samples of a step in one document; "
         "`store`: adapters off in contexts, found in the store from the second step on; `nf4`: over a 4-bit base. "
         "Empty: not measured.\n\n"
