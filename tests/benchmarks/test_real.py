@@ -439,6 +439,24 @@ def test_a_study_that_was_stopped_goes_on_where_it_was(folder: Path, tmp_path: P
     assert "all-linear" in render_page(reader)
 
 
+def test_a_method_that_takes_anothers_rate_has_it_tried_though_it_is_trained_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the trial it would wait for a rate that nobody measures."""
+    study, done = Study.of(folder / "model", read_texts(folder), tmp_path, SMALLEST), []
+    figures = {"dev_loss": 1.0, "machine": {}}
+    monkeypatch.setattr(Study, "trained", lambda study, cell, rate: figures | {"rate": rate})
+    study.run(lambda line: done.append(line.partition(":")[0]), ["tier 2, a sixth of the steps"])
+    rate = SMALLEST.rates[0]
+    cells = [
+        Cell("conditional", BASE),
+        Cell("conditional", "tier 2", rate=rate),
+        Cell("conditional", "tier 2, a sixth of the steps"),
+    ]
+    assert done == [cell.name for cell in cells]
+    assert study.cells.get(cells[-1])["rate"] == rate
+
+
 def test_files_for_the_command_line_are_ones_that_it_takes(folder: Path, tmp_path: Path) -> None:
     write_road(folder / "model", tmp_path, 4, 4)
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]

@@ -28,7 +28,7 @@ def frozen_cosine(model: PeftModel, pairs: Sequence[Pair], name: LossName) -> fl
         name: Of the loss: DPO's `sigmoid` loss, or the likelihood of the chosen answers.
 
     Raises:
-        ValueError: No pair is left, see below.
+        ValueError: Every pair has a length that is a size of the model's weights too, by which positions are found.
     """
     sizes = {size for parameter in model.parameters() for size in parameter.shape}
     # A stop-gradient finds positions by the length of a sequence, which must be no other size too.
@@ -38,7 +38,9 @@ def frozen_cosine(model: PeftModel, pairs: Sequence[Pair], name: LossName) -> fl
         if sizes.isdisjoint(len(pair["prompt_ids"]) + len(pair[name]) for name in ("chosen_ids", "rejected_ids"))
     ]
     if not usable:
-        raise ValueError(f"each of the {len(pairs)} pairs has a length that is a size of the model's weights too")
+        raise ValueError(
+            f"each of the {len(pairs)} pairs has a length that is a size of the model's weights too: take others"
+        )
     was_training = model.training
     model.eval()
     loss = _LOSSES[name]

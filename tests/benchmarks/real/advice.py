@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `frozen-peft inspect --advise` would have said before the trainings, beside how they ended."""
 
-from frozen_peft.evaluation.intervals import Mean, bootstrap_mean
+from frozen_peft.evaluation.intervals import Mean
 from frozen_peft.planning.tiers import DataFigures, GradientFigures, advise_tier
 from tests.benchmarks.real.methods import METHODS, TIER_2, TIER_3
-from tests.benchmarks.real.report import Reader, per_row
+from tests.benchmarks.real.report import Reader, paired, per_row
 from tests.benchmarks.tables import markdown_table
 
 # Adapters, and what trains them by the frozen and by the full gradient.
@@ -40,7 +40,7 @@ def advice_table(reader: Reader) -> str:
 def _ahead(reader: Reader, task: str, full: str, frozen: str) -> Mean | None:
     """Paired sample by sample; None: one of the two was not trained."""
     own, other = (per_row(reader.scores(task, name), ("target",), "exact") for name in (full, frozen))
-    return bootstrap_mean([a - b for a, b in zip(own, other, strict=True)]) if own and other else None
+    return paired(own, other)
 
 
 def _points(ahead: Mean | None) -> str:

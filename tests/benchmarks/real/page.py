@@ -227,10 +227,11 @@ def _costs(reader: Reader) -> str:
         return _nf4(reader) or "Not measured yet."
     return (
         "Processor time of one thread per decision of 48 tokens, and the peak with the weights. `SFTTrainer` "
-        "with its defaults; `turns`: four decisions in a sample; `shared`: four samples of a step in one document; "
+        "with its defaults; `tier-3`: without `sequence_chunk_size`; `turns`: four decisions in a sample; "
+        "`shared`: four samples of a step in one document; "
         "`store`: adapters off in contexts, found in the store from the second step on; `nf4`: over a 4-bit base, "
-        "whose weights are read in float32 first. Empty: not measured. From 4,096 to 8,192 tokens the peak of "
-        "`SFTTrainer` rises by less than below; why was not looked into.\n\n"
+        "whose weights are read in float32 first. Empty: not measured. That the peak of `SFTTrainer` rises less from "
+        "4,096 to 8,192 tokens than from 2,048 to 4,096 came out twice, and is not explained.\n\n"
         + markdown_table(("method", *(f"{tokens:,} tokens" for tokens in LENGTHS)), rows, 1)
         + _nf4(reader)
     )

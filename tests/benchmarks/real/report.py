@@ -64,14 +64,17 @@ class Reader:
     def own_text_ahead(self, task: str, method: str, other: str) -> Mean | None:
         """By what share more of the targets a method meets behind their own text than in another condition."""
         own, without = (per_row(self.scores(task, method, name), ("target",), "exact") for name in ("given", other))
-        return bootstrap_mean([a - b for a, b in zip(own, without, strict=True)]) if own and without else None
+        return paired(own, without)
 
     def beside_tier_2(self, task: str, method: str, kinds: Sequence[str], name: str) -> Mean | None:
         """By how much a method's figure of some rows is above that of tier 2, paired sample by sample."""
         own, frozen = (per_row(self.scores(task, one), kinds, name) for one in (method, TIER_2))
-        if not own or not frozen:
-            return None
-        return bootstrap_mean([a - b for a, b in zip(own, frozen, strict=True)])
+        return paired(own, frozen)
+
+
+def paired(own: Sequence[float], other: Sequence[float]) -> Mean | None:
+    """The mean by which figures are above others of the same rows; None: one of the two was not measured."""
+    return bootstrap_mean([a - b for a, b in zip(own, other, strict=True)]) if own and other else None
 
 
 def per_row(seeds: Sequence[Sequence[Score]], kinds: Sequence[str], name: str) -> list[float]:

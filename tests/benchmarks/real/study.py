@@ -75,9 +75,15 @@ class Study:
 
         Args:
             say: Takes a line for each cell.
-            methods: Names of those to train; the base is measured in any case.
+            methods: Names of those to train; the base is measured in any case, and so are learning rates of a method
+                that one of them takes its own from.
         """
-        cells = [cell for cell in plan(self.size) if cell.method in (BASE, *methods)]
+        lenders = {method.rate_of for method in METHODS if method.name in methods}
+        cells = [
+            cell
+            for cell in plan(self.size)
+            if cell.method in (BASE, *methods) or (cell.rate is not None and cell.method in lenders)
+        ]
         while open_cells := [cell for cell in cells if self.cells.get(cell) is None]:
             measured = [self._try(cell, say) for cell in open_cells]
             if not any(measured):
